@@ -1,0 +1,47 @@
+"""Keras's MultiHeadAttention as pure JAX functions and a Flax module: one answer on every path."""
+
+from mha_jax.attention import attend, attention_scores, dot_product_attention, explain
+from mha_jax.backends.base import Call, Output
+from mha_jax.dropout import Dropout
+from mha_jax.errors import MhaError, ShapeError, UnsupportedError, WeightsError
+from mha_jax.functional import init_params, multi_head_attention
+from mha_jax.layer import MultiHeadAttention
+from mha_jax.masks import (
+    Causal,
+    Dense,
+    Full,
+    Mask,
+    SameSegment,
+    ValidKeys,
+    ValidQueries,
+    Window,
+)
+from mha_jax.tokens import Tokens
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Call",
+    "Causal",
+    "Dense",
+    "Dropout",
+    "Full",
+    "Mask",
+    "MhaError",
+    "MultiHeadAttention",
+    "Output",
+    "SameSegment",
+    "ShapeError",
+    "Tokens",
+    "UnsupportedError",
+    "ValidKeys",
+    "ValidQueries",
+    "WeightsError",
+    "Window",
+    "attend",
+    "attention_scores",
+    "dot_product_attention",
+    "explain",
+    "init_params",
+    "multi_head_attention",
+]

@@ -1,0 +1,216 @@
+"""The layer as pure functions of its parameters: five steps, no module.
+
+B batch   T query length   S key length   N query heads   K key-value heads
+D input width   E output width   H query-key head size   V value head size
+
+Fold the attention axes, project, attend, combine, unfold. Sizes are read off the parameters.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mha_jax import axes, projections
+from mha_jax.attention import attend, attention_scores
+from mha_jax.backends.base import Call
+from mha_jax.checks import mask_array
+from mha_jax.dropout import Dropout
+from mha_jax.errors import ShapeError
+from mha_jax.masks import Causal, Dense, Full, Mask, ValidKeys, ValidQueries, Window
+from mha_jax.tokens import Tokens, silence
+from mha_jax.types import Array, ArrayLike, DType, Float, Params, Precision, PRNGKey
+
+
+def init_params(
+    rng: PRNGKey,
+    query: Any,
+    value: Any,
+    key: Any = None,
+    *,
+    num_heads: int,
+    key_dim: int,
+    value_dim: int | None = None,
+    use_bias: bool = True,
+    output_shape: int | tuple[int, ...] | None = None,
+    use_gate: bool = False,
+    num_kv_heads: int | None = None,
+    kernel_initializer: Any = "glorot_uniform",
+    bias_initializer: Any = "zeros",
+    param_dtype: DType = jnp.float32,
+) -> Params:
+    """Draw the parameters of the layer.
+
+    Args:
+      rng: Key; every kernel is drawn from a key of its own.
+      query, value, key: Inputs, or `jax.ShapeDtypeStruct`s: only their widths are read.
+      num_heads, key_dim, ...: As for `MultiHeadAttention`.
+
+    Returns:
+      {"query": {"kernel": ..., "bias": ...}, "key": ..., "value": ..., "attention_output": ...} and
+      "gate" if there is one.
+
+    >>> x = jnp.ones((2, 5, 16))
+    >>> params = init_params(jax.random.key(0), x, x, num_heads=4, key_dim=8)
+    >>> params["query"]["kernel"].shape
+    (16, 4, 8)
+    """
+    output_shape = (output_shape,) if isinstance(output_shape, int) else output_shape
+    shapes = projections.shapes(
+        query.shape[-1],
+        value.shape[-1],
+        (value if key is None else key).shape[-1],
+        num_heads=num_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        output_shape=output_shape,
+        use_gate=use_gate,
+        num_kv_heads=num_kv_heads,
+    )
+    keys = jax.random.split(rng, len(shapes))
+    bias = bias_initializer if use_bias else None
+    return {
+        name: projections.init(k, shape, kernel_initializer, bias, param_dtype)
+        for k, (name, shape) in zip(keys, shapes.items())
+    }
+
+
+def multi_head_attention(
+    params: Params,
+    query: Float[ArrayLike, "*axes D"],
+    value: Float[ArrayLike, "*axes D2"],
+    key: Float[ArrayLike, "*axes D3"] | None = None,
+    query_mask: ArrayLike | None = None,
+    value_mask: ArrayLike | None = None,
+    key_mask: ArrayLike | None = None,
+    attention_mask: ArrayLike | None = None,
+    return_attention_scores: bool = False,
+    use_causal_mask: bool = False,
+    *,
+    mask: Mask | None = None,
+    query_tokens: Tokens | None = None,
+    key_tokens: Tokens | None = None,
+    attention_axes: int | tuple[int, ...] | None = None,
+    sliding_window: int | None = None,
+    dropout: Dropout | None = None,
+    dtype: DType = None,
+    precision: Precision = None,
+    backend: Any = None,
+    tap: Callable[[str, Array], Array] = lambda name, x: x,
+) -> Any:
+    """Apply the layer to inputs, given its parameters.
+
+    Args:
+      params: As `init_params` or `MultiHeadAttention.init` make them; sizes are read off them.
+      query: Input of the queries, [B, T, D] or with more axes.
+      value: Input of the values, equal to `query` in the axes that are not attended.
+      key: Input of the keys, shaped like `value` but for its width; `value` if None.
+      query_mask, value_mask, key_mask: Valid tokens, shaped like the input without its features.
+      attention_mask: (batch axes, N, query axes, key axes), missing axes as in Keras.
+      return_attention_scores: Also return the weights before dropout.
+      use_causal_mask: Hide keys after the query, in the order of the folded axes.
+      mask: A rule, combined with all of the above by "and".
+      query_tokens, key_tokens: Positions and segments that `mask` reads, over the folded axes.
+      attention_axes, sliding_window: As for `MultiHeadAttention`.
+      dropout: `Dropout(key, rate)`, or None.
+      dtype: Of the computation; that of inputs and parameters together if None.
+      precision, backend: As for `dot_product_attention`.
+      tap: Called with the name and the value of every projection; what it returns is used.
+
+    Returns:
+      The output [<axes>, E], or (output, scores (batch axes, N, query axes, key axes)).
+
+    Raises:
+      ShapeError, UnsupportedError, WeightsError: With what was expected and how to fix it.
+
+    >>> x = jnp.ones((2, 5, 16))
+    >>> params = init_params(jax.random.key(0), x, x, num_heads=4, key_dim=8)
+    >>> multi_head_attention(params, x, x, use_causal_mask=True).shape
+    (2, 5, 16)
+    """
+    key = value if key is None else key
+    inputs = {"query": query, "value": value, "key": key}
+    dtype = compute_dtype(inputs, params, dtype)
+    query, value, key = jnp.asarray(query), jnp.asarray(value), jnp.asarray(key)
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ShapeError(
+            "value and key must agree in every axis but the features: got "
+            f"value.shape={value.shape}, key.shape={key.shape}. The arguments of the layer are query, "
+            "value, key, in this order."
+        )
+    if isinstance(attention_axes, int):
+        attention_axes = (attention_axes,)
+    q_fold, k_fold = axes.foldings(query, value, attention_axes)
+    heads = params["query"]["kernel"].shape[1]
+
+    rule = mask_of(use_causal_mask, sliding_window) & (Full() if mask is None else mask)
+    q_tokens = query_tokens or Tokens(q_fold.length)
+    k_tokens = key_tokens or Tokens(k_fold.length)
+    if query_mask is not None:
+        q_tokens, rule = _valid(q_tokens, q_fold, "query_mask", query_mask), rule & ValidQueries()
+    for name, flags in (("value_mask", value_mask), ("key_mask", key_mask)):
+        if flags is not None:
+            k_tokens, rule = _valid(k_tokens, k_fold, name, flags), rule & ValidKeys()
+    if attention_mask is not None:
+        rule = rule & Dense(axes.fold_mask(attention_mask, q_fold, k_fold, heads))
+    hidden_queries = q_tokens if rule.hides_invalid_queries else Tokens(q_fold.length)
+    hidden_keys = k_tokens if rule.hides_invalid_keys else Tokens(k_fold.length)
+
+    x_q = silence(q_fold.fold(query.astype(dtype)), hidden_queries)
+    x_v = silence(k_fold.fold(value.astype(dtype)), hidden_keys)
+    x_k = silence(k_fold.fold(key.astype(dtype)), hidden_keys)
+    call = Call(
+        q=tap("query", projections.project("query", params, x_q, precision)),
+        k=tap("key", projections.project("key", params, x_k, precision)),
+        v=tap("value", projections.project("value", params, x_v, precision)),
+        q_tokens=q_tokens,
+        k_tokens=k_tokens,
+        mask=rule,
+        dropout=dropout,
+        precision=precision,
+    )
+    out, lse = attend(call, backend)
+    if "gate" in params:
+        gate = jax.nn.sigmoid(projections.project("gate", params, x_q, precision))
+        out = out * tap("gate", gate)
+    out = tap("attention_output", projections.combine(params, out, precision))
+    out = q_fold.unfold(out)
+    if not return_attention_scores:
+        return out
+    return out, axes.unfold_scores(attention_scores(call, lse), q_fold, k_fold)
+
+
+def mask_of(use_causal_mask: bool, sliding_window: int | None) -> Mask:
+    """Return the rule that Keras's two switches stand for."""
+    rule: Mask = Causal() if use_causal_mask else Full()
+    if sliding_window is not None:
+        rule = rule & Window(sliding_window - 1, sliding_window - 1)
+    return rule
+
+
+def compute_dtype(inputs: dict[str, Any], params: Params, dtype: DType) -> Any:
+    """Return the dtype of the computation.
+
+    Raises:
+      ShapeError: If an input is no array of floating-point numbers.
+    """
+    for name, x in inputs.items():
+        if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+            kind = f"dtype {x.dtype}" if hasattr(x, "dtype") else type(x).__name__
+            raise ShapeError(
+                f"{name} must be an array of floating-point numbers: got {kind}. "
+                "Expected [B, length, features]; embed token ids first, cast anything else."
+            )
+    if dtype is not None:
+        return jnp.dtype(dtype)
+    return jnp.result_type(*inputs.values(), *jax.tree.leaves(params))
+
+
+def _valid(tokens: Tokens, folding: axes.Folding, name: str, flags: ArrayLike) -> Tokens:
+    """Return tokens that are valid only where `flags`, a mask over the input's axes, is True."""
+    valid = folding.fold_flags(name, mask_array(flags))
+    if tokens.valid is not None:
+        valid = valid & tokens.valid
+    return dataclasses.replace(tokens, valid=valid)

@@ -1,0 +1,69 @@
+"""The running softmax: attention over some keys, then over more keys, without keeping logits.
+
+For every query row the state holds m, the largest logit so far, l, the sum of exp(logit - m), and
+acc, the same sum weighted by the values. Masked logits are -inf, so exp gives them exactly zero; a
+row that has seen no key has m = -inf and l = 0 and ends as zeros with lse = -inf. The statistics
+have one trailing axis of 1 so that they broadcast against a tile of logits, whatever its leading
+axes are.
+
+Source: Milakov & Gimelshein 2018, arXiv:1805.02867; Rabe & Staats 2021, arXiv:2112.05682, sec. 2.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from mha_jax.types import Array, Float
+
+
+class Running(NamedTuple):
+    """State of a running softmax over tiles of keys."""
+
+    acc: Float[Array, "*R T V"]
+    m: Float[Array, "*R T 1"]
+    l: Float[Array, "*R T 1"]
+
+
+def start(rows: tuple[int, ...], value_size: int, dtype) -> Running:
+    """Return the state of rows that have seen no key yet."""
+    return Running(
+        jnp.zeros((*rows, value_size), dtype),
+        jnp.full((*rows, 1), -jnp.inf, dtype),
+        jnp.zeros((*rows, 1), dtype),
+    )
+
+
+def finite(m: Float[Array, "*R T 1"]) -> Float[Array, "*R T 1"]:
+    """Replace -inf by 0: the shift of a row that sees nothing may be any number, but finite."""
+    return jnp.where(m == -jnp.inf, jnp.zeros_like(m), m)
+
+
+def weights(x: Float[Array, "*R T S"], m: Float[Array, "*R T 1"]) -> Float[Array, "*R T S"]:
+    """Return exp(x - m), exactly 0 where the logit is -inf. With m = lse these are the scores."""
+    return jnp.exp(x - finite(m))
+
+
+def grow(
+    m: Float[Array, "*R T 1"], l: Float[Array, "*R T 1"], x: Float[Array, "*R T S"]
+) -> tuple[Array, Array, Array, Array]:
+    """Take a tile of logits into the statistics.
+
+    Returns:
+      (p, fix, m, l): the tile's weights relative to the new maximum, the factor exp(old m - new m)
+      by which everything summed before must shrink, and the new statistics.
+    """
+    new = jnp.maximum(m, jnp.max(x, axis=-1, keepdims=True))
+    p, fix = weights(x, new), jnp.exp(m - finite(new))
+    return p, fix, new, l * fix + jnp.sum(p, axis=-1, keepdims=True)
+
+
+def reciprocal(l: Float[Array, "*R T 1"]) -> Float[Array, "*R T 1"]:
+    """Return 1 / l, and 0 for rows that saw no key."""
+    seen = l > 0
+    return jnp.where(seen, 1 / jnp.where(seen, l, jnp.ones_like(l)), jnp.zeros_like(l))
+
+
+def logsumexp(m: Float[Array, "*R T 1"], l: Float[Array, "*R T 1"]) -> Float[Array, "*R T 1"]:
+    """Return m + log(l), and -inf for rows that saw no key."""
+    seen = l > 0
+    return jnp.where(seen, finite(m) + jnp.log(jnp.where(seen, l, jnp.ones_like(l))), -jnp.inf)

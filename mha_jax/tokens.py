@@ -1,0 +1,117 @@
+"""Tokens: what a mask may know about one side of the logits, O(length) and nothing more.
+
+A *row* is a token's place in the whole, unsharded array; a *position* is logical, may restart
+(packed sequences) or run ahead (a cache). Slicing a tile, sharding, rotating around a ring and
+caching keys are the same operation on the same pytree. A plain sequence has no arrays at all, so
+that everything about its tiles is decided in NumPy while tracing.
+
+`Facts` is the shape in which masks read tokens: the query side broadcasts as [#B, 1, T, 1], the key
+side as [#B, 1, 1, S]; for whole tiles each fact is an interval (low, high), `Facts` of pairs.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mha_jax.types import ArrayLike, Bool, Int
+
+
+class Facts(NamedTuple):
+    """Facts about the tokens of one side, shaped to broadcast against the other side.
+
+    `None` means that nothing is known: no segments were given, or every token is valid.
+    In `Mask.reach` every field is a pair (low, high) over a tile's tokens instead.
+    """
+
+    rows: Any
+    positions: Any
+    segment: Any = None
+    valid: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The tokens of the queries or of the keys.
+
+    Args:
+      length: Number of tokens.
+      start: Row of the first token: `Tokens(T, start=S - T)` aligns the last query with the last
+        key.
+      index: Rows, when they are not `start + arange(length)`: a shard, or one decoding step.
+      pos: Logical positions, when they are not the rows.
+      segment: Ids of packed sequences, for `SameSegment`; a negative id is padding.
+      valid: True for real tokens, for `ValidKeys` and `ValidQueries`.
+
+    >>> Tokens(3, start=2).rows.tolist()
+    [[2, 3, 4]]
+    """
+
+    length: int = dataclasses.field(metadata={"static": True})
+    start: int = dataclasses.field(default=0, metadata={"static": True})
+    index: Int[ArrayLike, "#B L"] | None = None
+    pos: Int[ArrayLike, "#B L"] | None = None
+    segment: Int[ArrayLike, "#B L"] | None = None
+    valid: Bool[ArrayLike, "#B L"] | None = None
+
+    @property
+    def rows(self) -> Int[ArrayLike, "#B L"]:
+        if self.index is not None:
+            return self.index
+        return np.arange(self.start, self.start + self.length, dtype=np.int32)[None]
+
+    @property
+    def positions(self) -> Int[ArrayLike, "#B L"]:
+        return self.rows if self.pos is None else self.pos
+
+    def map(self, function: Callable[[ArrayLike], ArrayLike], length: int, start: int) -> "Tokens":
+        """Apply `function` to every array; a plain sequence stays plain and starts at `start`."""
+        arrays = (self.index, self.pos, self.segment, self.valid)
+        return Tokens(length, start, *(a if a is None else function(a) for a in arrays))
+
+    def cut(self, first: int, size: int) -> "Tokens":
+        """Return tokens `first` to `first + size`, both Python integers."""
+        return self.map(lambda a: a[:, first : first + size], size, self.start + first)
+
+    def facts(self) -> Facts:
+        """Return the facts as [#B, L] arrays, for a backend that slices them itself."""
+        return Facts(self.rows, self.positions, self.segment, self.valid)
+
+    def as_queries(self) -> Facts:
+        """Return the facts shaped [#B, 1, T, 1]."""
+        return jax.tree.map(lambda a: a[:, None, :, None], self.facts())
+
+    def as_keys(self) -> Facts:
+        """Return the facts shaped [#B, 1, 1, S]."""
+        return jax.tree.map(lambda a: a[:, None, None, :], self.facts())
+
+
+def extents(facts: Facts, size: int) -> Facts:
+    """Reduce [#B, L] facts to an interval for every block of `size` tokens, the last one maybe
+    short.
+
+    Returns:
+      Facts of pairs (low, high), each [#B, blocks]: NumPy where the facts are NumPy, so that a
+      plain sequence is analysed while tracing and costs nothing at run time.
+    """
+
+    def interval(a):
+        xp = np if isinstance(a, np.ndarray) else jnp
+        blocks = -(-a.shape[1] // size)
+        padded = xp.pad(a, ((0, 0), (0, blocks * size - a.shape[1])), mode="edge")
+        tiles = padded.reshape(a.shape[0], blocks, size)
+        return tiles.min(-1), tiles.max(-1)
+
+    return Facts(*(a if a is None else interval(a) for a in facts))
+
+
+def silence(x: jax.Array, tokens: Tokens) -> jax.Array:
+    """Zero the data [B, L, ...] of tokens that are not valid, so that NaN there reaches nothing."""
+    if tokens.valid is None:
+        return x
+    valid = tokens.valid.reshape(*tokens.valid.shape, *(1,) * (x.ndim - 2))
+    return jnp.where(valid, x, jnp.zeros((), x.dtype))
