@@ -8,14 +8,13 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mha_jax import dispatch, softmax
-from mha_jax.backends.base import Call, Output
-from mha_jax.backends.reference import logits
+from mha_jax.backends.base import Call, Output, logits
 from mha_jax.checks import check
 from mha_jax.dropout import Dropout
+from mha_jax.errors import ShapeError
 from mha_jax.masks import Dense, Full, Mask
 from mha_jax.tokens import Tokens, silence
 from mha_jax.types import Array, ArrayLike, Float, Int, Precision
@@ -42,9 +41,9 @@ def attend(call: Call, backend: Any = None) -> Output:
     >>> attend(Call(x, x, x)).out.shape
     (2, 5, 3, 8)
     """
-    lead = jnp.shape(call.q)[:-3]
-    output = dispatch.run(_silenced(check(call)), backend)
-    return Output(*(a.reshape(*lead, *a.shape[1:]) for a in output))
+    checked = check(call)
+    output = dispatch.run(_silenced(checked), backend)
+    return Output(*(a.reshape(*call.q.shape[:-3], *a.shape[1:]) for a in output))
 
 
 def dot_product_attention(
@@ -89,11 +88,11 @@ def dot_product_attention(
     >>> dot_product_attention(q, k, v, mask=Causal()).shape
     (2, 5, 4, 16)
     """
-    rule = Full() if mask is None else mask if isinstance(mask, Mask) else Dense(mask)
+    rule = Dense(mask) if isinstance(mask, (jax.Array, np.ndarray)) else mask
     call = Call(
         *(query, key, value),  # type: ignore[arg-type]
         *(query_tokens, key_tokens),  # type: ignore[arg-type]
-        mask=rule,
+        mask=Full() if rule is None else rule,
         bias=bias,  # type: ignore[arg-type]
         dropout=dropout,
         scale=scale,
@@ -130,15 +129,24 @@ def attention_scores(
     >>> attention_scores(Call(x, x, x), rows=slice(0, 1)).shape
     (1, 2, 1, 5)
     """
-    lead = jnp.shape(call.q)[:-3]
-    call = _silenced(check(dataclasses.replace(call, dropout=None)))
+    checked = check(call)
+    lead = call.q.shape[:-3]
+    call = _silenced(dataclasses.replace(checked, dropout=None))
+    b, t, n, _ = call.q.shape
     if lse is None:
         lse = dispatch.run(call, None).lse
-    lse = lse.reshape(*call.q.shape[:1], *lse.shape[-2:])
+    elif lse.shape != (*lead, n, t):
+        raise ShapeError(
+            f"lse of shape {lse.shape} is not of this call: expected {(*lead, n, t)}, [*B, N, T]. "
+            "Pass attend(call).lse of the same call, or None."
+        )
+    lse = lse.reshape(b, n, t)
     if heads is not None:
-        call, lse = _of_heads(call, np.arange(lse.shape[1])[heads]), lse[:, heads]
+        heads = _chosen("heads", heads, n)
+        call, lse = _of_heads(call, heads), lse[:, heads]
     if rows is not None:
-        call, lse = _of_rows(call, np.arange(lse.shape[2])[rows]), lse[:, :, rows]
+        rows = _chosen("rows", rows, t)
+        call, lse = _of_rows(call, rows), lse[:, :, rows]
     scores = softmax.weights(logits(call), lse[..., None]).astype(call.q.dtype)
     return scores.reshape(*lead, *scores.shape[1:])
 
@@ -167,6 +175,16 @@ def explain(call: Call, platform: str | None = None) -> dict[str, str]:
 
     jax.eval_shape(trace, call)
     return reasons
+
+
+def _chosen(name: str, which: Any, count: int) -> Int[np.ndarray, "M"]:
+    """Return which of `count` heads or rows were asked for, as indices."""
+    try:
+        return np.arange(count)[which]
+    except IndexError as error:
+        raise ShapeError(
+            f"{name}={which!r} do not exist: expected a slice, or integers from 0 to {count - 1}."
+        ) from error
 
 
 def _silenced(call: Call) -> Call:

@@ -27,6 +27,12 @@ def check(call: Call) -> Call:
     Raises:
       ShapeError: With the values, what was expected, and how to fix it.
     """
+    if not isinstance(call, Call):
+        raise ShapeError(
+            f"attention takes one Call: got {type(call).__name__}. Write attend(Call(q, k, v, mask=...)), "
+            "or dot_product_attention(query, key, value, ...)."
+        )
+    check_mask("mask", call.mask)
     q, k, v = (_floats(name, getattr(call, name)) for name in "qkv")
     if min(q.ndim, k.ndim, v.ndim) < 3 or not q.ndim == k.ndim == v.ndim:
         raise ShapeError(
@@ -92,6 +98,20 @@ def check(call: Call) -> Call:
         scale=_number("scale", call.scale) if call.scale is not None else q.shape[-1] ** -0.5,
         logit_cap=_cap(call.logit_cap),
     )
+
+
+def check_mask(name: str, mask: Any) -> None:
+    """Refuse what is no rule.
+
+    Raises:
+      ShapeError: Saying how to write one.
+    """
+    if not isinstance(mask, Mask):
+        raise ShapeError(
+            f"{name} must be a Mask: got {mask if isinstance(mask, type) else type(mask).__name__}. Write a "
+            "rule, Causal() or Window(4, 0) & ValidKeys() say; an array of booleans is Dense(array), "
+            "or attention_mask= of the layer."
+        )
 
 
 def _of(array) -> str:

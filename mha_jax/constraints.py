@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from mha_jax.errors import ShapeError, WeightsError
 from mha_jax.types import Array, ArrayLike, Params
@@ -211,7 +210,7 @@ def constrain(params: Params, *, kernel: Any = None, bias: Any = None) -> Params
     return jax.tree_util.tree_map_with_path(project, params)
 
 
-def as_optax(*, kernel: Any = None, bias: Any = None) -> optax.GradientTransformation:
+def as_optax(*, kernel: Any = None, bias: Any = None) -> Any:
     """Return the optax transformation that keeps the updated parameters in their constraints.
 
     Put it last in a chain: it rewrites each constrained weight's update as the way from the weight
@@ -224,12 +223,15 @@ def as_optax(*, kernel: Any = None, bias: Any = None) -> optax.GradientTransform
     Raises:
       ShapeError: By `update`, if it is called without the parameters.
 
+    >>> import optax
     >>> params = {"kernel": jnp.array([1.0, 1.0])}
     >>> tx = optax.chain(optax.sgd(1.0), as_optax(kernel="non_neg"))
     >>> updates, _ = tx.update({"kernel": jnp.array([0.5, 3.0])}, tx.init(params), params)
     >>> optax.apply_updates(params, updates)["kernel"].tolist()
     [0.5, 0.0]
     """
+    import optax  # here, since it is half of what `import mha_jax` would add to Flax
+
     kernel, bias = get(kernel), get(bias)
 
     def update(updates: Params, params: Params | None) -> Params:

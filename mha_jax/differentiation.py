@@ -17,7 +17,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from mha_jax.backends.base import Backend, Call, Gradients, Output
-from mha_jax.backends.blockwise import Blockwise
 from mha_jax.linear import linear_map
 
 _MOVING = ("q", "k", "v", "bias")
@@ -78,23 +77,45 @@ def _differentiated_as(slow: Callable) -> Callable:
     return decorate
 
 
+def _blockwise(**tuning: Any) -> Any:
+    """Return the tiled backend, whose module is imported when it is first needed."""
+    from mha_jax.backends.blockwise import Blockwise
+
+    return Blockwise(**tuning)
+
+
 def _tangent_exhaustive(saved: Saved, direction: Gradients) -> Output:
-    return Blockwise(exhaustive=True).tangent(saved.call, saved.output, direction)
+    return _blockwise(exhaustive=True).tangent(saved.call, saved.output, direction)
 
 
 def _cotangent_exhaustive(saved: Saved, cotangent: Output) -> Gradients:
-    return Blockwise(exhaustive=True).cotangent(saved.call, saved.output, cotangent)
+    return _blockwise(exhaustive=True).cotangent(saved.call, saved.output, cotangent)
 
 
 @_differentiated_as(_tangent_exhaustive)
 def _tangent(saved: Saved, direction: Gradients) -> Output:
-    return _tiled(saved.backend, "tangent")(saved.call, saved.output, direction)
+    return Tiled(saved.backend).tangent(saved.call, saved.output, direction)
 
 
 @_differentiated_as(_cotangent_exhaustive)
 def _cotangent(saved: Saved, cotangent: Output) -> Gradients:
-    return _tiled(saved.backend, "cotangent")(saved.call, saved.output, cotangent)
+    return Tiled(saved.backend).cotangent(saved.call, saved.output, cotangent)
 
 
-def _tiled(backend: Backend, name: str) -> Callable:
-    return getattr(backend if hasattr(backend, name) else Blockwise(), name)
+@dataclasses.dataclass(frozen=True)
+class Tiled:
+    """A backend that has all three passes: its own, and the tiled ones where it has none."""
+
+    backend: Any
+
+    def forward(self, call: Call) -> Output:
+        return self.backend.forward(call)
+
+    def cotangent(self, call: Call, output: Output, cotangent: Output) -> Gradients:
+        return self._pass("cotangent")(call, output, cotangent)
+
+    def tangent(self, call: Call, output: Output, direction: Gradients) -> Output:
+        return self._pass("tangent")(call, output, direction)
+
+    def _pass(self, name: str) -> Callable:
+        return getattr(self.backend if hasattr(self.backend, name) else _blockwise(), name)

@@ -1,21 +1,22 @@
-"""Which backend runs a call, and on which platform."""
+"""Which backend runs a call: the one asked for, or the best one for the platform lowered for."""
 
+import dataclasses
 import importlib
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from mha_jax import differentiation
-from mha_jax.backends.base import Backend, Call, Output
+from mha_jax.backends.base import Backend, Call, Gradients, Output
 from mha_jax.errors import ShapeError, UnsupportedError
+from mha_jax.lowering import PLATFORMS, by_platform, default_platform
 
 # In order of preference; a backend's module is imported when it is first asked.
 BACKENDS = {
     "blockwise": ("mha_jax.backends.blockwise", "Blockwise"),
     "reference": ("mha_jax.backends.reference", "Reference"),
 }
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def load(name: str) -> Backend:
@@ -25,7 +26,11 @@ def load(name: str) -> Backend:
 
 
 def reasons(call: Call, platform: str | None) -> dict[str, str]:
-    """Say for every backend whether it can run a checked call on a platform."""
+    """Say for every backend whether it can run a checked call on a platform.
+
+    Raises:
+      ShapeError: If the platform is unknown.
+    """
     platform = platform or default_platform()
     if platform not in PLATFORMS:
         raise ShapeError(
@@ -35,16 +40,41 @@ def reasons(call: Call, platform: str | None) -> dict[str, str]:
     return {name: load(name).why_not(call, platform) or "can run" for name in BACKENDS}
 
 
-def default_platform() -> str:
-    """Return the platform of this process by the name that lowering uses."""
-    platform = jax.default_backend()
-    return "cuda" if platform == "gpu" else platform
-
-
 def choose(call: Call, platform: str) -> Backend:
     """Return the first backend that can run the call on `platform`; the last one always can."""
     backends = (load(name) for name in BACKENDS)
     return next(b for b in backends if b.why_not(call, platform) is None)
+
+
+@lru_cache(maxsize=16)
+def _method(name: str, platform: str) -> Any:
+    return lambda call, *rest: getattr(differentiation.Tiled(choose(call, platform)), name)(
+        call, *rest
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Automatic:
+    """The best backend for every platform that the program is lowered for."""
+
+    plain_autodiff: ClassVar[bool] = False
+
+    def why_not(self, call: Call, platform: str) -> str | None:
+        return None
+
+    def forward(self, call: Call) -> Output:
+        return by_platform(_FORWARD, call)
+
+    def cotangent(self, call: Call, output: Output, cotangent: Output) -> Gradients:
+        return by_platform(_COTANGENT, call, output, cotangent)
+
+    def tangent(self, call: Call, output: Output, direction: Gradients) -> Output:
+        return by_platform(_TANGENT, call, output, direction)
+
+
+_FORWARD, _COTANGENT, _TANGENT = (
+    partial(_method, name) for name in ("forward", "cotangent", "tangent")
+)
 
 
 def named(call: Call, backend: Any) -> Backend:
@@ -60,6 +90,11 @@ def named(call: Call, backend: Any) -> Backend:
                 f"{', '.join(map(repr, BACKENDS))}, a backend object, or None to choose automatically."
             )
         backend = load(backend)
+    if isinstance(backend, type) or not hasattr(backend, "why_not"):
+        raise UnsupportedError(
+            f"backend={backend!r} is no backend. Expected one of {', '.join(map(repr, BACKENDS))}, a backend "
+            "object such as Blockwise(block_q=256), or None to choose automatically."
+        )
     platform = default_platform()
     why = backend.why_not(call, platform)
     if why is not None:
@@ -73,11 +108,9 @@ def named(call: Call, backend: Any) -> Backend:
 
 def run(call: Call, backend: Any) -> Output:
     """Run a checked call on the backend that was asked for, or on the best one."""
-    if backend is not None:
-        backend = named(call, backend)
+    backend = Automatic() if backend is None else named(call, backend)
     if 0 in (*call.q.shape, *call.k.shape, *call.v.shape):
         return _empty(call)
-    backend = backend or choose(call, default_platform())
     return differentiation.run(backend, call)
 
 

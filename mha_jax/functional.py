@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from mha_jax import axes, projections
 from mha_jax.attention import attend, attention_scores
 from mha_jax.backends.base import Call
-from mha_jax.checks import mask_array
+from mha_jax.checks import check_mask, mask_array
 from mha_jax.dropout import Dropout
 from mha_jax.errors import ShapeError
 from mha_jax.masks import Causal, Dense, Full, Mask, ValidKeys, ValidQueries, Window
@@ -98,7 +98,7 @@ def multi_head_attention(
     dtype: DType = None,
     precision: Precision = None,
     backend: Any = None,
-    tap: Callable[[str, Array], Array] = lambda name, x: x,
+    tap: Callable[[str, Array], Array] | None = None,
 ) -> Any:
     """Apply the layer to inputs, given its parameters.
 
@@ -117,7 +117,8 @@ def multi_head_attention(
       dropout: `Dropout(key, rate)`, or None.
       dtype: Of the computation; that of inputs and parameters together if None.
       precision, backend: As for `dot_product_attention`.
-      tap: Called with the name and the value of every projection; what it returns is used.
+      tap: Called with the name and the value of every projection; what it returns is used. It sees
+        the projections of masked tokens too, which otherwise are zeroed before.
 
     Returns:
       The output [<axes>, E], or (output, scores (batch axes, N, query axes, key axes)).
@@ -130,6 +131,7 @@ def multi_head_attention(
     >>> multi_head_attention(params, x, x, use_causal_mask=True).shape
     (2, 5, 16)
     """
+    projections.check_names(params)
     key = value if key is None else key
     inputs = {"query": query, "value": value, "key": key}
     dtype = compute_dtype(inputs, params, dtype)
@@ -145,7 +147,10 @@ def multi_head_attention(
     q_fold, k_fold = axes.foldings(query, value, attention_axes)
     heads = params["query"]["kernel"].shape[1]
 
-    rule = mask_of(use_causal_mask, sliding_window) & (Full() if mask is None else mask)
+    rule = mask_of(use_causal_mask, sliding_window)
+    if mask is not None:
+        check_mask("mask", mask)
+        rule = rule & mask
     q_tokens = query_tokens or Tokens(q_fold.length)
     k_tokens = key_tokens or Tokens(k_fold.length)
     if query_mask is not None:
@@ -155,16 +160,23 @@ def multi_head_attention(
             k_tokens, rule = _valid(k_tokens, k_fold, name, flags), rule & ValidKeys()
     if attention_mask is not None:
         rule = rule & Dense(axes.fold_mask(attention_mask, q_fold, k_fold, heads))
-    hidden_queries = q_tokens if rule.hides_invalid_queries else Tokens(q_fold.length)
-    hidden_keys = k_tokens if rule.hides_invalid_keys else Tokens(k_fold.length)
+    if tap is None:
+        seen_queries = q_tokens if rule.hides_invalid_queries else Tokens(q_fold.length)
+        seen_keys = k_tokens if rule.hides_invalid_keys else Tokens(k_fold.length)
+    else:
+        seen_queries, seen_keys = Tokens(q_fold.length), Tokens(k_fold.length)
 
-    x_q = silence(q_fold.fold(query.astype(dtype)), hidden_queries)
-    x_v = silence(k_fold.fold(value.astype(dtype)), hidden_keys)
-    x_k = silence(k_fold.fold(key.astype(dtype)), hidden_keys)
+    def project(name: str, x: Array) -> Array:
+        y = projections.project(name, params, x, precision)
+        return y if tap is None else tap(name, y)
+
+    x_q = silence(q_fold.fold(query.astype(dtype)), seen_queries)
+    x_v = silence(k_fold.fold(value.astype(dtype)), seen_keys)
+    x_k = silence(k_fold.fold(key.astype(dtype)), seen_keys)
     call = Call(
-        q=tap("query", projections.project("query", params, x_q, precision)),
-        k=tap("key", projections.project("key", params, x_k, precision)),
-        v=tap("value", projections.project("value", params, x_v, precision)),
+        q=project("query", x_q),
+        k=project("key", x_k),
+        v=project("value", x_v),
         q_tokens=q_tokens,
         k_tokens=k_tokens,
         mask=rule,
@@ -174,9 +186,9 @@ def multi_head_attention(
     out, lse = attend(call, backend)
     if "gate" in params:
         gate = jax.nn.sigmoid(projections.project("gate", params, x_q, precision))
-        out = out * tap("gate", gate)
-    out = tap("attention_output", projections.combine(params, out, precision))
-    out = q_fold.unfold(out)
+        out = out * (gate if tap is None else tap("gate", gate))
+    out = projections.combine(params, out, precision)
+    out = q_fold.unfold(out if tap is None else tap("attention_output", out))
     if not return_attention_scores:
         return out
     return out, axes.unfold_scores(attention_scores(call, lse), q_fold, k_fold)
@@ -205,7 +217,8 @@ def compute_dtype(inputs: dict[str, Any], params: Params, dtype: DType) -> Any:
             )
     if dtype is not None:
         return jnp.dtype(dtype)
-    return jnp.result_type(*inputs.values(), *jax.tree.leaves(params))
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*inputs.values(), *jax.tree.leaves(params))
 
 
 def _valid(tokens: Tokens, folding: axes.Folding, name: str, flags: ArrayLike) -> Tokens:

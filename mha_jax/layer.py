@@ -184,10 +184,15 @@ class MultiHeadAttention(nn.Module):
         if keep_losses:
             self._sow_weight_losses(params)
 
-        def tap(name: str, x: Array) -> Array:
-            if keep_losses and self.activity_regularizer is not None:
-                self._sow_loss(f"{name}_activity", self.activity_regularizer(x))
+        def penalize(name: str, x: Array) -> Array:
+            # Keras divides by the first axis of the projection's input.
+            source = value if name in ("key", "value") else query
+            examples = source.shape[0] if len(source.shape) > 2 else 1
+            loss = self.activity_regularizer(x) / max(examples, 1)
+            self._sow_loss(f"{name}_activity", loss)
             return x
+
+        penalized = keep_losses and self.activity_regularizer is not None
 
         return multi_head_attention(
             params,
@@ -209,7 +214,7 @@ class MultiHeadAttention(nn.Module):
             dtype=self.dtype,
             precision=self.precision,
             backend=self.backend,
-            tap=tap,
+            tap=penalize if penalized else None,
         )
 
     def constrain(self, params: Params) -> Params:

@@ -253,7 +253,7 @@ def _vary_alike(linear: list, residuals: list) -> list:
 
 
 def _mesh_axes(x: jax.Array) -> Any:
-    """What the type of a value says about the mesh axes it varies over; the name changed twice."""
+    """What the type of a value says about the mesh axes it varies over, by any release's name."""
     aval = jax.typeof(x) if hasattr(jax, "typeof") else None
     return getattr(aval, "manual_axis_type", getattr(aval, "vma", None))
 

@@ -17,12 +17,14 @@ To add a mask: subclass `Mask`, register it as a pytree with static fields, writ
 """
 
 import dataclasses
+import numbers
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from typing_extensions import dataclass_transform
 
+from mha_jax.errors import ShapeError
 from mha_jax.tokens import Facts, Tokens
 from mha_jax.types import ArrayLike, Bool
 
@@ -140,6 +142,14 @@ class Window(Mask):
 
     left: int = static()
     right: int = static()
+
+    def __post_init__(self):
+        for name, size in (("left", self.left), ("right", self.right)):
+            if not isinstance(size, numbers.Integral) or isinstance(size, bool):
+                raise ShapeError(
+                    f"Window counts keys on each side: got {name}={size!r}. Expected an integer; for no "
+                    "limit on one side pass a size larger than any sequence."
+                )
 
     def visible(self, q, k):
         ahead = k.positions - q.positions

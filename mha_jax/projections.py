@@ -77,6 +77,24 @@ def init(
     return params
 
 
+def check_names(params: Params) -> None:
+    """Refuse parameters that are not the layer's.
+
+    Raises:
+      WeightsError: Naming what is missing.
+    """
+    missing = [
+        name
+        for name in ("query", "key", "value", "attention_output")
+        if name not in params or "kernel" not in params[name]
+    ]
+    if missing:
+        raise WeightsError(
+            f"the parameters have no kernel for {', '.join(missing)}: got {sorted(params)}. "
+            'Pass variables["params"] of the layer itself, or what init_params returns.'
+        )
+
+
 def project(
     name: str, params: Params, x: Float[Array, "*L D"], precision: Precision = None
 ) -> Float[Array, "*L N H"]:

@@ -33,13 +33,13 @@ def start(rows: tuple[int, ...], value_size: int, dtype) -> Running:
     )
 
 
-def finite(m: Float[Array, "*R T 1"]) -> Float[Array, "*R T 1"]:
+def finite(m: Float[Array, "*R"]) -> Float[Array, "*R"]:
     """Replace -inf by 0: the shift of a row that sees nothing may be any number, but finite."""
     return jnp.where(m == -jnp.inf, jnp.zeros_like(m), m)
 
 
-def weights(x: Float[Array, "*R T S"], m: Float[Array, "*R T 1"]) -> Float[Array, "*R T S"]:
-    """Return exp(x - m), exactly 0 where the logit is -inf. With m = lse these are the scores."""
+def weights(x: Float[Array, "*R"], m: Float[Array, "..."]) -> Float[Array, "*R"]:
+    """Return exp(x - m), exactly 0 where the logit is -inf; m broadcasts. With m = lse: the scores."""
     return jnp.exp(x - finite(m))
 
 

@@ -150,10 +150,6 @@ def jacfwd(f, x, d):
     return jax.jacfwd(of_floats(f, x), (0, 1))(*x[:3])
 
 
-def jacrev(f, x, d):
-    return jax.jacrev(of_floats(f, x), (1, 2))(*x[:3])
-
-
 def hessian(f, x, d):
     return jax.hessian(loss(f, x), (0, 1, 2))(*x[:3])
 
@@ -172,23 +168,12 @@ def reverse_over_forward(f, x, d):
     return jax.grad(inner, (0, 1, 2))(*x[:3])
 
 
-def forward_over_forward(f, x, d):
-    return jax.jvp(lambda *y: jax.jvp(loss(f, x), y, d)[1], x[:3], d)
-
-
 def third_order(f, x, d):
     return jax.jvp(lambda *y: reverse_over_reverse(f, Point(*y, x.order), d), x[:3], d)
 
 
 def grad_of_one(f, x, d):
     return [jax.grad(loss(f, x), i)(*x[:3]) for i in range(3)]
-
-
-def mixed(f, x, d):
-    def inner(k):
-        return jax.jvp(lambda q: loss(f, x)(q, k, x.v), (x.q,), (d[0],))[1]
-
-    return jax.grad(inner)(x.k)
 
 
 def grad_of_direction(f, x, d):
@@ -202,8 +187,8 @@ def grad_of_one_output(f, x, d):
     return [jax.grad(lambda *y, i=i: of_floats(f, x)(*y)[i].sum(), (0, 1))(*x[:3]) for i in (0, 1)]
 
 
-def scan_of_checkpoint(f, x, d, policy=None):
-    @partial(jax.checkpoint, policy=policy)
+def scan_of_checkpoint(f, x, d):
+    @jax.checkpoint
     def body(q, k):
         return q + of_floats(f, x)(q, k, x.v)[0], None
 
@@ -212,10 +197,6 @@ def scan_of_checkpoint(f, x, d, policy=None):
 
     args = x.q, jnp.stack([x.k, x.k / 2])
     return jax.grad(last, (0, 1))(*args), jax.jvp(jax.grad(last), args, args)
-
-
-def everything_saved(f, x, d):
-    return scan_of_checkpoint(f, x, d, jax.checkpoint_policies.everything_saveable)
 
 
 def cond(f, x, d):
@@ -275,18 +256,14 @@ TRANSFORMS = [
     linearize,
     transposed_twice,
     jacfwd,
-    jacrev,
     hessian,
     reverse_over_reverse,
     reverse_over_forward,
-    forward_over_forward,
     third_order,
     grad_of_one,
-    mixed,
     grad_of_direction,
     grad_of_one_output,
     scan_of_checkpoint,
-    everything_saved,
     cond,
     vmap_keys,
     vmap_last_axis,
@@ -405,17 +382,10 @@ def test_a_function_that_closes_over_a_traced_value_is_refused():
         jax.jit(f)(jnp.ones(3))
 
 
-def test_a_transpose_with_another_structure_is_refused():
+@pytest.mark.parametrize("wrong", [lambda _, g: (g["a"],), lambda _, g: {"a": None}])
+def test_a_transpose_without_the_cotangents_is_refused(wrong):
     def f(t):
-        return linear_map(double, lambda _, g: (g["a"],), (), {"a": t})["a"].sum()
-
-    with pytest.raises(TypeError, match="must return one cotangent for each linear input"):
-        jax.grad(f)(jnp.ones(3))
-
-
-def test_a_transpose_that_forgets_a_cotangent_is_refused():
-    def f(t):
-        return linear_map(double, lambda _, g: {"a": None}, (), {"a": t})["a"].sum()
+        return linear_map(double, wrong, (), {"a": t})["a"].sum()
 
     with pytest.raises(TypeError, match="must return one cotangent for each linear input"):
         jax.grad(f)(jnp.ones(3))

@@ -101,10 +101,26 @@ class Backend(Protocol):
 
 def logits_of(call: Call, dot: Float[Array, "*R T S"], bias: Array | None) -> Array:
     """Turn q . k into logits: scale, bias and soft cap, in the one order there is."""
-    x = dot * jnp.asarray(call.scale, dot.dtype)
+    x = dot if call.scale == 1 else dot * jnp.asarray(call.scale, dot.dtype)
     if bias is not None:
         x = x + bias.astype(x.dtype)
     if call.logit_cap is not None:
         cap = jnp.asarray(call.logit_cap, x.dtype)
         x = cap * jnp.tanh(x / cap)
     return x
+
+
+def logits(call: Call) -> Float[Array, "B N T S"]:
+    """Return every logit in the accumulator's dtype, -inf where the mask hides the key."""
+    b, t, n, h = call.q.shape
+    q = call.q.reshape(b, t, call.k.shape[2], call.groups, h)
+    dot = jnp.einsum(
+        "BTKGH,BSKH->BKGTS",
+        q,
+        call.k,
+        precision=call.precision,
+        preferred_element_type=call.accumulator,
+    )
+    x = logits_of(call, dot.reshape(b, n, t, call.k.shape[1]), call.bias)
+    visible = call.mask.visible(call.q_tokens.as_queries(), call.k_tokens.as_keys())
+    return jnp.where(visible, x, -jnp.inf)

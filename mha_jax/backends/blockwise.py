@@ -1,10 +1,12 @@
 """Attention tile by tile in plain XLA: O(T + S) memory, every feature, every platform.
 
 B batch   T query length   S key length   N query heads   K key-value heads   G = N // K
-H query-key head size   V value head size   c pairs in a tile
+H query-key head size   V value head size   c pairs of an example and a key-value head in one tile
 
-`forward` keeps a running softmax over the key blocks and saves lse. `cotangent` and `tangent` rebuild the
-weights p = exp(logits - lse) from it, tile by tile.
+`forward` keeps a running softmax over the key blocks and saves lse. `cotangent` and `tangent` rebuild
+the weights p = exp(logits - lse) from it, tile by tile; a rebuilt weight carries the rounding of lse,
+relative to it epsilon times |lse|. The backward pass walks down the key blocks and computes each
+tile transposed, [c, block_k, G, block_q], so that the gradients of keys and values are plain products.
 
 Source: Rabe & Staats 2021, arXiv:2112.05682; Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
 """
@@ -17,7 +19,7 @@ from jax import lax
 
 from mha_jax import softmax
 from mha_jax.backends.base import Call, Gradients, Output
-from mha_jax.backends.tiles import Tiles, Tiling, numbers
+from mha_jax.backends.tiles import Tiles, Tiling, lines, numbers, over_groups
 from mha_jax.types import Array
 
 
@@ -26,12 +28,14 @@ class Blockwise:
     """Attention by tiles.
 
     Args:
-      block_q, block_k: Rows and columns of a tile; None chooses by the sizes of the call.
+      block_q, block_k: Rows and keys of a tile.
+      pairs: Pairs of an example and a key-value head in one tile, at most.
+      exhaustive: Visit also the tiles that nothing can see, so that reverse mode can pass twice.
     """
 
-    block_q: int | None = None
-    block_k: int | None = None
-    chains: int | None = None
+    block_q: int = 256
+    block_k: int = 256
+    pairs: int = 8
     exhaustive: bool = False
 
     plain_autodiff: ClassVar[bool] = False
@@ -40,19 +44,15 @@ class Blockwise:
         return None
 
     def tiling(self, call: Call) -> Tiling:
-        """Choose tiles for a call."""
-        b, t, n, _ = call.q.shape
+        """Return the tiles of a call: near the wanted sizes, with little padding."""
+        b, t, _, _ = call.q.shape
         s, kv = call.k.shape[1:3]
-        block_q = min(self.block_q or 512, t)
-        block_k = min(self.block_k or 512, s)
-        volume = block_q * block_k * (n // kv)
-        pairs = _divisor(b * kv, max(1, 2**16 // volume))
-        chains = _divisor(b * kv // pairs, self.chains or 2)
-        return Tiling(block_q, block_k, pairs, chains, self.exhaustive)
+        pairs = next(d for d in range(min(b * kv, self.pairs), 0, -1) if b * kv % d == 0)
+        block_q = _near(max(1, self.block_q // call.groups), t)
+        return Tiling(block_q, _near(self.block_k, s), pairs, self.exhaustive)
 
     def forward(self, call: Call) -> Output:
-        tiles = Tiles(call, self.tiling(call))
-        return _forward(tiles)
+        return _forward(Tiles(call, self.tiling(call)))
 
     def cotangent(self, call: Call, output: Output, cotangent: Output) -> Gradients:
         """Return the cotangents of q, k, v and bias."""
@@ -63,191 +63,185 @@ class Blockwise:
         return _tangent(Tiles(call, self.tiling(call)), output, direction)
 
 
-def _divisor(number: int, most: int) -> int:
-    """Return the largest divisor of `number` that is at most `most`."""
-    return next(d for d in range(min(number, most), 0, -1) if number % d == 0)
+def _near(wanted: int, length: int) -> int:
+    """Return a block size near `wanted`, a multiple of 16, that pads `length` little."""
+    count = max(1, round(length / wanted))
+    size = -(-length // count)
+    return size if count == 1 else -(-size // 16) * 16
 
 
 def _forward(tiles: Tiles) -> Output:
-    call, tiling = tiles.call, tiles.tiling
-    dtype = call.accumulator
+    call, order = tiles.call, tiles.order(by_rows=True)
+    inverse = 1 if call.dropout is None else 1 / (1 - call.dropout.rate)
 
-    def group(inputs):
-        g, q, k, v, keys = inputs
+    def group(g, q, k, v, keys):
+        def row(i, _):
+            q_row = tiles.row_of(q, i)
 
-        def row(i):
-            q_row = tiles.cut_rows(q, i)
-
-            def block(j, masked, states):
-                return [chain(c, j, masked, state) for c, state in enumerate(states)]
-
-            def chain(c, j, masked, state):
-                pair = g * tiling.chains + c
-                x = tiles.logits(q_row[c], tiles.cut_keys(k[c], j), pair, i, j, masked)
+            def block(j, masked, state):
+                x = tiles.dot("cgth,csh->cgts", q_row, tiles.keys_of(k, j))
+                x = tiles.logits(x, g, i, j, masked, flip=False)
                 p, fix, m, l = softmax.grow(state.m, state.l, x)
                 if keys is not None:
-                    p = jnp.where(tiles.kept(pair, c, keys, i, j), p, 0)
-                pv = tiles.dot("cgts,csv->cgtv", p, tiles.cut_keys(v[c], j).astype(dtype))
+                    p = jnp.where(tiles.kept(keys, g, i, j, flip=False), p, 0)
+                pv = tiles.dot("cgts,csv->cgtv", p, tiles.keys_of(v, j).astype(tiles.dtype))
                 return softmax.Running(state.acc * fix + pv, m, l)
 
-            rows = (tiling.pairs, tiles.groups, tiling.block_q)
-            start = softmax.start(rows, v.shape[-1], dtype)
-            states = tiles.over_blocks(g, i, block, [start] * tiling.chains)
-            out = jnp.stack([s.acc * softmax.reciprocal(s.l) for s in states])
-            return out, jnp.stack([softmax.logsumexp(s.m, s.l) for s in states])
+            start = softmax.start(q_row.shape[:3], v.shape[-1], tiles.dtype)
+            end = tiles.over(order, g, i, block, start)
+            out = end.acc * (softmax.reciprocal(end.l) * jnp.asarray(inverse, tiles.dtype))
+            return out.astype(call.v.dtype), softmax.logsumexp(end.m, end.l)
 
-        return lax.map(row, numbers(tiles.rows))
+        return lines(tiles.rows, row)
 
-    keys = tiles.row_keys if call.dropout is not None else None
-    groups = numbers(tiles.q.shape[0])
-    out, lse = lax.map(group, (groups, tiles.q, tiles.k, tiles.v, keys))
-    if call.dropout is not None:
-        out = out * (1 / (1 - call.dropout.rate))
-    lse = jnp.moveaxis(tiles.queries_last(lse)[..., 0], 1, 2)
-    return Output(tiles.queries_last(out).astype(call.v.dtype), lse)
+    out, lse = over_groups(group, tiles.q, tiles.k, tiles.v, tiles.row_keys)
+    return Output(tiles.queries_back(out), tiles.statistics_back(lse))
 
 
 def _cotangent(tiles: Tiles, output: Output, cotangent: Output) -> Gradients:
-    call, tiling = tiles.call, tiles.tiling
-    dtype = call.accumulator
+    call, dtype, order = tiles.call, tiles.dtype, tiles.order(by_rows=False)
     d_out = cotangent.out.astype(dtype)
-    delta = jnp.sum(d_out * output.out.astype(dtype), -1).swapaxes(1, 2) - cotangent.lse
+    delta = jnp.einsum("BTNV,BTNV->BNT", d_out, output.out.astype(dtype)) - cotangent.lse
     if call.dropout is not None:
-        d_out = d_out * (1 / (1 - call.dropout.rate))
-    q_sides = (tiles.q, tiles.queries_first(d_out), tiles.rows_first(output.lse))
-    q_sides = (*q_sides, tiles.rows_first(delta))
-    keys = tiles.row_keys if call.dropout is not None else None
+        d_out = d_out * jnp.asarray(1 / (1 - call.dropout.rate), dtype)
+    sides = (tiles.q, tiles.queries(d_out), tiles.statistics(output.lse), tiles.statistics(delta))
 
     def group(d_bias, inputs):
-        g, q_side, k, v, keys = inputs
+        g, side, k, v, keys = inputs
 
-        def row(carry, i):
-            q_row, do_row, lse_row, delta_row = (tiles.cut_rows(x, i) for x in q_side)
+        def column(j, carry):
+            d_bias, dq, dk, dv = carry
+            k_tile = tiles.keys_of(k, j)
+            v_tile = tiles.keys_of(v, j).astype(dtype)
+            # Kept apart from the products below, where XLA would fold it into slow ones.
+            k_turned = lax.optimization_barrier(k_tile.astype(dtype).transpose(0, 2, 1))
 
-            def block(j, masked, carry):
-                d_bias, *chains = carry
-                moved = []
-                for c, (dq, dk, dv) in enumerate(chains):
-                    pair = g * tiling.chains + c
-                    k_tile, v_tile = (tiles.cut_keys(x[c], j).astype(dtype) for x in (k, v))
-                    x = tiles.logits(q_row[c], tiles.cut_keys(k[c], j), pair, i, j, masked)
-                    p = softmax.weights(x, lse_row[c])
-                    dp = tiles.dot("cgtv,csv->cgts", do_row[c], v_tile)
-                    kept = p
-                    if keys is not None:
-                        keep = tiles.kept(pair, c, keys, i, j)
-                        kept, dp = jnp.where(keep, p, 0), jnp.where(keep, dp, 0)
-                    ds = p * (dp - delta_row[c]) * _slope(call, x)
-                    if d_bias is not None:
-                        d_bias = tiles.add_tile(d_bias, ds, pair, i, j)
-                    dq = dq + tiles.dot("cgts,csh->cgth", ds, k_tile)
-                    dk_tile = tiles.dot("cgts,cgth->csh", ds, q_row[c].astype(dtype))
-                    dv_tile = tiles.dot("cgts,cgtv->csv", kept, do_row[c])
-                    moved.append(
-                        (dq, _add_keys(tiles, dk, dk_tile, j), _add_keys(tiles, dv, dv_tile, j))
-                    )
-                return [d_bias, *moved]
+            def block(i, masked, carry):
+                d_bias, dq, dk_tile, dv_tile = carry
+                q, do, lse, delta = (tiles.row_of(x, i) for x in side)
+                x = tiles.dot("csh,cgth->csgt", k_tile, q)
+                x = tiles.logits(x, g, i, j, masked, flip=True)
+                p = softmax.weights(x, lse[:, None])
+                dp = tiles.dot("csv,cgtv->csgt", v_tile, do)
+                kept = p
+                if keys is not None:
+                    # The sign carries the bit to both products, so that it is hashed once.
+                    keep = tiles.kept(keys, g, i, j, flip=True)
+                    signed = lax.optimization_barrier(jnp.where(keep, p, -p))
+                    p, kept = jnp.abs(signed), jnp.maximum(signed, 0)
+                    dp = jnp.where(signed > 0, dp, 0)
+                ds = p * (dp - delta[:, None])
+                if call.logit_cap is not None:
+                    ds = ds * _slope(call, x)
+                if d_bias is not None:
+                    d_bias = tiles.add_dense(d_bias, ds.transpose(0, 2, 3, 1), g, i, j)
+                dv_tile = dv_tile + tiles.dot("csgt,cgtv->csv", kept, do)
+                dk_tile = dk_tile + tiles.dot("csgt,cgth->csh", ds, q.astype(dtype))
+                dq_tile = tiles.dot("chs,csgt->chgt", k_turned, ds)
+                at = i * tiles.tiling.block_q
+                dq_tile = lax.dynamic_slice_in_dim(dq, at, dq_tile.shape[3], 3) + dq_tile
+                dq = lax.dynamic_update_slice_in_dim(dq, dq_tile, at, 3)
+                return d_bias, dq, dk_tile, dv_tile
 
-            d_bias, chains = carry
-            zeros = [jnp.zeros(q_row.shape[1:], dtype)] * tiling.chains
-            start = [d_bias, *((dq, *dkv) for dq, dkv in zip(zeros, chains))]
-            d_bias, *chains = tiles.over_blocks(g, i, block, start)
-            return (d_bias, [(dk, dv) for _, dk, dv in chains]), jnp.stack(
-                [dq for dq, *_ in chains]
+            zeros = (jnp.zeros(k_tile.shape, dtype), jnp.zeros(v_tile.shape, dtype))
+            d_bias, dq, dk_tile, dv_tile = tiles.over(order, g, j, block, (d_bias, dq, *zeros))
+            at = j * tiles.tiling.block_k
+            dk = lax.dynamic_update_slice_in_dim(dk, dk_tile, at, 1)
+            dv = lax.dynamic_update_slice_in_dim(dv, dv_tile, at, 1)
+            return d_bias, dq, dk, dv
+
+        c, g_heads, t, h = side[0].shape
+        sums = (
+            jnp.zeros((c, h, g_heads, t), dtype),
+            jnp.zeros(k.shape, dtype),
+            jnp.zeros(v.shape, dtype),
+        )
+        carry = (d_bias, *sums)
+        if tiles.columns == 1:
+            carry = column(0, carry)
+        else:
+            carry, _ = lax.scan(
+                lambda carry, j: (column(j, carry), None), carry, numbers(tiles.columns)
             )
-
-        zeros = [(jnp.zeros(k.shape[1:], dtype), jnp.zeros(v.shape[1:], dtype))] * tiling.chains
-        (d_bias, chains), dq = lax.scan(row, (d_bias, zeros), numbers(tiles.rows))
-        return d_bias, (dq, *(jnp.stack(x) for x in zip(*chains)))
+        return carry[0], carry[1:]
 
     d_bias = None if tiles.bias is None else jnp.zeros(tiles.bias.shape, dtype)
     groups = numbers(tiles.q.shape[0])
-    d_bias, (dq, dk, dv) = lax.scan(group, d_bias, (groups, q_sides, tiles.k, tiles.v, keys))
-    scale = jnp.asarray(call.scale, dtype)
+    d_bias, (dq, dk, dv) = lax.scan(
+        group, d_bias, (groups, sides, tiles.k, tiles.v, tiles.row_keys)
+    )
+    scale = jnp.asarray(tiles.scale, dtype)
+    dk = tiles.keys_back(dk) * jnp.asarray(call.scale, dtype)
+    dq = dq.transpose(0, 1, 3, 4, 2)[:, None] * scale
     if call.bias is not None and d_bias is not None:
         d_bias = d_bias[tuple(slice(n) for n in call.bias.shape)].astype(call.bias.dtype)
     return Gradients(
-        (tiles.queries_last(dq) * scale).astype(call.q.dtype),
-        (tiles.keys_last(dk) * scale).astype(call.k.dtype),
-        tiles.keys_last(dv).astype(call.v.dtype),
+        tiles.queries_back(dq).astype(call.q.dtype),
+        dk.astype(call.k.dtype),
+        tiles.keys_back(dv).astype(call.v.dtype),
         d_bias,
     )
 
 
-def _slope(call: Call, x: Array) -> Array | float:
-    """Return the derivative of the soft cap at capped logits x."""
-    if call.logit_cap is None:
-        return 1.0
-    ratio = x / jnp.asarray(call.logit_cap, x.dtype)
-    return jnp.where(x == -jnp.inf, 0, 1 - ratio * ratio)
-
-
-def _add_keys(tiles: Tiles, whole: Array, tile: Array, j: Array) -> Array:
-    tile = tiles.cut_keys(whole, j) + tile
-    return lax.dynamic_update_slice_in_dim(whole, tile, j * tiles.tiling.block_k, 1)
-
-
 def _tangent(tiles: Tiles, output: Output, direction: Gradients) -> Output:
-    call, tiling = tiles.call, tiles.tiling
-    dtype = call.accumulator
-    scale = jnp.asarray(call.scale, dtype)
-    moves = [
-        None if d is None else first(d.astype(dtype))
-        for d, first in (
-            (direction.q, tiles.queries_first),
-            (direction.k, tiles.keys_first),
-            (direction.v, tiles.keys_first),
-        )
-    ]
+    call, dtype, order = tiles.call, tiles.dtype, tiles.order(by_rows=True)
+    scale = jnp.asarray(tiles.scale, dtype)
+    moves = (
+        None if direction.q is None else tiles.queries(direction.q.astype(dtype) * scale),
+        None if direction.k is None else tiles.keys(direction.k.astype(dtype)),
+        None if direction.v is None else tiles.keys(direction.v.astype(dtype)),
+    )
     d_bias = None if direction.bias is None else tiles.pad_dense(direction.bias.astype(dtype))
-    inverse = 1.0 if call.dropout is None else 1 / (1 - call.dropout.rate)
-    keys = tiles.row_keys if call.dropout is not None else None
+    inverse = 1 if call.dropout is None else 1 / (1 - call.dropout.rate)
 
-    def group(inputs):
-        g, q, k, v, lse, (dq, dk, dv), keys = inputs
+    def group(g, q, k, v, lse, moves, keys):
+        dq, dk, dv = moves
 
-        def row(i):
-            q_row, lse_row = tiles.cut_rows(q, i), tiles.cut_rows(lse, i)
-            dq_row = None if dq is None else tiles.cut_rows(dq, i)
+        def row(i, _):
+            q_row, lse_row = tiles.row_of(q, i), tiles.row_of(lse, i)[..., None]
 
             def block(j, masked, sums):
-                return [chain(c, j, masked, *state) for c, state in enumerate(sums)]
-
-            def chain(c, j, masked, d_out, d_lse):
-                pair = g * tiling.chains + c
-                k_tile, v_tile = tiles.cut_keys(k[c], j), tiles.cut_keys(v[c], j).astype(dtype)
-                x = tiles.logits(q_row[c], k_tile, pair, i, j, masked)
-                p = softmax.weights(x, lse_row[c])
+                d_out, d_lse = sums
+                k_tile, v_tile = tiles.keys_of(k, j), tiles.keys_of(v, j).astype(dtype)
+                x = tiles.dot("cgth,csh->cgts", q_row, k_tile)
+                x = tiles.logits(x, g, i, j, masked, flip=False)
+                p = softmax.weights(x, lse_row)
                 dx = jnp.zeros_like(x)
-                if dq_row is not None:
-                    dx = dx + tiles.dot("cgth,csh->cgts", dq_row[c], k_tile.astype(dtype)) * scale
+                if dq is not None:
+                    dx = dx + tiles.dot("cgth,csh->cgts", tiles.row_of(dq, i), k_tile.astype(dtype))
                 if dk is not None:
-                    dk_tile = tiles.cut_keys(dk[c], j)
-                    dx = dx + tiles.dot("cgth,csh->cgts", q_row[c].astype(dtype), dk_tile) * scale
+                    q_scaled = q_row.astype(dtype) * jnp.asarray(call.scale, dtype)
+                    dx = dx + tiles.dot("cgth,csh->cgts", q_scaled, tiles.keys_of(dk, j))
                 if d_bias is not None:
-                    dx = dx + tiles.tile_of(d_bias, pair, i, j)
+                    dx = dx + tiles.dense_of(d_bias, g, i, j)
                 dp = p * dx * _slope(call, x)
                 d_lse = d_lse + jnp.sum(dp, -1, keepdims=True)
                 kept = p
                 if keys is not None:
-                    keep = tiles.kept(pair, c, keys, i, j)
+                    keep = tiles.kept(keys, g, i, j, flip=False)
                     kept, dp = jnp.where(keep, p, 0), jnp.where(keep, dp, 0)
                 d_out = d_out + tiles.dot("cgts,csv->cgtv", dp, v_tile)
                 if dv is not None:
-                    d_out = d_out + tiles.dot("cgts,csv->cgtv", kept, tiles.cut_keys(dv[c], j))
+                    d_out = d_out + tiles.dot("cgts,csv->cgtv", kept, tiles.keys_of(dv, j))
                 return d_out, d_lse
 
-            rows = (tiling.pairs, tiles.groups, tiling.block_q)
+            rows = q_row.shape[:3]
             start = jnp.zeros((*rows, v.shape[-1]), dtype), jnp.zeros((*rows, 1), dtype)
-            sums = tiles.over_blocks(g, i, block, [start] * tiling.chains)
-            return tuple(jnp.stack(x) for x in zip(*sums))
+            return tiles.over(order, g, i, block, start)
 
-        return lax.map(row, numbers(tiles.rows))
+        return lines(tiles.rows, row)
 
-    groups = numbers(tiles.q.shape[0])
-    lse = tiles.rows_first(output.lse)
-    d_out, d_lse = lax.map(group, (groups, tiles.q, tiles.k, tiles.v, lse, moves, keys))
-    d_lse = jnp.moveaxis(tiles.queries_last(d_lse)[..., 0], 1, 2)
+    lse = tiles.statistics(output.lse)
+    d_out, d_lse = over_groups(group, tiles.q, tiles.k, tiles.v, lse, moves, tiles.row_keys)
+    d_lse = tiles.statistics_back(d_lse)
     turn = output.out.astype(dtype) * jnp.swapaxes(d_lse, 1, 2)[..., None]
-    d_out = tiles.queries_last(d_out) * inverse - turn
+    d_out = tiles.queries_back(d_out) * jnp.asarray(inverse, dtype) - turn
     return Output(d_out.astype(call.v.dtype), d_lse)
+
+
+def _slope(call: Call, x: Array) -> Array:
+    """Return the derivative of the soft cap at capped logits x."""
+    if call.logit_cap is None:
+        return jnp.ones((), x.dtype)
+    ratio = x / jnp.asarray(call.logit_cap, x.dtype)
+    return jnp.where(x == -jnp.inf, 0, 1 - ratio * ratio)

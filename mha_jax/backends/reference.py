@@ -10,24 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mha_jax import softmax
-from mha_jax.backends.base import Call, Output, logits_of
-from mha_jax.types import Array, Float
-
-
-def logits(call: Call) -> Float[Array, "B N T S"]:
-    """Return every logit in the accumulator's dtype, -inf where the mask hides the key."""
-    b, t, n, h = call.q.shape
-    q = call.q.reshape(b, t, call.k.shape[2], call.groups, h)
-    dot = jnp.einsum(
-        "BTKGH,BSKH->BKGTS",
-        q,
-        call.k,
-        precision=call.precision,
-        preferred_element_type=call.accumulator,
-    )
-    x = logits_of(call, dot.reshape(b, n, t, -1), call.bias)
-    visible = call.mask.visible(call.q_tokens.as_queries(), call.k_tokens.as_keys())
-    return jnp.where(visible, x, -jnp.inf)
+from mha_jax.backends.base import Call, Output, logits
 
 
 @dataclasses.dataclass(frozen=True)
