@@ -1,5 +1,8 @@
 """Keras's MultiHeadAttention as pure JAX functions and a Flax module: one answer on every path."""
 
+import importlib
+import typing
+
 from mha_jax.attention import attend, attention_scores, dot_product_attention, explain
 from mha_jax.backends.base import Call, Output
 from mha_jax.dropout import Dropout
@@ -19,6 +22,16 @@ from mha_jax.masks import (
 from mha_jax.tokens import Tokens
 
 __version__ = "0.1.0"
+
+# Sub-packages that need more than the core does, imported when first used: `mha_jax.interop.keras`.
+_LAZY = ("bench", "interop", "models", "sharding", "visualize")
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name in _LAZY:
+        return importlib.import_module(f"mha_jax.{name}")
+    raise AttributeError(f"module 'mha_jax' has no attribute {name!r}")
+
 
 __all__ = [
     "Call",

@@ -57,13 +57,13 @@ def grow(
     return p, fix, new, l * fix + jnp.sum(p, axis=-1, keepdims=True)
 
 
-def reciprocal(l: Float[Array, "*R T 1"]) -> Float[Array, "*R T 1"]:
+def reciprocal(l: Float[Array, "*R"]) -> Float[Array, "*R"]:
     """Return 1 / l, and 0 for rows that saw no key."""
     seen = l > 0
     return jnp.where(seen, 1 / jnp.where(seen, l, jnp.ones_like(l)), jnp.zeros_like(l))
 
 
-def logsumexp(m: Float[Array, "*R T 1"], l: Float[Array, "*R T 1"]) -> Float[Array, "*R T 1"]:
+def logsumexp(m: Float[Array, "*R"], l: Float[Array, "*R"]) -> Float[Array, "*R"]:
     """Return m + log(l), and -inf for rows that saw no key."""
     seen = l > 0
     return jnp.where(seen, finite(m) + jnp.log(jnp.where(seen, l, jnp.ones_like(l))), -jnp.inf)

@@ -18,9 +18,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from mha_jax import softmax
+from mha_jax.backends import few_rows
 from mha_jax.backends.base import Call, Gradients, Output
 from mha_jax.backends.tiles import Tiles, Tiling, lines, numbers, over_groups
 from mha_jax.types import Array
+
+
+# Weights in one tile of short sequences.
+_WHOLE = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +33,14 @@ class Blockwise:
     """Attention by tiles.
 
     Args:
-      block_q, block_k: Rows and keys of a tile.
-      pairs: Pairs of an example and a key-value head in one tile, at most.
+      block_q, block_k: Query rows, over the G heads of a pair, and keys of a tile; None chooses.
+      pairs: Pairs of an example and a key-value head in one tile, at most; None chooses.
       exhaustive: Visit also the tiles that nothing can see, so that reverse mode can pass twice.
     """
 
-    block_q: int = 256
-    block_k: int = 256
-    pairs: int = 8
+    block_q: int | None = None
+    block_k: int | None = None
+    pairs: int | None = None
     exhaustive: bool = False
 
     plain_autodiff: ClassVar[bool] = False
@@ -44,14 +49,24 @@ class Blockwise:
         return None
 
     def tiling(self, call: Call) -> Tiling:
-        """Return the tiles of a call: near the wanted sizes, with little padding."""
+        """Return the tiles of a call: near the wanted sizes, with little padding.
+
+        Measured on two CPU cores (AVX-512), float32, forward, time relative to PyTorch's fused kernel:
+        T 4096 causal, 8 heads: 256 x 256 by 8 pairs 1.03, 512 x 512 by one pair 1.20, whole rows 1.3
+        to 1.4; T 512, 64 pairs: one tile of 512 x 512 by 4 pairs 0.98, 256 x 256 by 8 pairs 1.1.
+        """
         b, t, _, _ = call.q.shape
         s, kv = call.k.shape[1:3]
-        pairs = next(d for d in range(min(b * kv, self.pairs), 0, -1) if b * kv % d == 0)
-        block_q = _near(max(1, self.block_q // call.groups), t)
-        return Tiling(block_q, _near(self.block_k, s), pairs, self.exhaustive)
+        short = call.groups * t <= 512 and s <= 512
+        wanted = self.pairs or (_WHOLE // (call.groups * t * s) if short else 8)
+        pairs = next(d for d in range(min(b * kv, wanted), 0, -1) if b * kv % d == 0)
+        size = 512 if short or pairs < 4 else 256
+        block_q = _near(max(1, (self.block_q or size) // call.groups), t)
+        return Tiling(block_q, _near(self.block_k or size, s), pairs, self.exhaustive)
 
     def forward(self, call: Call) -> Output:
+        if few_rows.worthwhile(call):
+            return few_rows.forward(call)
         return _forward(Tiles(call, self.tiling(call)))
 
     def cotangent(self, call: Call, output: Output, cotangent: Output) -> Gradients:

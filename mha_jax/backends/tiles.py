@@ -190,7 +190,7 @@ class Tiles:
         sizes = (*whole.shape[:3], *tile.shape[2:])
         row = 0 if whole.shape[3] == 1 else i * self.tiling.block_q
         column = 0 if whole.shape[4] == 1 else j * self.tiling.block_k
-        start = [jnp.asarray(x, jnp.int32) for x in (0, 0, 0, row, column)]
+        start = [jnp.asarray(x, jnp.uint32) for x in (0, 0, 0, row, column)]
         slab = lax.dynamic_slice(whole, start, sizes)
         slab = slab.at[self._pairs(whole, group)].add(tile)
         return lax.dynamic_update_slice(whole, slab, start).reshape(shape)
@@ -204,7 +204,7 @@ class Tiles:
     def _pairs(self, x: Array, group: Any) -> tuple[Array, Array]:
         """Return where a group's pairs are in [#B, #K, ...]."""
         count = self.tiling.pairs
-        pairs = jnp.asarray(group, jnp.int32) * count + numbers(count)
+        pairs = jnp.asarray(group, jnp.uint32) * count + numbers(count)
         b = pairs // self.kv_heads if x.shape[0] > 1 else jnp.zeros_like(pairs)
         k = pairs % self.kv_heads if x.shape[1] > 1 else jnp.zeros_like(pairs)
         return b, k
@@ -255,9 +255,11 @@ class Tiles:
         if static and count == 1 and order.live.all():
             return body(0, not order.full.all(), carry)
         at = group if order.blocks.shape[0] > 1 else 0
-        blocks, full, live = (jnp.asarray(a, jnp.int32)[at, line] for a in order)
+        blocks, full, live = (jnp.asarray(a, jnp.uint32)[at, line] for a in order)
         if not static or order.full.any():
-            carry = lax.fori_loop(0, full, lambda n, c: body(blocks[n], False, c), carry)
+            carry = lax.fori_loop(
+                jnp.uint32(0), full, lambda n, c: body(blocks[n], False, c), carry
+            )
         if not static or (order.live > order.full).any():
             carry = lax.fori_loop(full, live, lambda n, c: body(blocks[n], True, c), carry)
         return carry
@@ -278,8 +280,8 @@ def lines(count: int, body: Callable, arrays: Any = None) -> Any:
 
 
 def numbers(count: int) -> Array:
-    """Return 0 to `count` as the 32-bit integers that all indices are."""
-    return jnp.arange(count, dtype=jnp.int32)
+    """Return 0 to `count` as what all indices are: unsigned, so that slices check for no negative ones."""
+    return jnp.arange(count, dtype=jnp.uint32)
 
 
 def _as_rows(a: Array, flip: bool) -> Array:

@@ -1,0 +1,399 @@
+"""Keras's attention layers and ours, both ways, and from a file: same weights bit for bit, same arguments.
+
+D input width   E output width   N query heads   K key-value heads
+H query-key head size   V value head size
+
+`MultiHeadAttention` and `GroupQueryAttention` (Keras calls the class `GroupedQueryAttention` in its
+source) become one module here. Keras resolves negative `attention_axes` and None when it builds, so an
+imported layer has them counted from the front. Keras is imported by `export_layer` and to read a layer's
+variables, never to read a file. (Type checkers take `keras` for this file: hence the ignores.)
+"""
+
+import os
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from mha_jax import axes, projections
+from mha_jax.errors import WeightsError
+from mha_jax.interop.keras_file import Stored, read
+from mha_jax.layer import MultiHeadAttention
+from mha_jax.types import Array, Params
+
+_CLASSES = ("MultiHeadAttention", "GroupedQueryAttention")
+# What a subclass may not replace: it would compute something else.
+_COMPUTING = ("call", "_compute_attention", "_compute_attention_mask", "_masked_softmax")
+_OBJECTS = (
+    "kernel_initializer",
+    "bias_initializer",
+    "kernel_regularizer",
+    "bias_regularizer",
+    "activity_regularizer",
+    "kernel_constraint",
+    "bias_constraint",
+)
+_GROUPED = {
+    "num_heads": "num_query_heads",
+    "key_dim": "head_dim",
+    "num_kv_heads": "num_key_value_heads",
+}
+
+
+def import_layer(keras_layer: Any) -> tuple[MultiHeadAttention, dict[str, Params]]:
+    """Return our module and variables for a built Keras layer.
+
+    Args:
+      keras_layer: A `MultiHeadAttention` or `GroupQueryAttention`, or of a subclass that computes as
+        these do. `trainable` and `flash_attention`, which are no arguments here, are left out.
+
+    Returns:
+      (module, {"params": ...}) with the layer's weights, and its arguments, name and dtypes.
+
+    Raises:
+      WeightsError: If the layer is of another class, not built, or has weights that do not fit it.
+
+    >>> import keras
+    >>> layer = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")
+    >>> layer.build((None, 5, 16), (None, 7, 16))
+    >>> module, variables = import_layer(layer)
+    >>> module.num_heads, variables["params"]["query"]["kernel"].shape
+    (2, (16, 2, 8))
+    """
+    base = _base(keras_layer)
+    if not keras_layer.built:
+        raise WeightsError(
+            f"the Keras layer {keras_layer.name!r} is not built and has no weights yet. Call it once, or "
+            "layer.build(query_shape, value_shape)."
+        )
+    config = dict(keras_layer.get_config())
+    own = "" if base == "GroupedQueryAttention" else "_"
+    config.update({name: getattr(keras_layer, own + name) for name in _OBJECTS})
+    params = {
+        name: _dense_weights(dense)
+        for name in ("query", "key", "value", "gate", "attention_output")
+        if (dense := getattr(keras_layer, _attribute(name), None)) is not None
+    }
+    return _assemble(keras_layer.name, config, params)
+
+
+def export_layer(
+    module: MultiHeadAttention,
+    variables: dict[str, Params],
+    query_shape: tuple[int | None, ...],
+    value_shape: tuple[int | None, ...],
+    key_shape: tuple[int | None, ...] | None = None,
+) -> Any:
+    """Return a built Keras layer with the weights and arguments of a module.
+
+    Args:
+      module: The layer. Its `backend`, `training` and `precision` have no counterpart in Keras and are
+        left out; without a `dtype`, Keras computes in `param_dtype`.
+      variables: {"params": ...}, as `module.init` makes them.
+      query_shape, value_shape, key_shape: Shapes of the inputs, batch axis included, sizes but the last
+        may be None; `key_shape` is `value_shape` if None.
+
+    Returns:
+      A `keras.layers.GroupQueryAttention` if there are fewer key-value heads than query heads, else a
+      `keras.layers.MultiHeadAttention`.
+
+    Raises:
+      WeightsError: If Keras has no layer for these arguments, or the weights do not fit the shapes.
+
+    >>> import jax
+    >>> module, x = MultiHeadAttention(num_heads=4, key_dim=8, num_kv_heads=2), jnp.ones((1, 5, 16))
+    >>> variables = module.init(jax.random.key(0), x, x)
+    >>> type(export_layer(module, variables, x.shape, x.shape)).__name__
+    'GroupedQueryAttention'
+    """
+    from keras import layers  # type: ignore[attr-defined]
+
+    config = module.get_config()
+    for name in ("backend", "training", "precision", "dtype", "param_dtype", "num_kv_heads"):
+        del config[name]
+    config["dtype"] = _policy(module)
+    if config["name"] is None:
+        del config["name"]
+    layer_class = layers.MultiHeadAttention
+    if module.num_kv_heads not in (None, module.num_heads):
+        config["num_kv_heads"] = module.num_kv_heads
+        config = _grouped(module, config, query_shape)
+        layer_class = layers.GroupQueryAttention
+    params = _params_of(variables)
+    _check_shapes(module, params, query_shape[-1], value_shape[-1], (key_shape or value_shape)[-1])
+    try:
+        layer = layer_class(**config)
+        layer.build(query_shape, value_shape, key_shape)
+    except ValueError as error:
+        raise WeightsError(
+            f"Keras cannot build {layer_class.__name__} with these arguments: {error}"
+        ) from error
+    for name, weights in params.items():
+        dense = getattr(layer, _attribute(name))
+        for part, weight in weights.items():
+            _assign(f"{name} {part}", getattr(dense, part), weight)
+    return layer
+
+
+def load(
+    path: str | os.PathLike[str], name: str | None = None
+) -> tuple[MultiHeadAttention, dict[str, Params]]:
+    """Return our module and variables for an attention layer in a file that Keras saved.
+
+    Keras is not needed, h5py is. A `.keras` file holds the arguments of layers in functional and
+    sequential models. A `.weights.h5` file holds none, nor does a `.keras` file those of a layer inside
+    a class of the user's own; then what the weights show is taken from them (heads, sizes, bias, gate),
+    the rest is the default: set it with `module.clone(sliding_window=..., attention_axes=...)`.
+
+    Args:
+      path: A `.keras` or `.weights.h5` file.
+      name: Name of the layer, or its place in the file where two have the same name; may be left out
+        if the file holds one attention layer.
+
+    Raises:
+      WeightsError: If the file is none of Keras's, the layer is not in it or not the only one, or its
+        weights do not fit its arguments. The message lists the layers.
+
+    >>> import keras, tempfile
+    >>> x = keras.Input((5, 16))
+    >>> y = keras.layers.MultiHeadAttention(2, 8, sliding_window=3, name="attention")(x, x)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     keras.Model(x, y).save(f"{folder}/model.keras")
+    ...     module, variables = load(f"{folder}/model.keras", "attention")
+    >>> module.sliding_window, variables["params"]["attention_output"]["kernel"].shape
+    (3, (2, 8, 16))
+    """
+    found = _choose(read(path), os.fspath(path), name)
+    config = found.config
+    if config is None:
+        config = _shown_by_weights(found)
+    return _assemble(found.name, config, found.params)
+
+
+def _base(layer: Any) -> str:
+    """Return which of the two classes a Keras layer is of, or of which it is a harmless subclass."""
+    for base in type(layer).__mro__:
+        if base.__module__.startswith("keras.") and base.__name__ in _CLASSES:
+            replaced = [n for n in _COMPUTING if getattr(type(layer), n) is not getattr(base, n)]
+            if not replaced:
+                return base.__name__
+            raise WeightsError(
+                f"{type(layer).__name__} is a subclass of {base.__name__} with its own "
+                f"{', '.join(replaced)}: what it computes is not what mha_jax would. Copy its weights into "
+                f"a keras.layers.{base.__name__} and import that, if they mean the same."
+            )
+    raise WeightsError(
+        f"cannot import a {type(layer).__module__}.{type(layer).__name__}: expected a "
+        "keras.layers.MultiHeadAttention or keras.layers.GroupQueryAttention. From a model, pass "
+        "model.get_layer(name)."
+    )
+
+
+def _attribute(name: str) -> str:
+    return f"_{name.removeprefix('attention_')}_dense"
+
+
+def _dense_weights(dense: Any) -> dict[str, np.ndarray]:
+    from keras import ops  # type: ignore[attr-defined]
+
+    weights = {"kernel": dense.kernel, "bias": dense.bias}
+    return {
+        part: ops.convert_to_numpy(ops.convert_to_tensor(weight))
+        for part, weight in weights.items()
+        if weight is not None
+    }
+
+
+def _assemble(
+    name: str, config: dict[str, Any], params: dict[str, dict[str, np.ndarray]]
+) -> tuple[MultiHeadAttention, dict[str, Params]]:
+    for ours, theirs in _GROUPED.items():
+        if theirs in config:
+            config[ours] = config.pop(theirs)
+    module = MultiHeadAttention.from_config(config)
+    for part in ("query", "key", "value", "attention_output"):
+        if "kernel" not in params.get(part, {}):
+            raise WeightsError(
+                f"the layer {name!r} has no {part} kernel: found {_listed(params)}. Expected the "
+                "kernels of query, key, value and attention_output; was the file written completely?"
+            )
+    _check_shapes(
+        module, params, *(params[p]["kernel"].shape[0] for p in ("query", "value", "key"))
+    )
+    weights = {
+        part: {k: _array(f"{part} {k}", w) for k, w in group.items()}
+        for part, group in params.items()
+    }
+    return module, {"params": weights}
+
+
+def _array(what: str, weight: np.ndarray) -> Array:
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
+        raise WeightsError(
+            f"the {what} has dtype {weight.dtype}, expected floating-point numbers: quantized layers "
+            "cannot be read. Save the layer before quantizing it."
+        )
+    if weight.dtype == np.float64 and jnp.asarray(np.float64(0)).dtype != jnp.float64:
+        raise WeightsError(
+            f"the {what} is float64, which JAX would round to float32. Switch 64-bit types on with "
+            'jax.config.update("jax_enable_x64", True).'
+        )
+    return jnp.asarray(weight)
+
+
+def _check_shapes(
+    module: MultiHeadAttention, params: Params, query_size: Any, value_size: Any, key_size: Any
+) -> None:
+    """Refuse weights that are not exactly those that the module has for inputs of these widths."""
+    shapes = projections.shapes(
+        query_size,
+        value_size,
+        key_size,
+        num_heads=module.num_heads,
+        key_dim=module.key_dim,
+        value_dim=module.value_dim,
+        output_shape=module.output_shape,  # type: ignore[arg-type]
+        use_gate=module.use_gate,
+        num_kv_heads=module.num_kv_heads,
+    )
+    expected = {}
+    for name, shape in shapes.items():
+        bias = {"bias": shape.bias} if module.use_bias else {}
+        expected[name] = {"kernel": shape.kernel, **bias}
+    found = {
+        name: {part: tuple(np.shape(weight)) for part, weight in weights.items()}
+        for name, weights in params.items()
+    }
+    if found != expected:
+        wrong = [
+            f"{name} {part}: {found.get(name, {}).get(part, 'missing')}, expected "
+            f"{expected.get(name, {}).get(part, 'none')}"
+            for name in expected | found
+            for part in ("kernel", "bias")
+            if found.get(name, {}).get(part) != expected.get(name, {}).get(part)
+        ]
+        raise WeightsError(
+            f"the weights do not fit the layer and its inputs: {'; '.join(wrong)}. The layer has "
+            f"num_heads={module.num_heads}, key_dim={module.key_dim}, value_dim={module.value_dim}, "
+            f"num_kv_heads={module.num_kv_heads}, use_bias={module.use_bias}, "
+            f"use_gate={module.use_gate}, output_shape={module.output_shape}."
+        )
+
+
+def _listed(params: Params) -> str:
+    return ", ".join(f"{a} {b}" for a, group in params.items() for b in group) or "nothing"
+
+
+def _policy(module: MultiHeadAttention) -> str:
+    """Return the name of the Keras dtype policy that means our two dtypes."""
+    weights = jnp.dtype(module.param_dtype).name
+    compute = weights if module.dtype is None else jnp.dtype(module.dtype).name
+    if compute == weights:
+        return weights
+    if weights == "float32" and compute in ("bfloat16", "float16"):
+        return f"mixed_{compute}"
+    raise WeightsError(
+        f"Keras has no dtype policy for dtype={compute} and param_dtype={weights}: expected equal ones, "
+        "or bfloat16 or float16 with float32 parameters. Export module.clone(dtype=None)."
+    )
+
+
+def _grouped(
+    module: MultiHeadAttention, config: dict[str, Any], query_shape: tuple[int | None, ...]
+) -> dict[str, Any]:
+    """Return the configuration of Keras's GroupQueryAttention.
+
+    Raises:
+      WeightsError: Naming every argument that it does not have.
+    """
+    why = []
+    if module.value_dim not in (None, module.key_dim):
+        why.append(f"value_dim={module.value_dim} differs from key_dim={module.key_dim}")
+    if module.output_shape not in (None, (query_shape[-1],)):
+        why.append(f"output_shape={module.output_shape} is not the width of the query")
+    if len(query_shape) != 3:
+        why.append(f"query_shape={query_shape} has not three axes")
+    elif axes.resolve(module.attention_axes, 3) != (1,):  # type: ignore[arg-type]
+        why.append(f"attention_axes={module.attention_axes} are not axis 1")
+    if why:
+        raise WeightsError(
+            f"Keras has no layer with num_kv_heads={module.num_kv_heads} of {module.num_heads} heads for "
+            f"this: {', '.join(why)}. Its GroupQueryAttention has one head size and attends over axis 1 of "
+            "[B, T, D]; its MultiHeadAttention has as many key-value heads as query heads."
+        )
+    for name in ("value_dim", "output_shape", "attention_axes"):
+        del config[name]
+    return {_GROUPED.get(name, name): value for name, value in config.items()}
+
+
+def _params_of(variables: dict[str, Params]) -> Params:
+    params = variables.get("params")
+    if params is None:
+        raise WeightsError(
+            f'variables must be {{"params": ...}}, as module.init returns them: got the keys '
+            f"{list(variables)}."
+        )
+    return {name: dict(weights) for name, weights in nn.meta.unbox(params).items()}
+
+
+def _assign(what: str, variable: Any, weight: Array) -> None:
+    from keras import ops  # type: ignore[attr-defined]
+
+    value = np.asarray(weight)
+    variable.assign(value)
+    stored = ops.convert_to_numpy(variable.value)
+    if stored.astype(value.dtype).tobytes() != value.tobytes():
+        raise WeightsError(
+            f"the {what} is {value.dtype} and would be rounded to Keras's {stored.dtype}. Export a module "
+            f"with param_dtype={value.dtype}."
+        )
+
+
+def _choose(layers: list[Stored], path: str, name: str | None) -> Stored:
+    if not layers:
+        raise WeightsError(
+            f"{path} holds no attention layer: expected groups with query, key, value and output kernels, "
+            "as Keras 3 writes MultiHeadAttention and GroupQueryAttention. Save models in the old .h5 "
+            "format again with Keras 3."
+        )
+    found = [layer for layer in layers if name is None or name in (layer.name, layer.path)]
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(f"{layer.name!r} at {layer.path!r}" for layer in layers)
+    if name is None:
+        problem, fix = "more than one attention layer", "Pass the name of one."
+    elif found:
+        problem, fix = (
+            f"{len(found)} attention layers named {name!r}",
+            "Pass the place of one as name.",
+        )
+    else:
+        problem, fix = f"no attention layer named {name!r}", "Pass the name of one of these."
+    raise WeightsError(f"{path} holds {problem}: {listed}. {fix}")
+
+
+def _shown_by_weights(found: Stored) -> dict[str, Any]:
+    """Return what shapes and dtypes say about a layer whose arguments are not in the file."""
+    kernels = {name: group["kernel"] for name, group in found.params.items() if "kernel" in group}
+    try:
+        query_size, heads, key_dim = kernels["query"].shape
+        _, kv_heads, value_dim = kernels["value"].shape
+        output_shape = kernels["attention_output"].shape[2:]
+    except (KeyError, ValueError) as error:
+        shapes = {name: kernel.shape for name, kernel in kernels.items()}
+        raise WeightsError(
+            f"{found.path!r} does not hold the kernels of an attention layer: found {shapes}, expected "
+            "query (D, N, H), key (D, K, H), value (D, K, V) and attention_output (N, V, *E)."
+        ) from error
+    return {
+        "name": found.name,
+        "num_heads": heads,
+        "key_dim": key_dim,
+        "value_dim": value_dim,
+        "num_kv_heads": None if kv_heads == heads else kv_heads,
+        "output_shape": None if output_shape == (query_size,) else output_shape,
+        "use_bias": "bias" in found.params["query"],
+        "use_gate": "gate" in kernels,
+        "param_dtype": kernels["query"].dtype.name,
+    }

@@ -1,0 +1,394 @@
+"""A table of wrong calls: each a clear error of ours that names the values and says how to fix it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mha_jax as mj
+from mha_jax import Call, MhaError, ShapeError, UnsupportedError, WeightsError
+from mha_jax.backends.reference import Reference
+
+B, T, S, N, K, H, V, D = 2, 5, 7, 6, 3, 4, 2, 8
+
+
+def ones(*shape, dtype=np.float32):
+    return jnp.ones(shape, dtype)
+
+
+Q, KEYS, VALUES = ones(B, T, N, H), ones(B, S, K, H), ones(B, S, K, V)
+X, Y = ones(B, T, D), ones(B, S, D)
+RNG = jax.random.key(0)
+
+
+def dot(q=Q, k=KEYS, v=VALUES, **options):
+    return mj.dot_product_attention(q, k, v, **options)
+
+
+def make(**options):
+    return mj.MultiHeadAttention(**({"num_heads": 2, "key_dim": 4} | options))
+
+
+def apply(*inputs, layer=None, **options):
+    layer = layer or make()
+    return layer.apply(layer.init(RNG, X, Y), *(inputs or (X, Y)), **options)
+
+
+def functional(*inputs, **options):
+    params = mj.init_params(RNG, X, Y, num_heads=2, key_dim=4)
+    return mj.multi_head_attention(params, *(inputs or (X, Y)), **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlyTpu(Reference):
+    """A backend that cannot run here."""
+
+    def why_not(self, call, platform):
+        return None if platform == "tpu" else "it needs a TPU"
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrong:
+    """A call, and what its error must say: what happened, and how to fix it."""
+
+    name: str
+    run: Callable[[], Any]
+    says: tuple[str, ...]
+    kind: type[MhaError] = ShapeError
+
+
+def wrong(name, run, *says, kind=ShapeError):
+    return Wrong(name, run, says, kind)
+
+
+BOOL_TS = np.ones((T, S), bool)
+CORE = [
+    wrong("q_rank", lambda: dot(Q[0, 0]), "same rank, at least 3", "(6, 4)", "axis of their own"),
+    wrong("ranks_differ", lambda: dot(Q[0]), "same rank", "q.shape=(5, 6, 4)"),
+    wrong("batch", lambda: dot(Q[:1]), "same batch axes", "(1, 5, 6, 4)", "broadcast_to"),
+    wrong("batch_of_v", lambda: dot(v=VALUES[:1]), "same batch axes", "v.shape=(1, 7, 3, 2)"),
+    wrong("key_and_value_length", lambda: dot(v=VALUES[:, 1:]), "same length and heads"),
+    wrong("key_and_value_heads", lambda: dot(v=VALUES[:, :, 1:]), "same length and heads"),
+    wrong("head_size", lambda: dot(Q[..., 1:]), "same head size", "only v may differ"),
+    wrong("heads_do_not_divide", lambda: dot(Q[:, :, 1:]), "must divide", "5 query heads"),
+    wrong(
+        "heads_first",
+        lambda: dot(Q.swapaxes(1, 2), KEYS.swapaxes(1, 2), VALUES.swapaxes(1, 2)),
+        "must divide the query heads",
+        "transpose arrays that have heads first",
+    ),
+    wrong("no_kv_heads", lambda: dot(k=KEYS[:, :, :0], v=VALUES[:, :, :0]), "must divide", "0 key"),
+    wrong("dtypes_differ", lambda: dot(Q.astype("bfloat16")), "one dtype", "bfloat16", "Cast them"),
+    wrong("integer_q", lambda: dot(Q.astype(int)), "floating-point", "int32", "Embed or cast"),
+    wrong("boolean_v", lambda: dot(v=VALUES > 0), "v must hold floating-point", "bool"),
+    wrong("complex_k", lambda: dot(k=KEYS.astype("complex64")), "k must hold floating-point"),
+    wrong("list_q", lambda: dot([[[1.0]]]), "must be a NumPy or JAX array", "list", "jnp.asarray"),
+    wrong("none_k", lambda: dot(k=None), "k must be a NumPy or JAX array", "NoneType"),
+    wrong("float_mask", lambda: dot(mask=ones(T, S)), "True or False", "float32", "`bias`"),
+    wrong(
+        "additive_mask",
+        lambda: dot(mask=np.where(BOOL_TS, 0.0, -1e9)),
+        "True or False",
+        "pass it as `bias`",
+    ),
+    wrong("mask_shape", lambda: dot(mask=BOOL_TS.T), "does not fit", "(7, 5)", "[*B, N, T, S]"),
+    wrong(
+        "mask_heads", lambda: dot(mask=np.ones((B, 5, T, S), bool)), "mask of shape (2, 5, 5, 7)"
+    ),
+    wrong("mask_of_keys", lambda: dot(mask=np.ones((B, S), bool)), "ValidKeys()", "key_mask"),
+    wrong("mask_rank", lambda: dot(mask=np.ones(S, bool)), "mask of shape (7,)", "does not fit"),
+    wrong("mask_too_many_axes", lambda: dot(mask=np.ones((1, 1, 1, T, S), bool)), "does not fit"),
+    wrong("boolean_bias", lambda: dot(bias=BOOL_TS), "floating point", "bool", "as `mask`"),
+    wrong("bias_shape", lambda: dot(bias=ones(S, T)), "bias of shape (7, 5)", "does not fit"),
+    wrong("bias_without_heads", lambda: dot(bias=ones(B, T, S)), "bias of shape (2, 5, 7)"),
+    wrong("rate_of_one", lambda: mj.Dropout(RNG, 1.0), "[0, 1)", "1.0", "dropout=None"),
+    wrong("rate_negative", lambda: mj.Dropout(RNG, -0.1), "[0, 1)", "-0.1"),
+    wrong("rate_in_percent", lambda: mj.Dropout(RNG, 10), "[0, 1)", "got 10"),
+    wrong("rate_nan", lambda: mj.Dropout(RNG, float("nan")), "[0, 1)", "nan"),
+    wrong("rate_traced", lambda: jax.jit(lambda r: mj.Dropout(RNG, r))(0.5), "[0, 1)"),
+    wrong("dropout_is_a_rate", lambda: dot(dropout=0.1), "must be a Dropout or None", "0.1"),
+    wrong("scale_nan", lambda: dot(scale=float("nan")), "scale must be a finite", "nan"),
+    wrong("scale_array", lambda: dot(scale=ones(1)), "scale must be a finite Python number"),
+    wrong("cap_zero", lambda: dot(logit_cap=0.0), "logit_cap must be positive", "None for no cap"),
+    wrong("cap_negative", lambda: dot(logit_cap=-3), "logit_cap must be positive", "-3"),
+    wrong(
+        "tokens_length",
+        lambda: dot(key_tokens=mj.Tokens(T)),
+        "k_tokens must describe every token",
+        "length=5",
+        "7 tokens",
+    ),
+    wrong("tokens_array", lambda: dot(query_tokens=np.arange(T)), "q_tokens must be Tokens"),
+    wrong(
+        "float_positions",
+        lambda: dot(query_tokens=mj.Tokens(T, pos=np.ones((1, T)))),
+        "q_tokens.pos must hold integers",
+        "float64",
+    ),
+    wrong(
+        "integer_validity",
+        lambda: dot(key_tokens=mj.Tokens(S, valid=np.ones((1, S), int))),
+        "k_tokens.valid must hold booleans",
+        "int64",
+    ),
+    wrong(
+        "segment_shape",
+        lambda: dot(key_tokens=mj.Tokens(S, segment=np.ones((3, S), int))),
+        "k_tokens.segment must have shape (2, 7)",
+        "(3, 7)",
+    ),
+    wrong("no_segments", lambda: dot(mask=mj.SameSegment()), "no segments", "segment=ids"),
+    wrong("no_segments_deep", lambda: dot(mask=~(mj.Causal() | mj.SameSegment())), "no segments"),
+    wrong(
+        "unknown_backend",
+        lambda: dot(backend="cudnn9"),
+        "no backend named 'cudnn9'",
+        "'blockwise'",
+        kind=UnsupportedError,
+    ),
+    wrong(
+        "backend_that_cannot",
+        lambda: dot(backend=OnlyTpu()),
+        "OnlyTpu cannot run this call: it needs a TPU",
+        "backend=None",
+        "blockwise",
+        kind=UnsupportedError,
+    ),
+    wrong("backend_is_no_backend", lambda: dot(backend=3), "backend", "3", kind=MhaError),
+    wrong("backend_class", lambda: dot(backend=Reference), "backend", "Reference", kind=MhaError),
+    wrong("platform", lambda: mj.explain(Call(Q, KEYS, VALUES), "gpu"), "unknown platform 'gpu'"),
+    wrong("call_is_an_array", lambda: mj.attend(Q), "Call", kind=MhaError),
+    wrong("mask_is_a_name", lambda: dot(mask="causal"), "mask", "Causal()", kind=MhaError),
+    wrong("mask_is_a_class", lambda: dot(mask=mj.Causal), "mask", "Causal()", kind=MhaError),
+    wrong(
+        "window_without_size", lambda: dot(mask=mj.Window(None, 0)), "left", "None", kind=MhaError
+    ),
+    wrong("window_fraction", lambda: dot(mask=mj.Window(1.5, 0)), "left", "1.5", kind=MhaError),
+    wrong(
+        "score_rows_out_of_range",
+        lambda: mj.attention_scores(Call(Q, KEYS, VALUES), rows=np.array([5])),
+        "rows",
+        "5",
+        kind=MhaError,
+    ),
+    wrong(
+        "score_heads_out_of_range",
+        lambda: mj.attention_scores(Call(Q, KEYS, VALUES), heads=np.array([6])),
+        "heads",
+        "6",
+        kind=MhaError,
+    ),
+    wrong(
+        "lse_of_another_call",
+        lambda: mj.attention_scores(Call(Q, KEYS, VALUES), lse=ones(B, T, N)),
+        "lse",
+        "(2, 6, 5)",
+        kind=MhaError,
+    ),
+]
+MAKING = [
+    wrong("num_heads_zero", lambda: make(num_heads=0), "num_heads must be a positive", "0"),
+    wrong("num_heads_float", lambda: make(num_heads=8.0), "num_heads must be a positive", "8.0"),
+    wrong("num_heads_flag", lambda: make(num_heads=True), "num_heads must be a positive", "True"),
+    wrong("key_dim_negative", lambda: make(key_dim=-4), "key_dim must be a positive", "embed_dim"),
+    wrong("value_dim_zero", lambda: make(value_dim=0), "value_dim must be a positive", "or None"),
+    wrong("kv_heads", lambda: make(num_heads=6, num_kv_heads=4), "must divide num_heads", "4"),
+    wrong("kv_heads_zero", lambda: make(num_kv_heads=0), "num_kv_heads must be a positive"),
+    wrong("window_zero", lambda: make(sliding_window=0), "sliding_window must be a positive"),
+    wrong("window_pair", lambda: make(sliding_window=(1, 1)), "sliding_window", "(1, 1)"),
+    wrong("dropout_one", lambda: make(dropout=1.0), "dropout must be a number in [0, 1)", "1.0"),
+    wrong("dropout_negative", lambda: make(dropout=-0.5), "[0, 1)", "-0.5"),
+    wrong("dropout_text", lambda: make(dropout="0.1"), "[0, 1)", "'0.1'"),
+    wrong("dropout_flag", lambda: make(dropout=True), "[0, 1)", "True"),
+    wrong("use_bias_text", lambda: make(use_bias="no"), "use_bias must be True or False", "'no'"),
+    wrong("use_gate_number", lambda: make(use_gate=1), "use_gate must be True or False", "1"),
+    wrong("training_text", lambda: make(training="yes"), "training must be True, False or None"),
+    wrong("seed_key", lambda: make(seed=RNG), "seed must be an integer or None", "rngs="),
+    wrong("output_shape_zero", lambda: make(output_shape=0), "output_shape must be", "got 0"),
+    wrong("output_shape_empty", lambda: make(output_shape=()), "output_shape must be", "()"),
+    wrong("output_shape_float", lambda: make(output_shape=(2, 3.0)), "output_shape must be"),
+    wrong("axes_text", lambda: make(attention_axes="1"), "attention_axes must be", "'1'"),
+    wrong("axes_empty", lambda: make(attention_axes=()), "attention_axes must be"),
+    wrong("axes_float", lambda: make(attention_axes=(1.0,)), "attention_axes must be", "1.0"),
+    wrong("initializer", lambda: make(kernel_initializer="glorot"), "glorot", "glorot_uniform"),
+    wrong("bias_initializer", lambda: make(bias_initializer=0.0), "is not an initializer"),
+    wrong("regularizer", lambda: make(kernel_regularizer="l3"), "unknown regularizer 'l3'"),
+    wrong("activity", lambda: make(activity_regularizer=0.1), "is not a regularizer"),
+    wrong("constraint", lambda: make(bias_constraint="maxnorm2"), "maxnorm2"),
+    wrong(
+        "initializer_config",
+        lambda: make(kernel_initializer={"name": "zeros"}),
+        "is not the config of an initializer",
+        kind=WeightsError,
+    ),
+    *(
+        wrong(
+            f"call_argument_{name}",
+            lambda name=name: make(**{name: True}),
+            name,
+            "belong to the call, not to the constructor",
+            "layer.apply",
+        )
+        for name in (
+            "query_mask",
+            "value_mask",
+            "key_mask",
+            "attention_mask",
+            "mask",
+            "use_causal_mask",
+            "return_attention_scores",
+            "key",
+        )
+    ),
+    wrong(
+        "unknown_key_in_a_config",
+        lambda: mj.MultiHeadAttention.from_config({"num_heads": 2, "key_dims": 4}),
+        "unknown key 'key_dims'",
+        "Did you mean 'key_dim'?",
+        kind=WeightsError,
+    ),
+    wrong(
+        "a_function_in_a_config",
+        lambda: make(kernel_initializer=jax.nn.initializers.zeros).get_config(),
+        "plain function",
+        kind=WeightsError,
+    ),
+    wrong(
+        "a_backend_object_in_a_config",
+        lambda: make(backend=Reference()).get_config(),
+        "by name",
+        kind=WeightsError,
+    ),
+]
+CALLING = [
+    wrong("list_input", lambda: apply([[1.0]], Y), "query must be an array", "list"),
+    wrong("vector_input", lambda: apply(ones(D), ones(D)), "query must be an array", "(8,)"),
+    wrong(
+        "token_ids", lambda: apply(X.astype(int), Y), "floating-point", "int32", "embed token ids"
+    ),
+    wrong("ranks", lambda: apply(X[0], Y), "same rank", "(5, 8)", "(2, 7, 8)"),
+    wrong("batches", lambda: apply(X[:1], Y), "not attended", "(1, 5, 8)"),
+    wrong("key_and_value", lambda: apply(X, Y, Y[:, 1:]), "value and key must agree", "(2, 6, 8)"),
+    wrong(
+        "torch_order",
+        lambda: apply(X, Y, X),
+        "value and key must agree",
+        "in this order",
+    ),
+    wrong(
+        "torch_order_by_width",
+        lambda: functional(X, ones(B, S, 3), Y),
+        "value kernel",
+        "query, value, key, in this order",
+        kind=WeightsError,
+    ),
+    wrong("width_changed", lambda: functional(X[..., 1:], Y), "query kernel", kind=WeightsError),
+    wrong("axis_out_of_range", lambda: functional(attention_axes=(3,)), "attention_axes=(3,)"),
+    wrong("axis_of_features", lambda: functional(attention_axes=(2,)), "holds the features"),
+    wrong("axis_repeated", lambda: functional(attention_axes=(1, -2)), "each axis once", "(1, 1)"),
+    wrong("float_attention_mask", lambda: functional(attention_mask=ones(T, S)), "`bias`"),
+    wrong(
+        "attention_mask_of_keys",
+        lambda: functional(attention_mask=np.ones((B, S), bool)),
+        "value_mask",
+    ),
+    wrong(
+        "attention_mask_heads",
+        lambda: functional(attention_mask=np.ones((B, 3, T, S), bool)),
+        "(2, 3, 5, 7)",
+    ),
+    wrong(
+        "query_mask_shape",
+        lambda: functional(query_mask=np.ones((B, S), bool)),
+        "query_mask of shape (2, 7)",
+    ),
+    wrong(
+        "value_mask_shape",
+        lambda: functional(value_mask=np.ones((B, T), bool)),
+        "value_mask of shape (2, 5)",
+    ),
+    wrong(
+        "key_mask_rank",
+        lambda: functional(key_mask=np.ones((B, S, 1, 1), bool)),
+        "key_mask of shape",
+    ),
+    wrong("float_key_mask", lambda: functional(key_mask=ones(B, S)), "True or False", "float32"),
+    wrong(
+        "mask_as_array", lambda: functional(mask=BOOL_TS), "mask", "attention_mask", kind=MhaError
+    ),
+    wrong(
+        "tokens_of_the_layer", lambda: functional(key_tokens=mj.Tokens(T)), "describe every token"
+    ),
+    wrong("training_twice", lambda: apply(layer=make(training=True), training=True), "one of them"),
+    wrong(
+        "training_traced",
+        lambda: jax.jit(lambda t: apply(training=t))(True),
+        "training must be True or False while tracing",
+        "static_argnames",
+    ),
+    wrong(
+        "no_dropout_key",
+        lambda: apply(layer=make(dropout=0.1), training=True),
+        '"dropout" stream',
+        'rngs={"dropout"',
+    ),
+    wrong(
+        "seed_without_counter",
+        lambda: apply(layer=make(dropout=0.1, seed=3), training=True),
+        "seed=3",
+        'mutable=["dropout_state"]',
+    ),
+    wrong(
+        "layer_backend",
+        lambda: make(backend="flash").init(RNG, X, Y),
+        "no backend named 'flash'",
+        kind=UnsupportedError,
+    ),
+    wrong(
+        "orthogonal_regularizer_of_a_kernel",
+        lambda: apply(
+            layer=make(kernel_regularizer={"class_name": "OrthogonalRegularizer", "config": {}}),
+            mutable=["losses"],
+        ),
+        "rank 2",
+    ),
+    wrong(
+        "params_without_a_kernel", lambda: mj.multi_head_attention({}, X, Y), "query", kind=MhaError
+    ),
+]
+TABLE = CORE + MAKING + CALLING
+
+
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+def test_a_wrong_call_is_explained(case):
+    with pytest.raises(MhaError) as caught:
+        case.run()
+    assert isinstance(caught.value, case.kind)
+    message = str(caught.value)
+    for text in case.says:
+        assert text in message, f"{text!r} is not in: {message}"
+    assert len(message) > 35, message
+
+
+def test_the_table_is_long_and_its_names_differ():
+    names = [case.name for case in TABLE]
+    assert len(names) == len(set(names)) >= 40
+
+
+def test_a_wrong_call_is_explained_while_tracing():
+    with pytest.raises(ShapeError, match="same head size"):
+        jax.jit(dot)(Q[..., 1:])
+    with pytest.raises(ShapeError, match="same head size"):
+        jax.grad(lambda q: dot(q).sum())(Q[..., 1:])
+    with pytest.raises(ShapeError, match="same head size"):
+        jax.eval_shape(dot, Q[..., 1:])
+
+
+def test_the_classes_are_also_those_of_python():
+    assert issubclass(ShapeError, ValueError)
+    assert issubclass(UnsupportedError, NotImplementedError)
+    assert issubclass(WeightsError, ValueError)

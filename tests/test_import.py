@@ -1,0 +1,53 @@
+"""What `import mha_jax` brings with it, in a fresh process."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+OPTIONAL = ("keras", "torch", "matplotlib", "tensorflow", "tokamax", "haiku", "equinox", "h5py")
+
+
+def modules_after(code):
+    """Run code in a new interpreter; return the names of the modules it then has."""
+    code = f"import json, sys\n{code}\nprint(json.dumps(sorted(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(run.stdout.splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def imported():
+    return modules_after("import mha_jax")
+
+
+def test_no_optional_package_is_imported(imported):
+    found = {name for name in imported if name.split(".")[0] in OPTIONAL}
+    assert not found
+
+
+def test_no_backend_is_imported_before_it_is_chosen(imported):
+    backends = {name for name in imported if name.startswith("mha_jax.backends.")}
+    assert backends <= {"mha_jax.backends.base"}
+
+
+def test_nothing_above_the_core_is_imported(imported):
+    above = ("models", "train", "bench", "interop", "visualize", "predict")
+    assert not {name for name in imported if name.startswith(tuple(f"mha_jax.{x}" for x in above))}
+
+
+def test_the_import_starts_no_backend_of_jax():
+    code = "import mha_jax; from jax._src import xla_bridge; assert not xla_bridge._backends"
+    modules_after(code)
+
+
+def test_naming_one_backend_imports_no_kernel_of_another():
+    code = """
+import os
+os.environ["JAX_PLATFORMS"] = "cpu"
+import mha_jax, jax.numpy as jnp
+x = jnp.ones((1, 2, 1, 2))
+mha_jax.dot_product_attention(x, x, x, backend="reference")
+"""
+    found = {name for name in modules_after(code) if name.startswith("mha_jax.backends.pallas")}
+    assert not found

@@ -1,0 +1,134 @@
+"""O(T + S) memory: no T x S array in the program, and temporaries that grow with T, not with T x T."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mha_jax as mj
+from mha_jax import Call, Causal, Dropout, SameSegment, Tokens, ValidKeys, ValidQueries, Window
+from mha_jax.backends.reference import Reference
+
+LONG, HEADS, SIZE = 4096, 2, 8
+VALID = np.arange(LONG)[None] % 5 != 0
+SEGMENT = (np.arange(LONG)[None] // 700).astype(np.int32)
+POSITION = (np.arange(LONG)[None] % 700).astype(np.int32)
+DROPOUT = Dropout(jax.random.key(0), 0.1)
+
+CASES = {
+    "full": {},
+    "causal": {"mask": Causal()},
+    "window": {"mask": Window(255, 255)},
+    "segments": {"mask": SameSegment() & Causal()},
+    "padding": {"mask": ValidKeys() & ValidQueries()},
+    "dropout": {"mask": Causal(), "dropout": DROPOUT},
+    "bias_of_keys": {"mask": Causal(), "logit_cap": 5.0},
+}
+
+
+def tokens(length):
+    return Tokens(
+        length, pos=POSITION[:, :length], segment=SEGMENT[:, :length], valid=VALID[:, :length]
+    )
+
+
+def call_of(name, length):
+    x = jnp.zeros((1, length, HEADS, SIZE))
+    own = (
+        {}
+        if name in ("full", "causal", "window", "dropout", "bias_of_keys")
+        else {
+            "q_tokens": tokens(length),
+            "k_tokens": tokens(length),
+        }
+    )
+    bias = jnp.zeros((1, HEADS, 1, length)) if name == "bias_of_keys" else None
+    return Call(x, x, x, bias=bias, **own, **CASES[name])
+
+
+def gradients(call, backend=None):
+    def total(q, k, v):
+        return mj.attend(dataclasses.replace(call, q=q, k=k, v=v), backend).out.sum()
+
+    return jax.value_and_grad(total, (0, 1, 2))
+
+
+def largest(jaxpr):
+    """Return the number of elements of the largest array inside a jaxpr, subprograms included."""
+    most = 0
+    for equation in jaxpr.eqns:
+        sizes = [int(np.prod(v.aval.shape)) for v in equation.outvars if hasattr(v.aval, "shape")]
+        most = max(most, *sizes, 0)
+        for inner in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr"),
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                most = max(most, largest(inner))
+    return most
+
+
+def temporaries(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_array_of_all_pairs_forward_and_backward(name):
+    call = call_of(name, LONG)
+    jaxpr = jax.make_jaxpr(gradients(call))(call.q, call.k, call.v).jaxpr
+    assert largest(jaxpr) < LONG * LONG / 4
+
+
+def test_the_measure_sees_the_pairs_of_the_reference():
+    call = call_of("causal", 256)
+    jaxpr = jax.make_jaxpr(gradients(call, Reference()))(call.q, call.k, call.v).jaxpr
+    assert largest(jaxpr) >= HEADS * 256 * 256
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_temporaries_grow_with_the_length(name):
+    small, large = (
+        temporaries(gradients(call), call.q, call.k, call.v)
+        for call in (call_of(name, LONG // 2), call_of(name, LONG))
+    )
+    # One T x S array of float32 would be 64 MiB, and doubling T would make it four times as large.
+    assert large < 2.5 * small
+    assert large < LONG * LONG * 4 / 4
+
+
+def test_attention_axes_cost_no_more_than_the_folded_sequence():
+    layer = mj.MultiHeadAttention(
+        num_heads=HEADS, key_dim=SIZE, attention_axes=(1, 2), sliding_window=64
+    )
+    x = jnp.zeros((1, 64, 64, SIZE))
+    params = jax.eval_shape(layer.init, jax.random.key(0), x, x)
+
+    def total(params, x):
+        return layer.apply(params, x, x, use_causal_mask=True).sum()
+
+    assert temporaries(jax.value_and_grad(total), params, x) < LONG * LONG * 4 / 4
+
+
+def test_forward_mode_costs_no_array_of_all_pairs():
+    call = call_of("causal", LONG // 2)
+    value = gradients(call)
+
+    def hessian_vector(q, k, v):
+        return jax.jvp(lambda q: value(q, k, v)[1], (q,), (q,))[1]
+
+    jaxpr = jax.make_jaxpr(hessian_vector)(call.q, call.k, call.v).jaxpr
+    assert largest(jaxpr) < (LONG // 2) ** 2 / 2
+
+
+def test_a_layer_with_scores_costs_one_array_of_scores():
+    layer = mj.MultiHeadAttention(num_heads=HEADS, key_dim=SIZE)
+    x = jnp.zeros((1, 512, SIZE))
+    params = jax.eval_shape(layer.init, jax.random.key(0), x, x)
+
+    def run(params, x):
+        return layer.apply(params, x, x, return_attention_scores=True)
+
+    assert temporaries(run, params, x) < 3 * HEADS * 512 * 512 * 4
