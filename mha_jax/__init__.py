@@ -19,6 +19,7 @@ from mha_jax.masks import (
     ValidQueries,
     Window,
 )
+from mha_jax.summaries import scores_entropy, scores_max, scores_mean, scores_top_k
 from mha_jax.tokens import Tokens
 
 __version__ = "0.1.0"
@@ -57,4 +58,8 @@ __all__ = [
     "explain",
     "init_params",
     "multi_head_attention",
+    "scores_entropy",
+    "scores_max",
+    "scores_mean",
+    "scores_top_k",
 ]

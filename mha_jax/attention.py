@@ -8,6 +8,8 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.core
+import jax.numpy as jnp
 import numpy as np
 
 from mha_jax import dispatch, softmax
@@ -178,7 +180,9 @@ def explain(call: Call, platform: str | None = None) -> dict[str, str]:
 
 
 def _chosen(name: str, which: Any, count: int) -> Int[np.ndarray, "M"]:
-    """Return which of `count` heads or rows were asked for, as indices."""
+    """Return which of `count` heads or rows were asked for, as indices; traced ones as they are."""
+    if isinstance(which, jax.core.Tracer):
+        return which  # type: ignore[return-value]
     try:
         return np.arange(count)[which]
     except IndexError as error:
@@ -203,11 +207,11 @@ def _of_rows(call: Call, rows: Int[np.ndarray, "R"]) -> Call:
     def take(a):
         return a if a.shape[2] == 1 else a[:, :, rows]
 
-    tokens = call.q_tokens.map(lambda a: a[:, rows], len(rows), 0)
+    tokens = call.q_tokens.map(lambda a: jnp.asarray(a)[:, rows], len(rows), 0)
     return dataclasses.replace(
         call,
         q=call.q[:, rows],
-        q_tokens=dataclasses.replace(tokens, index=call.q_tokens.rows[:, rows]),
+        q_tokens=dataclasses.replace(tokens, index=jnp.asarray(call.q_tokens.rows)[:, rows]),
         mask=jax.tree.map(take, call.mask),
         bias=None if call.bias is None else take(call.bias),
     )

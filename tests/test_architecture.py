@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "differentiation": "linear backends.base types errors",
     "dispatch": "differentiation lowering backends.base types errors",
     "attention": "dispatch checks backends.base softmax masks dropout tokens types errors",
+    "summaries": "attention backends.base types errors",
     "functional": (
         "attention axes projections checks backends.base masks dropout tokens types errors"
     ),
