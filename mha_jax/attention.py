@@ -97,7 +97,7 @@ def dot_product_attention(
         mask=Full() if rule is None else rule,
         bias=bias,  # type: ignore[arg-type]
         dropout=dropout,
-        scale=scale,
+        scale=scale,  # type: ignore[arg-type]
         logit_cap=logit_cap,
         precision=precision,
     )

@@ -8,41 +8,32 @@ the heads of the output kernel [N, V, *E] and of the biases [N, H], as in Keras.
 """
 
 import dataclasses
-import difflib
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mha_jax.errors import ShapeError, WeightsError
+from mha_jax.errors import ShapeError
+from mha_jax.keras_objects import Family, Settings, is_number
 from mha_jax.types import Array, ArrayLike, Params
 
 _EPSILON = 1e-7  # Keras's, added to a norm before dividing by it
 
 
+def _is_axis(value: Any) -> bool:
+    return value is None or all(isinstance(axis, int) for axis in _as_tuple(value))
+
+
 @dataclasses.dataclass(frozen=True)
-class Constraint:
+class Constraint(Settings):
     """The common type of this module's constraints: settings, checked."""
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            value = value.item() if isinstance(value, np.generic) else value
-            if name == "axis":
-                value = tuple(value) if isinstance(value, list) else value
-                expected = "an integer, a list of integers, or None for all axes"
-                holds = value is None or all(isinstance(axis, int) for axis in _as_tuple(value))
-            else:
-                most = 1 if name == "rate" else math.inf
-                expected = f"a number from 0 to {most}"
-                holds = isinstance(value, (int, float)) and 0 <= value <= most
-            if not holds:
-                raise ShapeError(
-                    f"{type(self).__name__} got {name}={value!r}. Expected {expected}."
-                )
-            object.__setattr__(self, name, value)
+    rules = (
+        ("min_value max_value", "a number from 0 to inf", lambda v: is_number(v, 0, float("inf"))),
+        ("rate", "a number from 0 to 1", lambda v: is_number(v, 0, 1)),
+        ("axis", "an integer, a list of integers, or None for all axes", _is_axis),
+    )
 
     def __call__(self, w: ArrayLike) -> Array:
         raise NotImplementedError(f"{type(self).__name__} is no constraint by itself")
@@ -103,13 +94,14 @@ class MinMaxNorm(Constraint):
         return (wide * (wanted / (_EPSILON + norms))).astype(w.dtype)
 
 
-_KNOWN: dict[str, type[Constraint]] = {
-    "max_norm": MaxNorm,
-    "non_neg": NonNeg,
-    "unit_norm": UnitNorm,
-    "min_max_norm": MinMaxNorm,
-}
-_CLASSES = {kind.__name__: kind for kind in _KNOWN.values()}
+_KNOWN = {"max_norm": MaxNorm, "non_neg": NonNeg, "unit_norm": UnitNorm, "min_max_norm": MinMaxNorm}
+_FAMILY = Family(
+    base=Constraint,
+    known=_KNOWN | {kind.__name__: kind for kind in _KNOWN.values()},
+    name="max_norm",
+    config={"class_name": "UnitNorm", "config": {"axis": 0}},
+    function="array -> array",
+)
 
 
 def get(spec: Any) -> Callable[..., Any] | None:
@@ -126,25 +118,7 @@ def get(spec: Any) -> Callable[..., Any] | None:
     >>> get("max_norm"), get({"class_name": "UnitNorm", "config": {"axis": [0, 1]}}), get(None)
     (MaxNorm(max_value=2, axis=0), UnitNorm(axis=(0, 1)), None)
     """
-    if type(spec).__module__.partition(".")[0] == "keras":
-        spec = {"class_name": type(spec).__name__, "config": spec.get_config()}
-    if isinstance(spec, (str, type)):
-        spec = {"class_name": getattr(spec, "__name__", spec)}
-    if isinstance(spec, dict):
-        try:
-            name = spec.get("registered_name") or spec["class_name"]
-            return _find(name)(**(spec.get("config") or {}))
-        except (KeyError, TypeError) as error:
-            raise WeightsError(
-                f"{spec!r} is not the config of a constraint: {error}. Expected what Keras "
-                f"writes, {{'class_name': 'UnitNorm', 'config': {{'axis': 0}}}} for example."
-            ) from error
-    if spec is None or callable(spec):
-        return spec
-    raise ShapeError(
-        f"{spec!r} is not a constraint. Expected None, a name such as 'max_norm', a Keras config "
-        f"dict, a value of mha_jax.constraints, or a function array -> array."
-    )
+    return _FAMILY.get(spec)
 
 
 def serialize(constraint: Any) -> dict[str, Any] | None:
@@ -159,21 +133,7 @@ def serialize(constraint: Any) -> dict[str, Any] | None:
     >>> serialize("unit_norm")["class_name"], serialize("unit_norm")["config"]
     ('UnitNorm', {'axis': 0})
     """
-    constraint = get(constraint)
-    if constraint is None:
-        return None
-    if not isinstance(constraint, Constraint):
-        raise WeightsError(
-            f"the constraint {constraint!r} is a plain function and cannot be written to a "
-            f"config. Pass a name such as 'max_norm' or a value of mha_jax.constraints."
-        )
-    config = dataclasses.asdict(constraint)
-    return {
-        "module": "keras.constraints",
-        "class_name": type(constraint).__name__,
-        "config": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
-        "registered_name": None,
-    }
+    return _FAMILY.serialize(constraint)
 
 
 def constrain(params: Params, *, kernel: Any = None, bias: Any = None) -> Params:
@@ -268,14 +228,3 @@ def _norms(constraint: Any, w: ArrayLike) -> tuple[Array, Array]:
 
 def _as_tuple(axis: Any) -> tuple[Any, ...]:
     return axis if isinstance(axis, tuple) else (axis,)
-
-
-def _find(name: Any) -> type[Constraint]:
-    known = _KNOWN | _CLASSES
-    if name not in known:
-        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
-        raise ShapeError(
-            f"unknown constraint {name!r}. Did you mean {nearest!r}? Known are "
-            f"{', '.join(known)}. Pass another one as a function array -> array."
-        )
-    return known[name]

@@ -11,6 +11,7 @@ from mha_jax import differentiation
 from mha_jax.backends.base import Backend, Call, Gradients, Output
 from mha_jax.errors import ShapeError, UnsupportedError
 from mha_jax.lowering import PLATFORMS, by_platform, default_platform
+from mha_jax.sharding import Sharded
 
 # In order of preference; a backend's module is imported when it is first asked.
 BACKENDS = {
@@ -107,11 +108,15 @@ def named(call: Call, backend: Any) -> Backend:
 
 
 def run(call: Call, backend: Any) -> Output:
-    """Run a checked call on the backend that was asked for, or on the best one."""
-    backend = Automatic() if backend is None else named(call, backend)
+    """Run a checked call on the backend that was asked for, or on the best one, shard by shard."""
+    sharded = backend if isinstance(backend, Sharded) else Sharded(backend)
+    inner = Automatic() if sharded.backend is None else named(call, sharded.backend)
     if 0 in (*call.q.shape, *call.k.shape, *call.v.shape):
         return _empty(call)
-    return differentiation.run(backend, call)
+    if inner.plain_autodiff:  # plain XLA, which partitions by itself
+        return differentiation.run(inner, call)
+    tiled = differentiation.Tiled(inner)
+    return differentiation.run(dataclasses.replace(sharded, backend=tiled), call)
 
 
 def _empty(call: Call) -> Output:

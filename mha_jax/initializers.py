@@ -12,39 +12,39 @@ key and value differ even where Keras, given one seed, would draw the same kerne
 """
 
 import dataclasses
-import difflib
 import inspect
 import math
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mha_jax.errors import ShapeError, WeightsError
+from mha_jax.errors import ShapeError
+from mha_jax.keras_objects import Family, Settings, is_number
 from mha_jax.types import Array, DType, PRNGKey
 
 Shape: TypeAlias = tuple[int, ...]
 _STDDEV_OF_TRUNCATED_NORMAL = 0.87962566103423978  # of a standard normal cut off at +-2
+_MODES = ("fan_in", "fan_out", "fan_avg")
+_DISTRIBUTIONS = ("truncated_normal", "untruncated_normal", "normal", "uniform")
 
 
 @dataclasses.dataclass(frozen=True)
-class Initializer:
+class Initializer(Settings):
     """The common type of this module's initializers: settings, checked."""
 
-    def __post_init__(self) -> None:
-        for names, expected, holds in _RULES:
-            for name in set(names.split()) & set(vars(self)):
-                value = getattr(self, name)
-                value = value.item() if isinstance(value, np.generic) else value
-                value = tuple(value) if isinstance(value, list) else value
-                if not holds(value):
-                    got = f"{type(self).__name__} got {name}={value!r}"
-                    raise ShapeError(f"{got}. Expected {expected}.")
-                object.__setattr__(self, name, value)
+    rules = (
+        ("value gain mean minval maxval", "a finite number", is_number),
+        ("stddev", "a finite number of at least 0", lambda v: is_number(v, 0)),
+        ("scale", "a finite number above 0", lambda v: is_number(v) and v > 0),
+        ("mode", f"one of {_MODES}", _MODES.__contains__),
+        ("distribution", f"one of {_DISTRIBUTIONS}", _DISTRIBUTIONS.__contains__),
+        ("seed", "None, an integer or a config", lambda v: v is None or isinstance(v, (int, dict))),
+        ("input_axes output_axes", "None or a list", lambda v: v is None or isinstance(v, tuple)),
+    )
 
     def __call__(self, key: PRNGKey, shape: Shape, dtype: DType = jnp.float32) -> Array:
         raise NotImplementedError(f"{type(self).__name__} is no initializer by itself")
@@ -201,6 +201,7 @@ class Unflattened(Initializer):
     """What `unflattened` returns; Keras has no such thing."""
 
     initializer: Callable[..., Array]
+    home: ClassVar[str] = "mha_jax"
 
     def __call__(self, key: PRNGKey, shape: Shape, dtype: DType = jnp.float32) -> Array:
         return self.initializer(key, shape, dtype)
@@ -216,25 +217,48 @@ def unflattened(initializer: Any) -> Unflattened:
     return Unflattened(get(initializer))
 
 
-_KNOWN: dict[str, Callable[..., Initializer]] = {
-    "zeros": Zeros,
-    "ones": Ones,
-    "constant": Constant,
-    "identity": Identity,
-    "orthogonal": Orthogonal,
-    "random_normal": RandomNormal,
-    "truncated_normal": TruncatedNormal,
-    "random_uniform": RandomUniform,
-    "variance_scaling": VarianceScaling,
-    "glorot_uniform": GlorotUniform,
-    "glorot_normal": GlorotNormal,
-    "lecun_uniform": LecunUniform,
-    "lecun_normal": LecunNormal,
-    "he_uniform": HeUniform,
-    "he_normal": HeNormal,
-    "unflattened": unflattened,
-}
 _ALIASES = {"zero": "zeros", "one": "ones", "normal": "random_normal", "uniform": "random_uniform"}
+
+
+def _canonical(name: Any) -> str:
+    snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).lower()
+    return _ALIASES.get(snake_case, snake_case.removesuffix("_initializer"))
+
+
+def _takes_a_key(spec: Any) -> bool:
+    try:
+        return callable(spec) and bool(inspect.signature(spec).bind("key", "shape", "dtype"))
+    except TypeError:
+        return False
+
+
+_FAMILY = Family(
+    base=Initializer,
+    known={
+        "zeros": Zeros,
+        "ones": Ones,
+        "constant": Constant,
+        "identity": Identity,
+        "orthogonal": Orthogonal,
+        "random_normal": RandomNormal,
+        "truncated_normal": TruncatedNormal,
+        "random_uniform": RandomUniform,
+        "variance_scaling": VarianceScaling,
+        "glorot_uniform": GlorotUniform,
+        "glorot_normal": GlorotNormal,
+        "lecun_uniform": LecunUniform,
+        "lecun_normal": LecunNormal,
+        "he_uniform": HeUniform,
+        "he_normal": HeNormal,
+        "unflattened": unflattened,
+    },
+    name="glorot_uniform",
+    config={"class_name": "Constant", "config": {"value": 0.5}},
+    function="(key, shape, dtype) -> array",
+    unless="; Keras's own take no key and cannot be used",
+    accepts=_takes_a_key,
+    canonical=_canonical,
+)
 
 
 def get(spec: Any) -> Callable[..., Any]:
@@ -254,26 +278,7 @@ def get(spec: Any) -> Callable[..., Any]:
     >>> get({"class_name": "Constant", "config": {"value": 3}})
     Constant(value=3)
     """
-    if type(spec).__module__.partition(".")[0] == "keras":
-        spec = {"class_name": type(spec).__name__, "config": spec.get_config()}
-    if isinstance(spec, (str, type)):
-        spec = {"class_name": getattr(spec, "__name__", spec)}
-    if isinstance(spec, dict):
-        try:
-            name = spec.get("registered_name") or spec["class_name"]
-            return _find(name)(**(spec.get("config") or {}))
-        except (KeyError, TypeError) as error:
-            raise WeightsError(
-                f"{spec!r} is not the config of an initializer: {error}. Expected what Keras "
-                f"writes, {{'class_name': 'Constant', 'config': {{'value': 0.5}}}} for example."
-            ) from error
-    if _takes_a_key(spec):
-        return spec
-    raise ShapeError(
-        f"{spec!r} is not an initializer. Expected a name such as 'glorot_uniform', a Keras config "
-        f"dict, a value of mha_jax.initializers, or a function (key, shape, dtype) -> array; "
-        f"Keras's own take no key and cannot be used."
-    )
+    return _FAMILY.get(spec)
 
 
 def serialize(initializer: Any) -> dict[str, Any]:
@@ -288,19 +293,7 @@ def serialize(initializer: Any) -> dict[str, Any]:
     >>> serialize("he_normal")["class_name"], serialize(Constant(2.0))["config"]
     ('HeNormal', {'value': 2.0})
     """
-    initializer = get(initializer)
-    if not isinstance(initializer, Initializer):
-        raise WeightsError(
-            f"the initializer {initializer!r} is a plain function and cannot be written to a "
-            f"config. Pass a name such as 'glorot_uniform' or a value of mha_jax.initializers."
-        )
-    settings = [field.name for field in dataclasses.fields(initializer) if field.init]
-    return {
-        "module": f"{'mha_jax' if isinstance(initializer, Unflattened) else 'keras'}.initializers",
-        "class_name": type(initializer).__name__,
-        "config": {k: _to_json(getattr(initializer, k)) for k in settings},
-        "registered_name": None,
-    }
+    return _FAMILY.serialize(initializer)
 
 
 def initialize(
@@ -348,53 +341,9 @@ def initialize(
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype).reshape(shape), drawn)
 
 
-def _find(name: Any) -> Callable[..., Initializer]:
-    snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).lower()
-    known = _ALIASES.get(snake_case, snake_case.removesuffix("_initializer"))
-    if known not in _KNOWN:
-        nearest = difflib.get_close_matches(known, _KNOWN, n=1, cutoff=0)[0]
-        raise ShapeError(
-            f"unknown initializer {name!r}. Did you mean {nearest!r}? Known are "
-            f"{', '.join(_KNOWN)}. Pass another one as a function (key, shape, dtype) -> array."
-        )
-    return _KNOWN[known]
-
-
-def _to_json(value: Any) -> Any:
-    if callable(value):
-        return serialize(value)
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _check_rank(initializer: Initializer, shape: Shape, most: int) -> None:
     if not 2 <= len(shape) <= most:
         raise ShapeError(
             f"{type(initializer).__name__} cannot draw shape {shape}. Expected a kernel, or a bias "
             f"[N, H]; initialize other biases with 'zeros'."
         )
-
-
-def _takes_a_key(function: Any) -> bool:
-    try:
-        return callable(function) and bool(
-            inspect.signature(function).bind("key", "shape", "dtype")
-        )
-    except TypeError:
-        return False
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-_MODES = ("fan_in", "fan_out", "fan_avg")
-_DISTRIBUTIONS = ("truncated_normal", "untruncated_normal", "normal", "uniform")
-_RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (  # settings, in words, as a test
-    ("value gain mean minval maxval", "a finite number", _is_number),
-    ("stddev", "a finite number of at least 0", lambda v: _is_number(v) and v >= 0),
-    ("scale", "a finite number above 0", lambda v: _is_number(v) and v > 0),
-    ("mode", f"one of {_MODES}", _MODES.__contains__),
-    ("distribution", f"one of {_DISTRIBUTIONS}", _DISTRIBUTIONS.__contains__),
-    ("seed", "None, an integer or a config", lambda v: v is None or isinstance(v, (int, dict))),
-    ("input_axes output_axes", "None or a list", lambda v: v is None or isinstance(v, tuple)),
-)

@@ -16,6 +16,7 @@ Source: Xu et al. 2021, arXiv:2105.04663 and the Shardy documentation (propagati
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -23,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import (
     ArrayMapping,
     SdyShardingRule,
@@ -103,8 +105,8 @@ def _on_shard(plan: "Plan", axes: Axes, args: tuple) -> Any:
         dropout = call.dropout
         dropout = dataclasses.replace(
             dropout,
-            batch_start=dropout.batch_start + _index(axes.batch) * b,
-            head_start=dropout.head_start + _index(axes.heads) * n,
+            batch_start=_int32(dropout.batch_start) + _index(axes.batch) * b,
+            head_start=_int32(dropout.head_start) + _index(axes.heads) * n,
         )
         call = dataclasses.replace(call, dropout=dropout)
     kv = call.k.shape[2]
@@ -126,6 +128,10 @@ def _on_shard(plan: "Plan", axes: Axes, args: tuple) -> Any:
         return result
     summed = [name for x in plan.shared for name in (axes.batch if x == "B" else axes.heads)]
     return result._replace(bias=jax.lax.psum(result.bias, summed)) if summed else result
+
+
+def _int32(x: Any) -> Array:
+    return jnp.asarray(x, jnp.int32)
 
 
 def _index(names: tuple[str, ...]) -> Array:
@@ -243,7 +249,10 @@ class Plan:
         outs = [array(x, everywhere, t.shape) for x, t in zip(self.outputs, results, strict=True)]
         in_order = dict.fromkeys(x for a in (*operands, *outs) for x in a)
         still = tuple(x for x in in_order if x in set("tshvw"))
-        return SdyShardingRule(tuple(operands), tuple(outs), need_replication_factors=still)
+        # Releases before 0.8 cannot be told; there `partition` alone asks for whole sequences.
+        told = "need_replication_factors" in inspect.signature(SdyShardingRule).parameters
+        options: dict[str, Any] = {"need_replication_factors": still} if told else {}
+        return SdyShardingRule(tuple(operands), tuple(outs), **options)
 
 
 def _names(spec: Any, letters: str, mapped: tuple[bool, ...]) -> tuple[list, dict]:
@@ -327,7 +336,7 @@ def _lower(ctx: Any, *values: Any, plan: Plan, jaxpr: Any, types: Any, ask: bool
     """Lower for one device, for XLA to ask how to cut, or cut by the names of the mesh's axes."""
     # Inside a shard_map nothing says here that values vary: a pass has no collectives, only loops, whose
     # first values would have to vary as well.
-    ins, outs = ([jax.core.ShapedArray(x.shape, x.dtype) for x in a] for a in (ctx.avals_in, types))
+    ins, outs = ([ShapedArray(x.shape, x.dtype) for x in a] for a in (ctx.avals_in, types))
     ctx = ctx.replace(avals_in=ins, avals_out=outs)
     mesh, free, taken = _free_axes(ctx.module_context.axis_context)
     if not free:

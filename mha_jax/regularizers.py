@@ -1,38 +1,31 @@
 """Keras's weight penalties by name, config or value: functions array -> scalar.
 
-The penalty of a half precision array is summed and returned in float32, that of any other in its
-own dtype.
+A half precision array's penalty is summed and returned in float32, any other's in its own dtype.
 """
 
 import dataclasses
-import difflib
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
-from mha_jax.errors import ShapeError, WeightsError
+from mha_jax.errors import ShapeError
+from mha_jax.keras_objects import Family, Settings, is_number
 from mha_jax.types import Array, ArrayLike
+
+_FACTOR = "a finite number of at least 0: a negative penalty would reward large weights"
 
 
 @dataclasses.dataclass(frozen=True)
-class Regularizer:
+class Regularizer(Settings):
     """The common type of this module's regularizers: factors, checked."""
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name == "mode":
-                continue
-            value = value.item() if isinstance(value, np.generic) else value
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ShapeError(
-                    f"{type(self).__name__} got {name}={value!r}. Expected a finite number of at "
-                    f"least 0: a negative penalty would reward large weights."
-                )
-            object.__setattr__(self, name, float(value))
+    rules = (
+        ("l1 l2 factor", _FACTOR, lambda value: is_number(value, 0)),
+        ("mode", "'rows' or 'columns'", ("rows", "columns").__contains__),
+    )
+    floats = True
 
     def __call__(self, x: ArrayLike) -> Array:
         raise NotImplementedError(f"{type(self).__name__} is no regularizer by itself")
@@ -78,19 +71,11 @@ class OrthogonalRegularizer(Regularizer):
     Keras gives NaN for the one, and for the other's gradient.
 
     Args:
-      factor: A number of at least 0.
-      mode: "rows" or "columns".
+      factor, mode: A number of at least 0; "rows" or "columns".
     """
 
     factor: float | int = 0.01
     mode: str = "rows"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mode not in ("rows", "columns"):
-            raise ShapeError(
-                f"OrthogonalRegularizer got mode={self.mode!r}. Expected 'rows' or 'columns'."
-            )
 
     def __call__(self, x: ArrayLike) -> Array:
         x = _wide(x)
@@ -107,14 +92,20 @@ class OrthogonalRegularizer(Regularizer):
         return self.factor * jnp.sum(jnp.abs(cosines)) / max(1, count * (count - 1))
 
 
-_KNOWN: dict[str, Callable[..., Regularizer]] = {
-    "l1": L1,
-    "l2": L2,
-    "l1_l2": partial(L1L2, l1=0.01, l2=0.01),
-    "l1l2": L1L2,
-    "orthogonal_regularizer": OrthogonalRegularizer,
-}
-_CLASSES = {kind.__name__: kind for kind in (L1, L2, L1L2, OrthogonalRegularizer)}
+_FAMILY = Family(
+    base=Regularizer,
+    known={
+        "l1": L1,
+        "l2": L2,
+        "l1_l2": partial(L1L2, l1=0.01, l2=0.01),
+        "l1l2": L1L2,
+        "orthogonal_regularizer": OrthogonalRegularizer,
+        **{kind.__name__: kind for kind in (L1, L2, L1L2, OrthogonalRegularizer)},
+    },
+    name="l2",
+    config={"class_name": "L2", "config": {"l2": 0.01}},
+    function="array -> scalar",
+)
 
 
 def get(spec: Any) -> Callable[..., Any] | None:
@@ -136,25 +127,7 @@ def get(spec: Any) -> Callable[..., Any] | None:
     >>> float(get("l2")(jnp.full((3, 2), 10.0)))
     6.0
     """
-    if type(spec).__module__.partition(".")[0] == "keras":
-        spec = {"class_name": type(spec).__name__, "config": spec.get_config()}
-    if isinstance(spec, (str, type)):
-        spec = {"class_name": getattr(spec, "__name__", spec)}
-    if isinstance(spec, dict):
-        try:
-            name = spec.get("registered_name") or spec["class_name"]
-            return _find(name)(**(spec.get("config") or {}))
-        except (KeyError, TypeError) as error:
-            raise WeightsError(
-                f"{spec!r} is not the config of a regularizer: {error}. Expected what Keras "
-                f"writes, {{'class_name': 'L2', 'config': {{'l2': 0.01}}}} for example."
-            ) from error
-    if spec is None or callable(spec):
-        return spec
-    raise ShapeError(
-        f"{spec!r} is not a regularizer. Expected None, a name such as 'l2', a Keras config dict, "
-        f"a value of mha_jax.regularizers, or a function array -> scalar."
-    )
+    return _FAMILY.get(spec)
 
 
 def serialize(regularizer: Any) -> dict[str, Any] | None:
@@ -169,31 +142,7 @@ def serialize(regularizer: Any) -> dict[str, Any] | None:
     >>> serialize("l2")["class_name"], serialize("l2")["config"]
     ('L2', {'l2': 0.01})
     """
-    regularizer = get(regularizer)
-    if regularizer is None:
-        return None
-    if not isinstance(regularizer, Regularizer):
-        raise WeightsError(
-            f"the regularizer {regularizer!r} is a plain function and cannot be written to a "
-            f"config. Pass a name such as 'l2' or a value of mha_jax.regularizers."
-        )
-    return {
-        "module": "keras.regularizers",
-        "class_name": type(regularizer).__name__,
-        "config": dataclasses.asdict(regularizer),
-        "registered_name": None,
-    }
-
-
-def _find(name: Any) -> Callable[..., Regularizer]:
-    known = _KNOWN | _CLASSES
-    if name not in known:
-        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
-        raise ShapeError(
-            f"unknown regularizer {name!r}. Did you mean {nearest!r}? Known are "
-            f"{', '.join(known)}. Pass another one as a function array -> scalar."
-        )
-    return known[name]
+    return _FAMILY.serialize(regularizer)
 
 
 def _wide(x: ArrayLike) -> Array:

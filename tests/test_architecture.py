@@ -18,9 +18,10 @@ MAY_IMPORT = {
     "masks": "tokens types errors",
     "dropout": "types errors",
     "softmax": "types errors",
-    "initializers": "types errors",
-    "regularizers": "types errors",
-    "constraints": "types errors",
+    "keras_objects": "types errors",
+    "initializers": "keras_objects types errors",
+    "regularizers": "keras_objects types errors",
+    "constraints": "keras_objects types errors",
     "projections": "initializers types errors",
     "backends": "",
     "backends.base": "masks dropout softmax tokens types errors",
@@ -29,7 +30,9 @@ MAY_IMPORT = {
     "axes": "checks types errors",
     "lowering": "types errors",
     "differentiation": "linear backends.base types errors",
-    "dispatch": "differentiation lowering backends.base types errors",
+    "partitioning": "types errors",
+    "sharding": "partitioning backends.base types errors",
+    "dispatch": "sharding differentiation lowering backends.base types errors",
     "attention": "dispatch checks backends.base softmax masks dropout tokens types errors",
     "summaries": "attention backends.base types errors",
     "functional": (
@@ -62,7 +65,7 @@ def name_of(path):
 
 
 FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-ABOVE = ("models", "train", "bench", "interop", "visualize", "predict", "sharding", "nnx")
+ABOVE = ("models", "train", "bench", "interop", "visualize", "predict", "nnx")
 CORE = [name for name in FILES if name and name.split(".")[0] not in ABOVE]
 
 

@@ -440,7 +440,7 @@ def test_losses_are_sown_by_their_names():
         kernel, bias = (variables["params"][name][x] for x in ("kernel", "bias"))
         np.testing.assert_allclose(losses[f"{name}_kernel"], 0.01 * (kernel**2).sum(), rtol=1e-5)
         np.testing.assert_allclose(losses[f"{name}_bias"], 0.01 * np.abs(bias).sum(), rtol=1e-5)
-    want = 0.01 * (out**2).sum()
+    want = 0.01 * (out**2).sum() / len(out)  # divided by the batch, as in Keras
     np.testing.assert_allclose(losses["attention_output_activity"], want, rtol=1e-5)
 
 

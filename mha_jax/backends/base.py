@@ -50,7 +50,7 @@ class Call:
     mask: Mask = dataclasses.field(default_factory=Full)
     bias: Float[Array, "#B #N #T #S"] | None = None
     dropout: Dropout | None = None
-    scale: float | None = static(default=None)
+    scale: float = static(default=None)  # filled in by `check`
     logit_cap: float | None = static(default=None)
     precision: Precision = static(default=None)
 

@@ -23,7 +23,6 @@ from mha_jax.backends.base import Call, Gradients, Output
 from mha_jax.backends.tiles import Tiles, Tiling, lines, numbers, over_groups
 from mha_jax.types import Array
 
-
 # Weights in one tile of short sequences.
 _WHOLE = 2**20
 

@@ -9,12 +9,13 @@ as they lie, [S, K H], gives every logit, [S, T, G, K]. It multiplies K times as
 most of them zeros, and still wins while reading the keys is what takes the time.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from mha_jax import softmax
 from mha_jax.backends.base import Call, Output, logits_of
-from mha_jax.types import Array
 
 # Measured on two CPU cores, float32, B8 S4096 N8 H64 against the tiled pass: see `worthwhile`.
 _MOST_ROWS = 32
@@ -69,7 +70,7 @@ def forward(call: Call) -> Output:
     return Output(out.reshape(b, t, n, v).astype(call.v.dtype), lse)
 
 
-def _keys_first(call: Call, dense: Array | None) -> Array | None:
+def _keys_first(call: Call, dense: Any) -> Any:
     """Turn [#B, #N, #T, #S] into [#B, #S, #T, #G, #K]."""
     if dense is None:
         return None

@@ -194,7 +194,7 @@ def _attribute(name: str) -> str:
     return f"_{name.removeprefix('attention_')}_dense"
 
 
-def _dense_weights(dense: Any) -> dict[str, np.ndarray]:
+def _dense_weights(dense: Any) -> dict[str, Any]:
     from keras import ops  # type: ignore[attr-defined]
 
     weights = {"kernel": dense.kernel, "bias": dense.bias}
@@ -342,7 +342,7 @@ def _assign(what: str, variable: Any, weight: Array) -> None:
 
     value = np.asarray(weight)
     variable.assign(value)
-    stored = ops.convert_to_numpy(variable.value)
+    stored: Any = ops.convert_to_numpy(variable.value)
     if stored.astype(value.dtype).tobytes() != value.tobytes():
         raise WeightsError(
             f"the {what} is {value.dtype} and would be rounded to Keras's {stored.dtype}. Export a module "

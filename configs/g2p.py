@@ -1,0 +1,45 @@
+"""Spelling to pronunciation on CMUdict: the main job.
+
+    pip install "mha_jax[train]"
+    python -m mha_jax.train --config=configs/g2p.py
+
+Time: 230 to 290 seconds of CPU time in all, shared by two busy cores.
+Result: 10.9 % phoneme error, 58.7 % of 2,261 held-out words wholly right (seed 0); 10.7 % and
+58.3 % (seed 1).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Return the experiment; every key can be set by `--config.<key>=<value>`."""
+    return ConfigDict(
+        {
+            "task": "g2p",
+            "seed": 0,
+            "steps": 1500,
+            "batch_size": 128,
+            "buckets": (6, 8, 11),
+            "label_smoothing": 0.0,
+            "model": {
+                "width": 128,
+                "num_heads": 4,
+                "hidden": 512,
+                "encoder_layers": 2,
+                "decoder_layers": 2,
+                "dropout": 0.0,
+                "norm_first": True,
+            },
+            "optimizer": {
+                "schedule": "linear",
+                "peak": 2e-3,
+                "warmup": 200,
+                "weight_decay": 0.0,
+                "clip": 1.0,
+            },
+            "log_every": 50,
+            "save_every": 300,
+            "tensorboard": True,
+            "resume": False,
+        }
+    )

@@ -1,0 +1,131 @@
+"""A causal language model of characters that sees a sliding window, on text that Python carries.
+
+The text is the language reference inside the standard library (`pydoc_data.topics`, what `help()`
+shows), so its length and the result differ a little between Python versions. One topic in ten, by a
+hash of its name, is held out.
+"""
+
+import pathlib
+import zlib
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mha_jax.models.transformer import Config, LanguageModel
+from mha_jax.train.data import endless
+from mha_jax.train.losses import token_loss
+from mha_jax.train.tasks import Batch
+
+ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
+UNKNOWN = ALPHABET.index("?")
+
+
+def read_topics() -> dict[str, str]:
+    """Read the topics of Python's own help."""
+    from pydoc_data.topics import topics
+
+    return dict(topics)
+
+
+def encode(text: str) -> np.ndarray:
+    """Number characters; those outside ASCII become question marks."""
+    codes = {character: code for code, character in enumerate(ALPHABET)}
+    return np.array([codes.get(character, UNKNOWN) for character in text], np.int32)
+
+
+def decode(codes: np.ndarray) -> str:
+    """Give the characters of codes.
+
+    >>> decode(encode("for x in y:"))
+    'for x in y:'
+    """
+    return "".join(ALPHABET[code] for code in codes)
+
+
+def cut(text: str, length: int) -> np.ndarray:
+    """Cut a text into rows `[B, length + 1]` that overlap by one character."""
+    codes = encode(text)
+    rows = (len(codes) - 1) // length
+    return np.stack([codes[i * length : (i + 1) * length + 1] for i in range(rows)])
+
+
+class Characters:
+    """The task "lm"; see the module docstring."""
+
+    best = "validation_bits"
+
+    def __init__(self, config: Any):
+        train, held_out = [], []
+        for name, text in read_topics().items():
+            (held_out if zlib.crc32(name.encode()) % 10 == 0 else train).append(text)
+        self.held_out = cut("".join(held_out), config.length)
+        self.batches = endless(
+            {"text": cut("".join(train), config.length)}, config.batch_size, config.seed
+        )
+        self.model = LanguageModel(len(ALPHABET), Config(**config.model.to_dict()))
+        self.chunk = config.batch_size
+        self.seed = config.seed
+        self.bits = jax.jit(self._bits)
+
+    def batch(self, step: int) -> Batch:
+        return cast(Batch, self.batches[step])
+
+    def inputs(self, batch: Batch) -> tuple[jax.Array, ...]:
+        return (batch["text"][:, :-1],)
+
+    def loss(self, outputs: jax.Array, batch: Batch) -> jax.Array:
+        return token_loss(outputs, batch["text"][:, 1:])
+
+    def _bits(self, params: Any, text: jax.Array) -> jax.Array:
+        outputs = self.model.apply({"params": params}, text[:, :-1])
+        return self.loss(cast(jax.Array, outputs), {"text": text}) / jnp.log(2.0)
+
+    def _mean_bits(self, params: Any, chunks: int | None = None) -> float:
+        whole = len(self.held_out) // self.chunk
+        parts = [
+            self.bits(params, self.held_out[i * self.chunk : (i + 1) * self.chunk])
+            for i in range(min(whole, chunks or whole))
+        ]
+        return float(jnp.stack(parts).mean())
+
+    def validate(self, params: Any) -> dict[str, float]:
+        return {"validation_bits": self._mean_bits(params, chunks=4)}
+
+    def judge(self, params: Any, workdir: pathlib.Path) -> dict[str, float]:
+        bits = self._mean_bits(params)
+        begun = self.held_out[:1, :64]
+        told = write_on(self.model, params, begun, 192, jax.random.key(self.seed))
+        print(f"\n{decode(begun[0])}>>>{decode(np.asarray(told)[0, begun.shape[1] :])}")
+        print(f"\nheld-out topics: {bits:.3f} bits a character")
+        return {"bits": bits}
+
+    def card(self) -> dict[str, Any]:
+        return {"alphabet": ALPHABET}
+
+
+def write_on(
+    model: LanguageModel,
+    params: Any,
+    begun: np.ndarray,
+    length: int,
+    key: jax.Array,
+    temperature: float = 0.7,
+) -> jax.Array:
+    """Continue texts `[B, T]` by `length` characters, drawn at a temperature."""
+    told = jnp.pad(jnp.asarray(begun), ((0, 0), (0, length)))
+
+    @jax.jit
+    def write(told, key):
+        def step(place, told):
+            logits = model.apply({"params": params}, told)
+            here = jax.lax.dynamic_index_in_dim(logits, place - 1, axis=1, keepdims=False)
+            drawn = jax.random.categorical(jax.random.fold_in(key, place), here / temperature)
+            return jax.lax.dynamic_update_index_in_dim(
+                told, drawn.astype(told.dtype), place, axis=1
+            )
+
+        return jax.lax.fori_loop(begun.shape[1], told.shape[1], step, told)
+
+    return write(told, key)

@@ -1,0 +1,110 @@
+"""Every mistake on the command line or in a folder is one clear line, and nothing is overwritten."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from mha_jax.train.errors import ConfigError, WorkdirError
+from mha_jax.train.tasks import make_task
+from mha_jax.train.workdir import CARD, open_workdir, read_card
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "mha_jax.train", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--config=configs/lm.py", "--config.stepps=3"],
+            'Did you mean "steps" instead of "stepps"',
+        ),
+        (["--config=configs/lm.py", "--config.model.widht=3"], 'Did you mean "width"'),
+        (["--config=configs/lm.py", "--config.steps=many"], "--config.steps=many"),
+        (["--config=configs/no_such.py"], "error: the config file cannot be read"),
+        ([], "error: no experiment was named. Pass --config=configs/g2p.py"),
+        (["--config=configs/lm.py", "steps=3"], "error: unexpected argument 'steps=3'"),
+        (["--config=configs/lm.py", "--config.task=lmm"], "error: config.task='lmm' is not a task"),
+        (["--config=configs/vaswani_base.py"], "error: config.data='' is not a file"),
+    ],
+)
+def test_mistakes_end_with_one_clear_line(arguments, message, tmp_path):
+    code, text = run(*arguments, f"--workdir={tmp_path / 'run'}")
+    assert code != 0
+    assert message in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "run").exists()
+
+
+def config(**changes):
+    base = {"task": "lm", "seed": 0, "model": {"width": 8}, "log_every": 1, "resume": False}
+    return ConfigDict(base | changes)
+
+
+def test_a_new_folder_is_made_and_described(tmp_path):
+    workdir = open_workdir(tmp_path / "a" / "b", config(), {"classes": 3})
+    assert read_card(workdir) == {"config": config().to_dict(), "task": {"classes": 3}}
+
+
+def test_a_folder_with_a_run_needs_resume(tmp_path):
+    open_workdir(tmp_path, config(), {})
+    before = (tmp_path / CARD).read_bytes()
+    with pytest.raises(WorkdirError, match=r"holds a run already.*--config.resume, or.*--workdir"):
+        open_workdir(tmp_path, config(), {})
+    open_workdir(tmp_path, config(resume=True, log_every=7), {})
+    assert (tmp_path / CARD).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "task", "message"),
+    [
+        ({"seed": 1}, {}, "config.seed is 0 there and 1 here"),
+        ({"model": {"width": 9}}, {}, "config.model.width is 8 there and 9 here"),
+        ({"task": "digits"}, {}, "config.task is 'lm' there and 'digits' here"),
+        ({}, {"symbols": ["a"]}, r"task.symbols is None there and \['a'\] here"),
+    ],
+)
+def test_another_run_is_not_continued(tmp_path, changes, task, message):
+    open_workdir(tmp_path, config(), {})
+    with pytest.raises(WorkdirError, match=f"holds another run: {message}"):
+        open_workdir(tmp_path, config(resume=True, **changes), task)
+
+
+def test_foreign_folders_are_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(WorkdirError, match="not empty and holds no run"):
+        open_workdir(tmp_path, config(), {})
+    with pytest.raises(WorkdirError, match="is a file"):
+        open_workdir(tmp_path / "mine.txt", config(), {})
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"config": {}}', json.dumps({"task": {}})])
+def test_a_damaged_card_is_named(tmp_path, text):
+    (tmp_path / CARD).write_text(text)
+    with pytest.raises(WorkdirError, match=f"{CARD} is damaged"):
+        read_card(tmp_path)
+
+
+def test_no_card_is_no_run(tmp_path):
+    with pytest.raises(WorkdirError, match=r"holds no run: there is no run\.json"):
+        read_card(tmp_path)
+
+
+def test_unknown_task_lists_the_tasks():
+    with pytest.raises(ConfigError, match="Expected one of g2p, digits, lm, translation"):
+        make_task(config(task="chess"))
