@@ -39,8 +39,8 @@ def specs(call: Call, axes: Axes) -> Call:
 
     >>> from mha_jax.checks import check
     >>> x = jnp.ones((4, 5, 2, 8))
-    >>> specs(check(Call(x, x, x)), Axes(batch=("data",), heads=("model",))).q
-    PartitionSpec('data', None, 'model', None)
+    >>> tuple(specs(check(Call(x, x, x)), Axes(batch=("data",), heads=("model",))).q)
+    ('data', None, 'model', None)
     """
     return jax.tree.map(lambda a, letters: axes.spec(letters, jnp.shape(a)), call, letters_of(call))
 
@@ -227,8 +227,8 @@ def partition_specs(params: Params, rules: Mapping[str, Any]) -> Any:
     >>> from mha_jax.functional import init_params
     >>> x = jnp.ones((2, 5, 16))
     >>> params = init_params(jax.random.key(0), x, x, num_heads=4, key_dim=8)
-    >>> partition_specs(params, {"heads": "model"})["query"]["kernel"]
-    PartitionSpec(None, 'model', None)
+    >>> tuple(partition_specs(params, {"heads": "model"})["query"]["kernel"])
+    (None, 'model', None)
     """
 
     def spec(names):

@@ -42,8 +42,8 @@ def scores_max(call: Call, lse: Array | None = None) -> Float[Array, "*B N T"]:
     Cost: The time of `attention_scores`; O(B N T) memory.
 
     >>> x = jnp.ones((1, 5, 2, 4))
-    >>> float(scores_max(Call(x, x, x))[0, 0, 0])
-    0.2
+    >>> print(f"{scores_max(Call(x, x, x))[0, 0, 0]:.3f}")
+    0.200
     """
     return _by_rows(call, lse, partial(jnp.max, axis=-1, initial=0), -1)
 
