@@ -3,9 +3,9 @@
     pip install "mha_jax[train]"
     python -m mha_jax.train --config=configs/g2p.py
 
-Time: 230 to 290 seconds of CPU time in all, shared by two busy cores.
-Result: 10.9 % phoneme error, 58.7 % of 2,261 held-out words wholly right (seed 0); 10.7 % and
-58.3 % (seed 1).
+Time: 2 minutes 37 seconds on two CPU cores, imports, compilation and judging included.
+Result: 11.6 % phoneme error, 56.7 % of 2,261 held-out words wholly right (seed 0). With
+--config.steps=1500, 3 minutes 13 seconds: 10.9 % and 58.7 %.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
         {
             "task": "g2p",
             "seed": 0,
-            "steps": 1500,
+            "steps": 1250,
             "batch_size": 128,
             "buckets": (6, 8, 11),
             "label_smoothing": 0.0,
