@@ -1,7 +1,5 @@
 """On eight devices: no gather, the numbers and the dropout bits of one device."""
 
-import dataclasses
-import os
 import re
 
 import flax.linen as nn
@@ -24,12 +22,9 @@ from mha_jax import (
     init_params,
     multi_head_attention,
 )
-from mha_jax.backends.base import Output
 from mha_jax.checks import check
-from mha_jax.differentiation import Tiled
 from mha_jax.sharding import (
     Axes,
-    Sharded,
     logical_axes,
     partition_specs,
     specs,
@@ -321,41 +316,3 @@ def test_specs_leave_axes_of_one_whole():
     assert cut.mask.array == P("x", None, None, None)
     assert cut.k_tokens.valid == P("x", None)
     assert cut.dropout.key == cut.dropout.batch_start == P()
-
-
-# ---- TPU, ahead of time -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("names", "backend"),
-    [
-        (("data", "model"), Sharded()),
-        (("x", "y"), Sharded()),
-        (("b", "a"), Sharded(batch=("b",), heads=("a",))),
-    ],
-)
-def test_kernels_are_cut_on_tpus_that_are_not_there(names, backend):
-    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install libtpu")
-    from jax.experimental import topologies
-
-    from mha_jax.backends.pallas_tpu import PallasTPU
-
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    backend = dataclasses.replace(backend, backend=Tiled(PallasTPU()))
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
-    mesh = Mesh(np.array(devices).reshape(4, 4), names)
-
-    place = NamedSharding(mesh, P(names[0], None, names[1]))
-
-    def shape(*sizes):
-        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=place)
-
-    def function(q, k, v):
-        call = check(Call(q, k, v, mask=Causal(), dropout=dropped()))
-        output = backend.forward(call)
-        return output, backend.cotangent(call, output, Output(output.out, output.lse))
-
-    arguments = shape(8, 256, 8, 64), shape(8, 256, 4, 64), shape(8, 256, 4, 64)
-    program = jax.jit(function).lower(*arguments).compile()
-    assert program.as_text().count("tpu_custom_call") == 2
-    assert exchanges(program) == []

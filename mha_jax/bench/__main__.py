@@ -5,7 +5,6 @@ python -m mha_jax.bench --all                  every feature as well
 python -m mha_jax.bench --rows tiny decode --peers linen "torch sdpa"
 python -m mha_jax.bench --json FILE --plot FILE.png --markdown
 python -m mha_jax.bench --list                 the rows and what they are
-python -m mha_jax.bench tpu                    our TPU kernels by the compiler's schedule
 """
 
 import argparse
