@@ -5,6 +5,7 @@ import importlib
 from functools import lru_cache, partial
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 
 from mha_jax import differentiation
@@ -54,6 +55,13 @@ def _method(name: str, platform: str) -> Any:
     )
 
 
+def output_of(call: Call) -> Output:
+    """Return the shapes and dtypes of what a call returns."""
+    b, t, n, _ = call.q.shape
+    out = jax.ShapeDtypeStruct((b, t, n, call.v.shape[-1]), call.v.dtype)
+    return Output(out, jax.ShapeDtypeStruct((b, n, t), call.accumulator))  # type: ignore[arg-type]
+
+
 @dataclasses.dataclass(frozen=True)
 class Automatic:
     """The best backend for every platform that the program is lowered for."""
@@ -64,13 +72,14 @@ class Automatic:
         return None
 
     def forward(self, call: Call) -> Output:
-        return by_platform(_FORWARD, call)
+        return by_platform(_FORWARD, output_of(call), call)
 
     def cotangent(self, call: Call, output: Output, cotangent: Output) -> Gradients:
-        return by_platform(_COTANGENT, call, output, cotangent)
+        result = Gradients(call.q, call.k, call.v, call.bias)
+        return by_platform(_COTANGENT, result, call, output, cotangent)
 
     def tangent(self, call: Call, output: Output, direction: Gradients) -> Output:
-        return by_platform(_TANGENT, call, output, direction)
+        return by_platform(_TANGENT, output, call, output, direction)
 
 
 _FORWARD, _COTANGENT, _TANGENT = (
@@ -121,6 +130,5 @@ def run(call: Call, backend: Any) -> Output:
 
 def _empty(call: Call) -> Output:
     """Return zeros and lse -inf: no key, no query or no feature to compute with."""
-    b, t, n, _ = call.q.shape
-    out = jnp.zeros((b, t, n, call.v.shape[-1]), call.v.dtype)
-    return Output(out, jnp.full((b, n, t), -jnp.inf, call.accumulator))
+    out, lse = output_of(call)
+    return Output(jnp.zeros_like(out), jnp.full_like(lse, -jnp.inf))

@@ -27,12 +27,13 @@ def default_platform() -> str:
     return "cuda" if platform == "gpu" else platform
 
 
-def by_platform(choose: Callable[[str], Callable], *args: Any) -> Any:
+def by_platform(choose: Callable[[str], Callable], result: Any, *args: Any) -> Any:
     """Run `choose(platform)(*args)` for the platform lowered for.
 
     Args:
-      choose: Returns the function of a platform; all must return the same shapes. It is hashed, and
+      choose: Returns the function of a platform; every one must return `result`. It is hashed, and
         so are the static fields of `args`.
+      result: What the function returns, as arrays or `jax.ShapeDtypeStruct`s.
       *args: Pytrees of arrays.
 
     Returns:
@@ -40,13 +41,13 @@ def by_platform(choose: Callable[[str], Callable], *args: Any) -> Any:
 
     >>> def choose(platform):
     ...     return lambda x: x + len(platform)
-    >>> int(by_platform(choose, jax.numpy.int32(1)))
+    >>> one = jax.numpy.int32(1)
+    >>> int(by_platform(choose, one, one))
     4
     """
     leaves, tree = jax.tree.flatten(args)
     flat = _flat(choose, tree)
-    shapes = jax.eval_shape(choose("cpu"), *args)
-    out_leaves, out_tree = jax.tree.flatten(shapes)
+    out_leaves, out_tree = jax.tree.flatten(result)
     types = tuple((x.shape, x.dtype) for x in out_leaves)
     return jax.tree.unflatten(out_tree, by_platform_p.bind(*leaves, flat=flat, types=types))
 

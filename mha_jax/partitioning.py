@@ -301,7 +301,9 @@ def bind(plan: Plan, leaves: Any) -> list[Array]:
     """The one door to the primitive. Its jaxpr shows what it runs; there no value varies over a mesh."""
     plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
     jaxpr = jax.make_jaxpr(_partitioned(plan))(*plain)
-    types = jax.make_jaxpr(lambda *xs: _varying(jaxpr.out_avals, xs))(*leaves).out_avals
+    types = jaxpr.out_avals
+    if any(jax.typeof(x) != ShapedArray(x.shape, x.dtype) for x in leaves):
+        types = jax.make_jaxpr(lambda *xs: _varying(jaxpr.out_avals, xs))(*leaves).out_avals
     return sharded_p.bind(*leaves, plan=plan, jaxpr=jaxpr, types=tuple(types))
 
 

@@ -7,6 +7,7 @@ Kernels are three-dimensional, as in Keras: query (D, N, H), key (D, K, H), valu
 (D, N, V), output (N, V, *output_shape); biases (N, H), (K, H), (K, V), (N, V), output_shape.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -120,15 +121,16 @@ def _product(name: str, weights: Params, x: Array, in_axes: int, precision: Prec
             "The arguments of the layer are query, value, key, in this order; if the inputs have changed "
             "width, initialise the layer again."
         )
-    axes = tuple(range(in_axes))
+    # As matrices: XLA on CPU transposes and copies the gradients of kernels with more axes.
+    outer, features = x.shape[: x.ndim - in_axes], kernel.shape[in_axes:]
+    matrix = jnp.asarray(kernel, x.dtype).reshape(math.prod(kernel.shape[:in_axes]), -1)
     y = jax.lax.dot_general(
-        x,
-        jnp.asarray(kernel, x.dtype),
-        ((tuple(axis + x.ndim - in_axes for axis in axes), axes), ((), ())),
+        x.reshape(*outer, matrix.shape[0]),
+        matrix,
+        (((len(outer),), (0,)), ((), ())),
         precision=precision,
     )
     bias = weights.get("bias")
-    if bias is None:
-        return y
-    bias = jnp.asarray(bias, x.dtype)
-    return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+    if bias is not None:
+        y = y + jnp.asarray(bias, x.dtype).reshape((1,) * len(outer) + (-1,))
+    return y.reshape(*outer, *features)

@@ -43,6 +43,13 @@ def weights(x: Float[Array, "*R"], m: Float[Array, "..."]) -> Float[Array, "*R"]
     return jnp.exp(x - finite(m))
 
 
+def first(x: Float[Array, "*R T S"]) -> tuple[Array, Array, Array]:
+    """Return (p, m, l) of the first, or only, tile of logits: `grow` of rows that have seen no key."""
+    m = jnp.max(x, axis=-1, keepdims=True)
+    p = weights(x, m)
+    return p, m, jnp.sum(p, axis=-1, keepdims=True)
+
+
 def grow(
     m: Float[Array, "*R T 1"], l: Float[Array, "*R T 1"], x: Float[Array, "*R T S"]
 ) -> tuple[Array, Array, Array, Array]:

@@ -6,7 +6,7 @@ H query-key head size   V value head size   c pairs of an example and a key-valu
 `forward` keeps a running softmax over the key blocks and saves lse. `cotangent` and `tangent` rebuild
 the weights p = exp(logits - lse) from it, tile by tile; a rebuilt weight carries the rounding of lse,
 relative to it epsilon times |lse|. The backward pass walks down the key blocks and computes each
-tile transposed, [c, block_k, G, block_q], so that the gradients of keys and values are plain products.
+tile transposed, [c, block_k, r], so that the gradients of keys and values are plain products.
 
 Source: Rabe & Staats 2021, arXiv:2112.05682; Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
 """
@@ -20,7 +20,7 @@ from jax import lax
 from mha_jax import softmax
 from mha_jax.backends import few_rows
 from mha_jax.backends.base import Call, Gradients, Output
-from mha_jax.backends.tiles import Tiles, Tiling, lines, numbers, over_groups
+from mha_jax.backends.tiles import Tiles, Tiling, lines, numbers, over_groups, scan
 from mha_jax.types import Array
 
 # Weights in one tile of short sequences.
@@ -93,16 +93,21 @@ def _forward(tiles: Tiles) -> Output:
             q_row = tiles.row_of(q, i)
 
             def block(j, masked, state):
-                x = tiles.dot("cgth,csh->cgts", q_row, tiles.keys_of(k, j))
+                x = tiles.dot("crh,csh->crs", q_row, tiles.keys_of(k, j))
                 x = tiles.logits(x, g, i, j, masked, flip=False)
-                p, fix, m, l = softmax.grow(state.m, state.l, x)
+                if state is None:
+                    p, m, l = softmax.first(x)
+                    before = jnp.zeros((), tiles.dtype)
+                else:
+                    p, fix, m, l = softmax.grow(state.m, state.l, x)
+                    before = state.acc * fix
                 if keys is not None:
                     p = jnp.where(tiles.kept(keys, g, i, j, flip=False), p, 0)
-                pv = tiles.dot("cgts,csv->cgtv", p, tiles.keys_of(v, j).astype(tiles.dtype))
-                return softmax.Running(state.acc * fix + pv, m, l)
+                pv = tiles.dot("crs,csv->crv", p, tiles.keys_of(v, j).astype(tiles.dtype))
+                return softmax.Running(before + pv, m, l)
 
-            start = softmax.start(q_row.shape[:3], v.shape[-1], tiles.dtype)
-            end = tiles.over(order, g, i, block, start)
+            start = softmax.start(q_row.shape[:2], v.shape[-1], tiles.dtype)
+            end = tiles.over(order, g, i, block, None if tiles.single(order) else start)
             out = end.acc * (softmax.reciprocal(end.l) * jnp.asarray(inverse, tiles.dtype))
             return out.astype(call.v.dtype), softmax.logsumexp(end.m, end.l)
 
@@ -114,11 +119,12 @@ def _forward(tiles: Tiles) -> Output:
 
 def _cotangent(tiles: Tiles, output: Output, cotangent: Output) -> Gradients:
     call, dtype, order = tiles.call, tiles.dtype, tiles.order(by_rows=False)
-    d_out = cotangent.out.astype(dtype)
-    delta = jnp.einsum("BTNV,BTNV->BNT", d_out, output.out.astype(dtype)) - cotangent.lse
+    d_out = tiles.queries(cotangent.out.astype(dtype))
+    delta = jnp.sum(d_out * tiles.queries(output.out.astype(dtype)), -1)
+    delta = delta - tiles.statistics(cotangent.lse)
     if call.dropout is not None:
         d_out = d_out * jnp.asarray(1 / (1 - call.dropout.rate), dtype)
-    sides = (tiles.q, tiles.queries(d_out), tiles.statistics(output.lse), tiles.statistics(delta))
+    sides = (tiles.q, d_out, tiles.statistics(output.lse), delta)
 
     def group(d_bias, inputs):
         g, side, k, v, keys = inputs
@@ -133,10 +139,10 @@ def _cotangent(tiles: Tiles, output: Output, cotangent: Output) -> Gradients:
             def block(i, masked, carry):
                 d_bias, dq, dk_tile, dv_tile = carry
                 q, do, lse, delta = (tiles.row_of(x, i) for x in side)
-                x = tiles.dot("csh,cgth->csgt", k_tile, q)
+                x = tiles.dot("csh,crh->csr", k_tile, q)
                 x = tiles.logits(x, g, i, j, masked, flip=True)
                 p = softmax.weights(x, lse[:, None])
-                dp = tiles.dot("csv,cgtv->csgt", v_tile, do)
+                dp = tiles.dot("csv,crv->csr", v_tile, do)
                 kept = p
                 if keys is not None:
                     # The sign carries the bit to both products, so that it is hashed once.
@@ -148,13 +154,10 @@ def _cotangent(tiles: Tiles, output: Output, cotangent: Output) -> Gradients:
                 if call.logit_cap is not None:
                     ds = ds * _slope(call, x)
                 if d_bias is not None:
-                    d_bias = tiles.add_dense(d_bias, ds.transpose(0, 2, 3, 1), g, i, j)
-                dv_tile = dv_tile + tiles.dot("csgt,cgtv->csv", kept, do)
-                dk_tile = dk_tile + tiles.dot("csgt,cgth->csh", ds, q.astype(dtype))
-                dq_tile = tiles.dot("chs,csgt->chgt", k_turned, ds)
-                at = i * tiles.tiling.block_q
-                dq_tile = lax.dynamic_slice_in_dim(dq, at, dq_tile.shape[3], 3) + dq_tile
-                dq = lax.dynamic_update_slice_in_dim(dq, dq_tile, at, 3)
+                    d_bias = tiles.add_dense(d_bias, ds.swapaxes(1, 2), g, i, j)
+                dv_tile = dv_tile + tiles.dot("csr,crv->csv", kept, do)
+                dk_tile = dk_tile + tiles.dot("csr,crh->csh", ds, q.astype(dtype))
+                dq = tiles.add_column(dq, tiles.dot("chs,csr->chr", k_turned, ds), i)
                 return d_bias, dq, dk_tile, dv_tile
 
             zeros = (jnp.zeros(k_tile.shape, dtype), jnp.zeros(v_tile.shape, dtype))
@@ -164,33 +167,26 @@ def _cotangent(tiles: Tiles, output: Output, cotangent: Output) -> Gradients:
             dv = lax.dynamic_update_slice_in_dim(dv, dv_tile, at, 1)
             return d_bias, dq, dk, dv
 
-        c, g_heads, t, h = side[0].shape
+        pairs, _, h = side[0].shape
         sums = (
-            jnp.zeros((c, h, g_heads, t), dtype),
+            jnp.zeros((pairs, h, tiles.groups * tiles.t), dtype),
             jnp.zeros(k.shape, dtype),
             jnp.zeros(v.shape, dtype),
         )
         carry = (d_bias, *sums)
-        if tiles.columns == 1:
-            carry = column(0, carry)
-        else:
-            carry, _ = lax.scan(
-                lambda carry, j: (column(j, carry), None), carry, numbers(tiles.columns)
-            )
+        carry, _ = scan(lambda carry, j: (column(j, carry), None), carry, numbers(tiles.columns))
         return carry[0], carry[1:]
 
     d_bias = None if tiles.bias is None else jnp.zeros(tiles.bias.shape, dtype)
-    groups = numbers(tiles.q.shape[0])
-    d_bias, (dq, dk, dv) = lax.scan(
-        group, d_bias, (groups, sides, tiles.k, tiles.v, tiles.row_keys)
-    )
+    arrays = (numbers(tiles.q.shape[0]), sides, tiles.k, tiles.v, tiles.row_keys)
+    d_bias, (dq, dk, dv) = scan(group, d_bias, arrays)
     scale = jnp.asarray(tiles.scale, dtype)
     dk = tiles.keys_back(dk) * jnp.asarray(call.scale, dtype)
-    dq = dq.transpose(0, 1, 3, 4, 2)[:, None] * scale
+    dq = tiles.columns_back(dq) * scale
     if call.bias is not None and d_bias is not None:
         d_bias = d_bias[tuple(slice(n) for n in call.bias.shape)].astype(call.bias.dtype)
     return Gradients(
-        tiles.queries_back(dq).astype(call.q.dtype),
+        dq.astype(call.q.dtype),
         dk.astype(call.k.dtype),
         tiles.keys_back(dv).astype(call.v.dtype),
         d_bias,
@@ -217,15 +213,15 @@ def _tangent(tiles: Tiles, output: Output, direction: Gradients) -> Output:
             def block(j, masked, sums):
                 d_out, d_lse = sums
                 k_tile, v_tile = tiles.keys_of(k, j), tiles.keys_of(v, j).astype(dtype)
-                x = tiles.dot("cgth,csh->cgts", q_row, k_tile)
+                x = tiles.dot("crh,csh->crs", q_row, k_tile)
                 x = tiles.logits(x, g, i, j, masked, flip=False)
                 p = softmax.weights(x, lse_row)
                 dx = jnp.zeros_like(x)
                 if dq is not None:
-                    dx = dx + tiles.dot("cgth,csh->cgts", tiles.row_of(dq, i), k_tile.astype(dtype))
+                    dx = dx + tiles.dot("crh,csh->crs", tiles.row_of(dq, i), k_tile.astype(dtype))
                 if dk is not None:
                     q_scaled = q_row.astype(dtype) * jnp.asarray(call.scale, dtype)
-                    dx = dx + tiles.dot("cgth,csh->cgts", q_scaled, tiles.keys_of(dk, j))
+                    dx = dx + tiles.dot("crh,csh->crs", q_scaled, tiles.keys_of(dk, j))
                 if d_bias is not None:
                     dx = dx + tiles.dense_of(d_bias, g, i, j)
                 dp = p * dx * _slope(call, x)
@@ -234,12 +230,12 @@ def _tangent(tiles: Tiles, output: Output, direction: Gradients) -> Output:
                 if keys is not None:
                     keep = tiles.kept(keys, g, i, j, flip=False)
                     kept, dp = jnp.where(keep, p, 0), jnp.where(keep, dp, 0)
-                d_out = d_out + tiles.dot("cgts,csv->cgtv", dp, v_tile)
+                d_out = d_out + tiles.dot("crs,csv->crv", dp, v_tile)
                 if dv is not None:
-                    d_out = d_out + tiles.dot("cgts,csv->cgtv", kept, tiles.keys_of(dv, j))
+                    d_out = d_out + tiles.dot("crs,csv->crv", kept, tiles.keys_of(dv, j))
                 return d_out, d_lse
 
-            rows = q_row.shape[:3]
+            rows = q_row.shape[:2]
             start = jnp.zeros((*rows, v.shape[-1]), dtype), jnp.zeros((*rows, 1), dtype)
             return tiles.over(order, g, i, block, start)
 
