@@ -5,6 +5,7 @@ import typing
 
 from mha_jax.attention import attend, attention_scores, dot_product_attention, explain
 from mha_jax.backends.base import Call, Output
+from mha_jax.cache import Cache
 from mha_jax.dropout import Dropout
 from mha_jax.errors import MhaError, ShapeError, UnsupportedError, WeightsError
 from mha_jax.functional import init_params, multi_head_attention
@@ -35,6 +36,7 @@ def __getattr__(name: str) -> typing.Any:
 
 
 __all__ = [
+    "Cache",
     "Call",
     "Causal",
     "Dense",

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from mha_jax import axes, projections
 from mha_jax.attention import attend, attention_scores
 from mha_jax.backends.base import Call
+from mha_jax.cache import Cache, Held
 from mha_jax.checks import check_mask, mask_array
 from mha_jax.dropout import Dropout
 from mha_jax.errors import ShapeError
@@ -80,7 +81,7 @@ def init_params(
 def multi_head_attention(
     params: Params,
     query: Float[ArrayLike, "*axes D"],
-    value: Float[ArrayLike, "*axes D2"],
+    value: Float[ArrayLike, "*axes D2"] | None,
     key: Float[ArrayLike, "*axes D3"] | None = None,
     query_mask: ArrayLike | None = None,
     value_mask: ArrayLike | None = None,
@@ -99,6 +100,7 @@ def multi_head_attention(
     precision: Precision = None,
     backend: Any = None,
     tap: Callable[[str, Array], Array] | None = None,
+    cache: Cache | None = None,
 ) -> Any:
     """Apply the layer to inputs, given its parameters.
 
@@ -119,9 +121,16 @@ def multi_head_attention(
       precision, backend: As for `dot_product_attention`.
       tap: Called with the name and the value of every projection; what it returns is used. It sees
         the projections of masked tokens too, which otherwise are zeroed before.
+      cache: Keys and values of the tokens before, or None. Those of `value` are appended, then the
+        queries attend to all that it holds; `value=None` appends nothing. Tokens that `value_mask`
+        or `key_mask` marks False are not stored. A query stands at the position of its own token
+        in self-attention (query and value equally long), at `cache.count` and after otherwise,
+        or where `query_tokens` says. Masks and `key_tokens` are over the slots of the cache; slots
+        that `key_tokens` call invalid are not seen.
 
     Returns:
-      The output [<axes>, E], or (output, scores (batch axes, N, query axes, key axes)).
+      The output [<axes>, E], or (output, scores (batch axes, N, query axes, key axes)); with a
+      cache, it comes last: (output, cache) or (output, scores, cache).
 
     Raises:
       ShapeError, UnsupportedError, WeightsError: With what was expected and how to fix it.
@@ -132,6 +141,9 @@ def multi_head_attention(
     (2, 5, 16)
     """
     projections.check_names(params)
+    if cache is not None and value is None:
+        value = _nothing(query, params, "value", attention_axes)
+        key = _nothing(query, params, "key", attention_axes) if key is None else key
     key = value if key is None else key
     inputs = {"query": query, "value": value, "key": key}
     dtype = compute_dtype(inputs, params, dtype)
@@ -152,17 +164,20 @@ def multi_head_attention(
         check_mask("mask", mask)
         rule = rule & mask
     q_tokens = query_tokens or Tokens(q_fold.length)
-    k_tokens = key_tokens or Tokens(k_fold.length)
+    k_tokens = key_tokens if key_tokens is not None and cache is None else Tokens(k_fold.length)
     if query_mask is not None:
         q_tokens, rule = _valid(q_tokens, q_fold, "query_mask", query_mask), rule & ValidQueries()
     for name, flags in (("value_mask", value_mask), ("key_mask", key_mask)):
         if flags is not None:
-            k_tokens, rule = _valid(k_tokens, k_fold, name, flags), rule & ValidKeys()
+            k_tokens = _valid(k_tokens, k_fold, name, flags)
+            rule = rule & ValidKeys() if cache is None else rule
+    s_fold = k_fold if cache is None else _slots(q_fold, cache)
     if attention_mask is not None:
-        rule = rule & Dense(axes.fold_mask(attention_mask, q_fold, k_fold, heads))
+        rule = rule & Dense(axes.fold_mask(attention_mask, q_fold, s_fold, heads))
     if tap is None:
         seen_queries = q_tokens if rule.hides_invalid_queries else Tokens(q_fold.length)
-        seen_keys = k_tokens if rule.hides_invalid_keys else Tokens(k_fold.length)
+        hidden = cache is not None or rule.hides_invalid_keys
+        seen_keys = k_tokens if hidden else Tokens(k_fold.length)
     else:
         seen_queries, seen_keys = Tokens(q_fold.length), Tokens(k_fold.length)
 
@@ -183,15 +198,66 @@ def multi_head_attention(
         dropout=dropout,
         precision=precision,
     )
+    if cache is not None:
+        call, cache = _through(cache, call, query_tokens, key_tokens)
     out, lse = attend(call, backend)
     if "gate" in params:
         gate = jax.nn.sigmoid(projections.project("gate", params, x_q, precision))
         out = out * (gate if tap is None else tap("gate", gate))
     out = projections.combine(params, out, precision)
     out = q_fold.unfold(out if tap is None else tap("attention_output", out))
-    if not return_attention_scores:
-        return out
-    return out, axes.unfold_scores(attention_scores(call, lse), q_fold, k_fold)
+    results: list[Any] = [out]
+    if return_attention_scores:
+        results.append(axes.unfold_scores(attention_scores(call, lse), q_fold, s_fold))
+    if cache is not None:
+        results.append(cache)
+    return tuple(results) if len(results) > 1 else out
+
+
+def _nothing(query: Any, params: Params, name: str, attention_axes: Any) -> Array:
+    """Return an input of no tokens, as wide as the kernel `name` wants, beside a query."""
+    query = jnp.asarray(query)
+    attended = (attention_axes,) if isinstance(attention_axes, int) else attention_axes
+    shape = list(query.shape)
+    for axis in axes.resolve(attended, query.ndim):
+        shape[axis] = 0
+    return jnp.zeros((*shape[:-1], params[name]["kernel"].shape[0]), query.dtype)
+
+
+def _slots(query: axes.Folding, cache: Cache) -> axes.Folding:
+    """Return the folding of the cached keys: that of the query, with the capacity as its length.
+
+    Raises:
+      ShapeError: If several axes are attended.
+    """
+    if len(query.attended) != 1:
+        raise ShapeError(
+            f"a cache grows along one axis: got attention over the axes {query.attended}. Attend over "
+            "one axis, or call the layer without a cache."
+        )
+    (axis,) = query.attended
+    shape = (*query.shape[:axis], cache.capacity, *query.shape[axis + 1 :])
+    return axes.Folding(shape, query.attended)
+
+
+def _through(
+    cache: Cache, call: Call, query_tokens: Tokens | None, key_tokens: Tokens | None
+) -> tuple[Call, Cache]:
+    """Append the keys and values of a call; return it over all that is held, and the cache."""
+    length, chunk = call.q.shape[1], call.k_tokens
+    q_tokens, rule = call.q_tokens, call.mask & Held()
+    if query_tokens is None:
+        own = chunk.valid if length == chunk.length else None
+        q_tokens = dataclasses.replace(q_tokens, index=cache.places(length, own))
+    cache = cache.append(call.k, call.v, chunk.valid)
+    k_tokens = cache.tokens
+    if key_tokens is not None and key_tokens.valid is not None:
+        valid = jnp.logical_and(key_tokens.valid, cache.held)
+        k_tokens, rule = dataclasses.replace(key_tokens, valid=valid), rule & ValidKeys()
+    elif key_tokens is not None:
+        k_tokens = dataclasses.replace(key_tokens, valid=cache.held)
+    held = {"k": cache.keys, "v": cache.values, "q_tokens": q_tokens, "k_tokens": k_tokens}
+    return dataclasses.replace(call, **held, mask=rule), cache
 
 
 def mask_of(use_causal_mask: bool, sliding_window: int | None) -> Mask:

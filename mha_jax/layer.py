@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from mha_jax import config, constraints, initializers, projections
+from mha_jax.cache import Cache
 from mha_jax.dropout import Dropout
+from mha_jax.errors import ShapeError
 from mha_jax.functional import multi_head_attention
 from mha_jax.masks import Mask
 from mha_jax.tokens import Tokens
@@ -129,6 +131,7 @@ class MultiHeadAttention(nn.Module):
         "return_attention_scores",
         "use_causal_mask",
         "mask",
+        "cache",
     )
 
     def __new__(cls, *args, **kwargs):
@@ -144,7 +147,7 @@ class MultiHeadAttention(nn.Module):
     def __call__(
         self,
         query: Float[ArrayLike, "*axes D"],
-        value: Float[ArrayLike, "*axes D2"],
+        value: Float[ArrayLike, "*axes D2"] | None,
         key: Float[ArrayLike, "*axes D3"] | None = None,
         query_mask: ArrayLike | None = None,
         value_mask: ArrayLike | None = None,
@@ -156,6 +159,7 @@ class MultiHeadAttention(nn.Module):
         mask: Mask | None = None,
         query_tokens: Tokens | None = None,
         key_tokens: Tokens | None = None,
+        cache: Cache | None = None,
     ) -> Any:
         """Attend from `query` to `value`.
 
@@ -170,15 +174,21 @@ class MultiHeadAttention(nn.Module):
           use_causal_mask: Hide keys after the query.
           mask: A rule of `mha_jax.masks`, combined with all of the above by "and".
           query_tokens, key_tokens: Positions and segments that `mask` reads.
+          cache: What `empty_cache` or the call before returned: the tokens of `value` are appended,
+            then `query` attends to all that it holds; `value=None` appends nothing.
 
         Returns:
-          The output [B, T, E], or (output, scores [B, N, T, S]).
+          The output [B, T, E], or (output, scores [B, N, T, S]); with a cache, it comes last.
 
         Raises:
           ShapeError, UnsupportedError, WeightsError: With what was expected and how to fix it.
         """
-        config.check_inputs(query=query, value=value, key=value if key is None else key)
-        params = self._parameters(query, value, value if key is None else key)
+        if value is None and cache is not None:
+            config.check_inputs(query=query)
+            params = self._stored_parameters()
+        else:
+            config.check_inputs(query=query, value=value, key=value if key is None else key)
+            params = self._parameters(query, value, value if key is None else key)
         training = config.merged("training", self.training, training)
         keep_losses = self.is_mutable_collection("losses") and not self.is_initializing()
         if keep_losses:
@@ -187,6 +197,8 @@ class MultiHeadAttention(nn.Module):
         def penalize(name: str, x: Array) -> Array:
             # Keras divides by the first axis of the projection's input.
             source = value if name in ("key", "value") else query
+            if source is None:
+                return x  # nothing was projected
             examples = source.shape[0] if len(source.shape) > 2 else 1
             loss = self.activity_regularizer(x) / max(examples, 1)
             self._sow_loss(f"{name}_activity", loss)
@@ -215,7 +227,31 @@ class MultiHeadAttention(nn.Module):
             precision=self.precision,
             backend=self.backend,
             tap=penalize if penalized else None,
+            cache=cache,
         )
+
+    def empty_cache(self, batch: int, capacity: int, dtype: DType = None) -> Cache:
+        """Return a cache for calls of this layer that holds nothing yet.
+
+        Args:
+          batch: Rows; all axes folded that are not attended.
+          capacity: Tokens that a row can hold.
+          dtype: Of the computation; the layer's `dtype` or else `param_dtype` if None.
+
+        Raises:
+          ShapeError: If a size is no positive integer.
+
+        >>> layer = MultiHeadAttention(num_heads=4, key_dim=8)
+        >>> x = jnp.ones((2, 5, 16))
+        >>> variables = layer.init(jax.random.key(0), x, x)
+        >>> cache = layer.empty_cache(batch=2, capacity=7)
+        >>> y, cache = layer.apply(variables, x, x, use_causal_mask=True, cache=cache)
+        >>> cache.count.tolist()
+        [5, 5]
+        """
+        heads = self.num_kv_heads or self.num_heads
+        dtype = dtype or self.dtype or self.param_dtype
+        return Cache.empty(batch, capacity, heads, self.key_dim, self.value_dim, dtype)
 
     def constrain(self, params: Params) -> Params:
         """Return the parameters with `kernel_constraint` and `bias_constraint` applied."""
@@ -253,6 +289,15 @@ class MultiHeadAttention(nn.Module):
             name: Projection(shape, self.kernel_initializer, bias, self.param_dtype, name=name)()
             for name, shape in shapes.items()
         }
+
+    def _stored_parameters(self) -> Params:
+        """Return the parameters as they are, for a call whose input does not tell their shapes."""
+        if self.is_initializing():
+            raise ShapeError(
+                "value=None reads a cache and tells no width: got it while initialising. "
+                "Initialise with the inputs of a first call, layer.init(rng, query, value)."
+            )
+        return nn.meta.unbox(self.variables.get("params", {}))
 
     def _dropout(self) -> Dropout:
         """Return the dropout of this call: from the stream, or from `seed` and a counter."""

@@ -22,6 +22,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("words", nargs="*", metavar="WORD", help="letters a-z; none: read stdin")
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of the training run")
+    parser.add_argument(
+        "--beam", type=int, default=1, metavar="N", help="keep the N best answers while decoding"
+    )
     parser.add_argument("--attention", type=pathlib.Path, metavar="FILE.png", help="draw one word")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE.png if it exists")
     return parser.parse_args(arguments)
@@ -66,6 +69,10 @@ def load(workdir: pathlib.Path) -> tuple[Any, Any, Any]:
 
 def run(options: argparse.Namespace) -> None:
     """Print a line for each word and draw the attention on request."""
+    if options.beam < 1:
+        raise DataError(
+            f"--beam={options.beam} is no width of a beam. Expected 1 (greedy) or more."
+        )
     words = read_words(options.words, sys.stdin)
     picture = options.attention
     if picture is not None:
@@ -74,7 +81,8 @@ def run(options: argparse.Namespace) -> None:
 
     from mha_jax.train.g2p import draw_attention, pronounce
 
-    answers = pronounce(model, params, phonemes, words, chunk=min(256, len(words)))
+    chunk = min(256, len(words))
+    answers = pronounce(model, params, phonemes, words, chunk=chunk, beam=options.beam)
     for word, answer in zip(words, answers):
         print(f"{word}\t{' '.join(answer)}")
     if picture is not None:

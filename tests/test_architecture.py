@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "linear": "types errors",
     "tokens": "types errors",
     "masks": "tokens types errors",
+    "cache": "masks tokens types errors",
     "dropout": "types errors",
     "softmax": "types errors",
     "keras_objects": "types errors",
@@ -33,15 +34,18 @@ MAY_IMPORT = {
     "partitioning": "types errors",
     "sharding": "partitioning backends.base types errors",
     "dispatch": "sharding differentiation lowering backends.base types errors",
-    "attention": "dispatch checks backends.base softmax masks dropout tokens types errors",
+    "attention_fn": "backends.base masks dropout types errors",
+    "attention": (
+        "attention_fn dispatch checks backends.base softmax masks dropout tokens types errors"
+    ),
     "summaries": "attention backends.base types errors",
     "functional": (
-        "attention axes projections checks backends.base masks dropout tokens types errors"
+        "attention axes projections checks backends.base cache masks dropout tokens types errors"
     ),
     "config": "initializers regularizers constraints types errors",
     "layer": (
-        "functional config projections initializers regularizers constraints masks dropout tokens"
-        " types errors"
+        "functional config projections initializers regularizers constraints cache masks dropout"
+        " tokens types errors"
     ),
 }
 # What a file of a backend may import beside the above: its own parts, and what is plain definition.

@@ -360,7 +360,84 @@ CALLING = [
         "params_without_a_kernel", lambda: mj.multi_head_attention({}, X, Y), "query", kind=MhaError
     ),
 ]
-TABLE = CORE + MAKING + CALLING
+
+
+def cached(*inputs, cache=None, layer=None, **options):
+    layer = layer or make()
+    cache = layer.empty_cache(B, S) if cache is None else cache
+    return layer.apply(layer.init(RNG, X, Y), *(inputs or (X, X)), cache=cache, **options)
+
+
+def one_cache(batch=B, heads=2, key_dim=4, value_dim=4, **options):
+    return mj.Cache.empty(batch, S, heads, key_dim, value_dim, **options)
+
+
+CACHING = [
+    wrong("cache_size", lambda: make().empty_cache(B, 0), "capacity", "positive integer", "got 0"),
+    wrong("cache_size_float", lambda: one_cache(batch=2.0), "batch of a cache", "got 2.0"),
+    wrong(
+        "cache_batch",
+        lambda: cached(cache=one_cache(batch=3)),
+        "(2, 2, 4, 4), the cache (3, 2, 4, 4)",
+        "empty_cache",
+    ),
+    wrong("cache_heads", lambda: cached(cache=one_cache(heads=1)), "the cache (2, 1, 4, 4)"),
+    wrong("cache_key_dim", lambda: cached(cache=one_cache(key_dim=3)), "the cache (2, 2, 3, 4)"),
+    wrong(
+        "cache_value_dim", lambda: cached(cache=one_cache(value_dim=5)), "the cache (2, 2, 4, 5)"
+    ),
+    wrong(
+        "cache_read_with_other_heads",
+        lambda: cached(X, None, cache=one_cache(heads=1)),
+        "the cache (2, 1, 4, 4)",
+    ),
+    wrong(
+        "cache_dtype",
+        lambda: cached(cache=make().empty_cache(B, S, dtype="bfloat16")),
+        "holds bfloat16, keys and values are float32",
+        "dtype='float32'",
+        "nothing is cast",
+    ),
+    wrong(
+        "cache_overflow",
+        lambda: cached(ones(B, S + 1, D), ones(B, S + 1, D)),
+        "row 0 was given 8 tokens and holds at most 7",
+        "Make it larger",
+    ),
+    wrong(
+        "cache_of_several_axes",
+        lambda: functional(*(ones(B, 3, T, D),) * 2, attention_axes=(1, 2), cache=one_cache()),
+        "grows along one axis",
+        "(1, 2)",
+    ),
+    wrong("cache_key_alone", lambda: cached(X, None, Y), "value and key must agree", "(2, 0, 8)"),
+    wrong(
+        "cache_chunk_rank",
+        lambda: one_cache().append(ones(B, T, 8), ones(B, T, 8)),
+        "keys [B, L, K, H]",
+        "(2, 5, 8)",
+    ),
+    wrong(
+        "cache_chunk_lengths",
+        lambda: one_cache().append(ones(B, T, 2, 4), ones(B, 1, 2, 4)),
+        "(2, 5, 2, 4) and (2, 1, 2, 4)",
+    ),
+    wrong(
+        "cache_at_initialisation",
+        lambda: make().init(RNG, X, None, cache=one_cache()),
+        "while initialising",
+        "layer.init(rng, query, value)",
+    ),
+    wrong("no_value_without_a_cache", lambda: apply(X, None), "value must be an array", "NoneType"),
+    wrong("a_cache_to_the_constructor", lambda: make(cache=one_cache()), "belong to the call"),
+    wrong(
+        "cache_key_tokens_of_the_chunk",
+        lambda: cached(key_tokens=mj.Tokens(T)),
+        "describe every token",
+        "for 7 tokens",
+    ),
+]
+TABLE = CORE + MAKING + CALLING + CACHING
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)

@@ -5,7 +5,8 @@ H query-key head size   V value head size   c pairs of an example and a key-valu
 
 The G query heads of a pair read the same keys, so they are rows of one tile, [c, r, block_k] with
 r = G * block_q; flipped, [c, block_k, r]. Facts and masks come with all their axes, [c, G, block_q,
-block_k], and are merged: XLA on CPU copies what has an axis of length 1 in its middle. Padded keys have row -1, which no query sees; padded queries are cut off at the end.
+block_k], and are merged: XLA on CPU copies what has an axis of length 1 in its middle. Padded keys
+have row -1, which no query sees; padded queries are cut off at the end.
 """
 
 import dataclasses
@@ -207,7 +208,7 @@ class Tiles:
         return self.merged(self._dense_of(dense, group, i, j, flip), flip)
 
     def _dense_of(self, dense: Array, group: Any, i: Any, j: Any, flip: bool) -> Array:
-        """Cut [#B, #N, #T, #S] to a tile [#c, #G, #block_q, #block_k]; flipped, [#c, #block_k, #G, #block_q]."""
+        """Cut [#B, #N, #T, #S] to [#c, #G, #block_q, #block_k], with the keys second under `flip`."""
         for axis, index, size in ((2, i, self.tiling.block_q), (3, j, self.tiling.block_k)):
             if dense.shape[axis] > 1:
                 dense = lax.dynamic_slice_in_dim(dense, index * size, size, axis)

@@ -5,6 +5,8 @@ python -m mha_jax.bench --all                  every feature as well
 python -m mha_jax.bench --rows tiny decode --peers linen "torch sdpa"
 python -m mha_jax.bench --json FILE --plot FILE.png --markdown
 python -m mha_jax.bench --list                 the rows and what they are
+python -m mha_jax.bench tpu                    our TPU kernels by the compiler's schedule
+python -m mha_jax.bench decoding               decoding with a cache beside decoding without
 """
 
 import argparse
@@ -97,9 +99,9 @@ def use_all_cores() -> None:
 
 
 def dispatch(arguments: list[str]) -> None:
-    """Run the command, or the one for TPUs."""
-    if arguments[:1] == ["tpu"]:
-        importlib.import_module("mha_jax.bench.tpu").main(arguments[1:])
+    """Run the command, or the one for TPUs or for decoding."""
+    if arguments[:1] in (["tpu"], ["decoding"]):
+        importlib.import_module(f"mha_jax.bench.{arguments[0]}").main(arguments[1:])
     else:
         main(arguments)
 

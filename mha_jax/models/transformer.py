@@ -9,6 +9,8 @@ tokens.
 
 Attention scores are kept on request, of every layer, in the collection "attention":
 `model.apply(variables, ..., mutable=["attention"])`. Nothing is computed for them otherwise.
+Keys and values are cached where the collection "cache" holds a `Cache` (`empty_caches`):
+`model.apply({**variables, "cache": caches}, ..., mutable=["cache"])`.
 
 Source: Vaswani et al. 2017, arXiv:1706.03762, section 3; Xiong et al. 2020, arXiv:2002.04745
 (the norm first).
@@ -24,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mha_jax.cache import Cache
 from mha_jax.layer import MultiHeadAttention
 
 
@@ -93,7 +96,7 @@ def add_and_norm(
 
 
 class Attention(nn.Module):
-    """`MultiHeadAttention` of a config that leaves its scores behind when they are asked for."""
+    """`MultiHeadAttention` of a config that keeps its scores and its cache where they are wanted."""
 
     config: Config
     attention_axes: tuple[int, ...] | None = None
@@ -111,10 +114,14 @@ class Attention(nn.Module):
             kernel_constraint=self.config.kernel_constraint,
             name="layer",
         )
-        if self.is_initializing() or not self.is_mutable_collection("attention"):
-            return layer(query, value, **options)
-        out, scores = layer(query, value, return_attention_scores=True, **options)
-        self.put_variable("attention", "scores", scores)
+        keep_scores = self.is_mutable_collection("attention") and not self.is_initializing()
+        cache = self.get_variable("cache", "held")
+        out = layer(query, value, return_attention_scores=keep_scores, cache=cache, **options)
+        out, *kept = out if isinstance(out, tuple) else (out,)
+        if cache is not None:
+            self.put_variable("cache", "held", kept.pop())
+        if keep_scores:
+            self.put_variable("attention", "scores", kept.pop())
         return out
 
 
@@ -250,11 +257,51 @@ class Transformer(nn.Module):
         x = self.source_embedding(source, training)
         return self.encoder(x, source_mask, training=training)
 
-    def decode(self, target, memory, memory_mask=None, training: bool = False):
-        """Map target tokens `[B, T]` and the memory to logits `[B, T, W]` of the next tokens."""
-        x = self.target_embedding(target, training)
+    def decode(self, target, memory, memory_mask=None, training: bool = False, start=0):
+        """Map target tokens `[B, T]` and the memory to logits `[B, T, W]` of the next tokens.
+
+        With caches, `target` are the tokens from position `start` on (an integer, or `[B, 1]`), and
+        `memory` is None once the caches hold it.
+        """
+        x = self.target_embedding(target, training, start)
         x = self.decoder(x, memory, memory_mask, training)
         return self.target_embedding.logits(x)
+
+
+def empty_caches(
+    config: Config, batch: int, length: int, memory_length: int, dtype: Any = jnp.float32
+) -> dict[str, Any]:
+    """Return the collection "cache" for `Transformer.decode`, holding nothing yet.
+
+    Args:
+      config: Of the model.
+      batch: Targets B that are decoded together.
+      length: The most tokens of a target.
+      memory_length: Tokens S of the memory.
+      dtype: Of the computation.
+
+    Cost: 2 B D numbers a decoder layer and token of target and memory.
+
+    >>> model = Transformer(11, 7, Config(width=8, num_heads=2, hidden=16))
+    >>> source, target = jnp.ones((3, 5), int), jnp.ones((3, 4), int)
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), source, target)
+    >>> memory = jax.ShapeDtypeStruct((3, 5, 8), jnp.float32)
+    >>> held = {"cache": empty_caches(model.config, batch=3, length=4, memory_length=5)}
+    >>> decode = partial(model.apply, method="decode", mutable=["cache"])
+    >>> logits, held = jax.eval_shape(decode, variables | held, target[:, :1], memory)
+    >>> logits, held = jax.eval_shape(decode, variables | held, target[:, 1:], None)
+    >>> logits.shape
+    (3, 3, 11)
+    """
+    heads = (config.num_heads, config.width // config.num_heads)
+
+    def layer() -> dict[str, Any]:
+        return {
+            "self_attention": {"held": Cache.empty(batch, length, *heads, dtype=dtype)},
+            "cross_attention": {"held": Cache.empty(batch, memory_length, *heads, dtype=dtype)},
+        }
+
+    return {"decoder": {f"layer_{i}": layer() for i in range(config.decoder_layers)}}
 
 
 class LanguageModel(nn.Module):

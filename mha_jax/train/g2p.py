@@ -19,7 +19,7 @@ import numpy as np
 from mha_jax.models.transformer import Config, Transformer
 from mha_jax.train import cmudict
 from mha_jax.train.data import endless
-from mha_jax.train.decoding import greedy
+from mha_jax.train.decoding import beam_search, greedy
 from mha_jax.train.errors import ConfigError, DataError
 from mha_jax.train.losses import token_loss
 from mha_jax.train.scoring import error_rates
@@ -99,20 +99,33 @@ def make_model(config: Any, symbols: list[str]) -> Transformer:
 
 
 def pronounce(
-    model: Transformer, params: Any, phonemes: Phonemes, words: list[str], chunk: int = 256
+    model: Transformer,
+    params: Any,
+    phonemes: Phonemes,
+    words: list[str],
+    chunk: int = 256,
+    beam: int = 1,
 ) -> list[tuple[str, ...]]:
-    """Decode the phonemes of words, greedily.
+    """Decode the phonemes of words, greedily or with a beam.
 
     Words of similar length share a chunk, which ends with its longest answer; all chunks have one
     shape, the last filled up with a word of its own, so there is one compilation.
+
+    Raises:
+      DataError: A word is empty, too long or has other letters than a-z.
+      ShapeError: `beam` is not positive.
     """
     answers: list[tuple[str, ...]] = [()] * len(words)
     order = sorted(range(len(words)), key=lambda i: len(words[i]))
+    marks = {"length": LONGEST + 1, "begin": BEGIN, "end": END}
     for begin in range(0, len(words), chunk):
         rows = order[begin : begin + chunk]
         filled = rows + rows[:1] * (chunk - len(rows))
         source = encode_letters([words[i] for i in filled])
-        codes = greedy(model, params, source, length=LONGEST + 1, begin=BEGIN, end=END)
+        if beam == 1:
+            codes = greedy(model, params, source, **marks)
+        else:
+            codes, _ = beam_search(model, params, source, **marks, beam=beam)
         for i, row in zip(rows, np.asarray(codes)):
             answers[i] = phonemes.decode(row)
     return answers

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mha_jax import Cache
 from mha_jax.models.transformer import (
     Config,
     Encoder,
     ImageClassifier,
     LanguageModel,
     Transformer,
+    empty_caches,
     sinusoids,
 )
 
@@ -120,6 +122,42 @@ def test_norm_stands_where_the_config_says(first):
     np.testing.assert_allclose(out.mean(-1), 0.0, atol=1e-5)
     np.testing.assert_allclose(out.std(-1), 1.0, atol=1e-3)
     assert ("norm" in jax.eval_shape(module.init, KEY, x)["params"]) == first
+
+
+def test_decoding_with_caches_is_the_whole_decoder(translator):
+    """The memory is given once; scores are still kept on request, over the slots."""
+    model, variables, source, target = translator
+    mask = source > 3
+    want = run(model, variables, source, target, mask)
+    memory = run(model, variables, source, mask, method="encode")
+    caches = {"cache": empty_caches(model.config, batch=2, length=5, memory_length=7)}
+    options = {"method": "decode", "mutable": ["cache", "attention"]}
+    logits, kept = run(model, variables | caches, target[:, :3], memory, mask, **options)
+    np.testing.assert_allclose(logits, want[:, :3], atol=1e-5)
+    scores = kept["attention"]["decoder"]["layer_0"]["self_attention"]["scores"]
+    assert scores.shape == (2, 3, 3, 5) and not np.any(scores[..., 3:])
+    for start in (3, 4):
+        held = variables | {"cache": kept["cache"]}
+        token = target[:, start : start + 1]
+        logits, kept = run(model, held, token, None, start=start, **options)
+        np.testing.assert_allclose(logits, want[:, start : start + 1], atol=1e-5)
+    scores = kept["attention"]["decoder"]["layer_0"]["cross_attention"]["scores"]
+    np.testing.assert_allclose(scores.sum(-1), 1, atol=1e-5)
+
+
+def test_a_causal_encoder_takes_caches_too():
+    """Every attention does that finds one in its place."""
+    config = Config(**{**vars(SMALL), "sliding_window": 3})
+    model, tokens = Encoder(config), jax.random.normal(KEY, (2, 5, 12))
+    variables = make(model, tokens)
+    want = run(model, variables, tokens, causal=True)
+    held = {"layer_0": {"self_attention": {"held": Cache.empty(2, 5, 3, 4)}}}
+    for t in range(5):
+        got, kept = run(
+            model, variables | {"cache": held}, tokens[:, t : t + 1], causal=True, mutable=["cache"]
+        )
+        held = kept["cache"]
+        np.testing.assert_allclose(got[:, 0], want[:, t], atol=1e-5)
 
 
 def test_dropout_acts_in_training_only(translator):

@@ -1,5 +1,6 @@
-"""Greedy decoding equals the definition: the likeliest next symbol, one full pass for each."""
+"""Greedy decoding equals the definition, one full pass for each symbol; a beam finds the best."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -7,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mha_jax.errors import ShapeError
 from mha_jax.models.transformer import Config, LanguageModel, Transformer
-from mha_jax.train.decoding import greedy
+from mha_jax.train.decoding import beam_search, greedy
 from mha_jax.train.lm import write_on
 
 PAD, BEGIN, END, LENGTH = 0, 1, 2, 6
+MARKS = {"length": LENGTH, "begin": BEGIN, "end": END}
 
 
 @pytest.fixture(scope="module")
@@ -31,29 +34,110 @@ def speller():
 def by_hand(model, params, row):
     """Decode one source by the definition, its padding cut off."""
     source = row[row != PAD][None]
-    apply = jax.jit(partial(model.apply, {"params": params}))
     told = [BEGIN]
     while len(told) <= LENGTH and told[-1] != END:
         padded = np.array([told + [PAD] * (LENGTH + 1 - len(told))], np.int32)
-        logits = np.array(apply(source, padded)[0, len(told) - 1])
+        logits = np.array(full_pass(model, params, source, padded)[0, len(told) - 1])
         logits[[PAD, BEGIN]] = -np.inf
         told.append(int(logits.argmax()))
     return told[1:] + [PAD] * (LENGTH + 1 - len(told))
 
 
+@partial(jax.jit, static_argnums=0)
+def full_pass(model, params, source, shifted):
+    return model.apply({"params": params}, source, shifted, source != PAD)
+
+
+def log_probabilities(model, params, source, targets):
+    """Return log P of targets [B, L] for their sources [B, S], by one full pass."""
+    shifted = np.concatenate([np.full((len(targets), 1), BEGIN), targets[:, :-1]], axis=1)
+    logits = full_pass(model, params, source, shifted)
+    steps = jax.nn.log_softmax(logits.at[:, :, jnp.array([PAD, BEGIN])].set(-jnp.inf))
+    steps = np.take_along_axis(np.asarray(steps, np.float64), targets[:, :, None], axis=2)[:, :, 0]
+    return np.where(targets == PAD, 0, steps).sum(axis=1)
+
+
+def normalised(scores, targets, penalty):
+    return scores / ((5 + (targets != PAD).sum(axis=1)) / 6) ** penalty
+
+
 def test_greedy_equals_the_definition(speller):
     model, params, source = speller
-    got = greedy(model, params, source, length=LENGTH, begin=BEGIN, end=END)
+    got = greedy(model, params, source, **MARKS)
     want = [by_hand(model, params, row) for row in source]
     np.testing.assert_array_equal(got, want)
     assert len({tuple(row) for row in want}) == 3 and want[0][0] == END
 
 
-def test_answers_do_not_depend_on_their_company(speller):
+@pytest.mark.parametrize("decode", [greedy, lambda *a, **k: beam_search(*a, **k, beam=2)[0]])
+def test_answers_do_not_depend_on_their_company(speller, decode):
     model, params, source = speller
-    alone = greedy(model, params, source[1:2], length=LENGTH, begin=BEGIN, end=END)
-    together = greedy(model, params, source, length=LENGTH, begin=BEGIN, end=END)
-    np.testing.assert_array_equal(alone[0], together[1])
+    together = decode(model, params, source, **MARKS)
+    for row, answer in zip(source, np.asarray(together)):
+        np.testing.assert_array_equal(decode(model, params, row[None], **MARKS)[0], answer)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.6, 3.0])
+def test_a_beam_of_one_is_greedy(speller, penalty):
+    model, params, source = speller
+    want = np.asarray(greedy(model, params, source, **MARKS))
+    options = {"beam": 1, "length_penalty": penalty}
+    got, scores = beam_search(model, params, source, **MARKS, **options)
+    np.testing.assert_array_equal(got, want)
+    plain = log_probabilities(model, params, source, want)
+    np.testing.assert_allclose(scores, normalised(plain, want, penalty), rtol=1e-4)
+
+
+def every_target(symbols, length):
+    """Return every target of at most `length` symbols as rows: ended, or cut off at the length."""
+    rows = []
+    for count in range(length):
+        for body in itertools.product(symbols, repeat=count):
+            rows.append([*body, END] + [PAD] * (length - count - 1))
+    rows += [list(body) for body in itertools.product(symbols, repeat=length)]
+    return np.array(rows, np.int32)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_a_wide_beam_finds_the_best_of_all_targets(speller, penalty):
+    """Two symbols beside the end, four places: 31 targets, all inside a beam of 31."""
+    _, params, source = speller
+    model = Transformer(5, 11, speller[0].config)
+    table = params["target_embedding"]["table"]["embedding"][:5]
+    params = params | {"target_embedding": {"table": {"embedding": table}}}
+    targets = every_target([3, 4], 4)
+    assert len(targets) == 31
+    short = {"length": 4, "begin": BEGIN, "end": END}
+    got, scores = beam_search(model, params, source, **short, beam=31, length_penalty=penalty)
+    chosen = np.asarray(greedy(model, params, source, **short))
+    for row, answer, score, plain in zip(source, np.asarray(got), scores, chosen):
+        sources = np.repeat(row[None], len(targets), 0)
+        all_scores = log_probabilities(model, params, sources, targets)
+        all_scores = normalised(all_scores, targets, penalty)
+        np.testing.assert_allclose(score, all_scores.max(), rtol=1e-4)
+        np.testing.assert_array_equal(answer, targets[all_scores.argmax()])
+        own = all_scores[(targets == plain).all(axis=1)]
+        assert len(own) == 1 and score >= own[0] - 1e-5
+
+
+def test_a_narrow_beam_scores_what_it_returns(speller):
+    model, params, source = speller
+    got, scores = beam_search(model, params, source, **MARKS, beam=3, length_penalty=0.6)
+    got = np.asarray(got)
+    want = normalised(log_probabilities(model, params, source, got), got, 0.6)
+    np.testing.assert_allclose(scores, want, rtol=1e-4)
+    for row in got:
+        ended = np.flatnonzero(row == END)
+        assert not np.any(row[ended[0] + 1 :]) if len(ended) else np.all(row > END)
+
+
+def test_wrong_beams_are_refused(speller):
+    model, params, source = speller
+    for beam in (0, -1, 2.0, True):
+        with pytest.raises(ShapeError, match=r"beam must be a positive integer.*1 is greedy"):
+            beam_search(model, params, source, **MARKS, beam=beam)
+    with pytest.raises(ShapeError, match=r"length_penalty must be a number from 0: got -0\.5"):
+        beam_search(model, params, source, **MARKS, length_penalty=-0.5)
 
 
 def test_writing_on_keeps_what_was_written_and_repeats_itself():

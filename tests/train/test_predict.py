@@ -69,6 +69,25 @@ def test_words_are_pronounced_in_the_order_given(speller, capsys):
     assert {p for _, answer in lines for p in answer.split()} <= set(symbols[3:])
 
 
+def test_a_beam_answers_in_the_order_given(speller, capsys):
+    """One beam is greedy; a wider one gives an answer of the same symbols for every word."""
+    words = ["abductor", "cat", "dog"]
+    predict.main([f"--workdir={speller}", *words])
+    plain = capsys.readouterr().out
+    predict.main([f"--workdir={speller}", "--beam=1", *words])
+    assert capsys.readouterr().out == plain
+    predict.main([f"--workdir={speller}", "--beam=3", *words])
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [word for word, _ in lines] == words
+    symbols = json.loads((speller / CARD).read_text())["task"]["symbols"]
+    assert {p for _, answer in lines for p in answer.split()} <= set(symbols[3:])
+
+
+def test_a_beam_of_no_width_is_refused(speller, capsys):
+    line = refused(capsys, f"--workdir={speller}", "--beam=0", "cat")
+    assert "--beam=0 is no width of a beam. Expected 1 (greedy) or more" in line
+
+
 def test_words_come_from_standard_input_too(speller, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("cat\r\ndog\n"))
     predict.main([f"--workdir={speller}"])
