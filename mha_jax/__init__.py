@@ -26,7 +26,7 @@ from mha_jax.tokens import Tokens
 __version__ = "0.1.0"
 
 # Sub-packages that need more than the core does, imported when first used: `mha_jax.interop.keras`.
-_LAZY = ("bench", "interop", "models", "sharding", "visualize")
+_LAZY = ("bench", "interop", "models", "nnx", "sharding", "visualize")
 
 
 def __getattr__(name: str) -> typing.Any:

@@ -11,8 +11,9 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import Unpack
 
-from mha_jax import dispatch, softmax
+from mha_jax import attention_fn, dispatch, softmax
 from mha_jax.backends.base import Call, Output, logits
 from mha_jax.checks import check
 from mha_jax.dropout import Dropout
@@ -48,6 +49,7 @@ def attend(call: Call, backend: Any = None) -> Output:
     return Output(*(a.reshape(*call.q.shape[:-3], *a.shape[1:]) for a in output))
 
 
+@attention_fn.shows_flax_arguments
 def dot_product_attention(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],
@@ -62,8 +64,12 @@ def dot_product_attention(
     logit_cap: float | None = None,
     precision: Precision = None,
     backend: Any = None,
+    **flax: Unpack[attention_fn.FlaxArguments],
 ) -> Float[Array, "*B T N V"]:
     """Attend with projected queries, keys and values.
+
+    It is also an `attention_fn` for `flax.linen.MultiHeadDotProductAttention` and
+    `flax.nnx.MultiHeadAttention`.
 
     Args:
       query, key, value: NumPy or JAX arrays, any leading batch axes; K divides N.
@@ -76,12 +82,15 @@ def dot_product_attention(
       logit_cap: Soft cap on the logits, or None.
       precision: As for `jnp.einsum`.
       backend: As for `attend`.
+      **flax: What Flax's layers pass, with Flax's meaning: see `attention_fn.FlaxArguments`. With any
+        of these, the axes of a mask array and of `bias` are aligned at the last one, as in Flax.
 
     Returns:
       The attended values, in the dtype of `value`.
 
     Raises:
-      ShapeError, UnsupportedError: As `attend`.
+      ShapeError, UnsupportedError: As `attend`; and if an argument of Flax's cannot be honoured.
+      TypeError: If a keyword is unknown.
 
     Cost: As `attend`.
 
@@ -101,7 +110,12 @@ def dot_product_attention(
         logit_cap=logit_cap,
         precision=precision,
     )
-    return attend(call, backend).out
+    if flax:
+        call = attention_fn.with_flax_arguments(call, flax)
+    output = attend(call, backend)
+    if (module := flax.get("module")) is not None:
+        attention_fn.sow(module, attention_scores(call, output.lse))
+    return output.out
 
 
 def attention_scores(

@@ -12,12 +12,12 @@ variables, never to read a file. (Type checkers take `keras` for this file: henc
 import os
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax import axes, projections
+from mha_jax import axes
 from mha_jax.errors import WeightsError
+from mha_jax.interop import weights
 from mha_jax.interop.keras_file import Stored, read
 from mha_jax.layer import MultiHeadAttention
 from mha_jax.types import Array, Params
@@ -120,8 +120,10 @@ def export_layer(
         config["num_kv_heads"] = module.num_kv_heads
         config = _grouped(module, config, query_shape)
         layer_class = layers.GroupQueryAttention
-    params = _params_of(variables)
-    _check_shapes(module, params, query_shape[-1], value_shape[-1], (key_shape or value_shape)[-1])
+    params = weights.params_of(variables)
+    weights.check_shapes(
+        module, params, query_shape[-1], value_shape[-1], (key_shape or value_shape)[-1]
+    )
     try:
         layer = layer_class(**config)
         layer.build(query_shape, value_shape, key_shape)
@@ -129,9 +131,9 @@ def export_layer(
         raise WeightsError(
             f"Keras cannot build {layer_class.__name__} with these arguments: {error}"
         ) from error
-    for name, weights in params.items():
+    for name, group in params.items():
         dense = getattr(layer, _attribute(name))
-        for part, weight in weights.items():
+        for part, weight in group.items():
             _assign(f"{name} {part}", getattr(dense, part), weight)
     return layer
 
@@ -218,67 +220,14 @@ def _assemble(
                 f"the layer {name!r} has no {part} kernel: found {_listed(params)}. Expected the "
                 "kernels of query, key, value and attention_output; was the file written completely?"
             )
-    _check_shapes(
+    weights.check_shapes(
         module, params, *(params[p]["kernel"].shape[0] for p in ("query", "value", "key"))
     )
-    weights = {
-        part: {k: _array(f"{part} {k}", w) for k, w in group.items()}
+    arrays = {
+        part: {k: weights.array(f"{part} {k}", w) for k, w in group.items()}
         for part, group in params.items()
     }
-    return module, {"params": weights}
-
-
-def _array(what: str, weight: np.ndarray) -> Array:
-    if not jnp.issubdtype(weight.dtype, jnp.floating):
-        raise WeightsError(
-            f"the {what} has dtype {weight.dtype}, expected floating-point numbers: quantized layers "
-            "cannot be read. Save the layer before quantizing it."
-        )
-    if weight.dtype == np.float64 and jnp.asarray(np.float64(0)).dtype != jnp.float64:
-        raise WeightsError(
-            f"the {what} is float64, which JAX would round to float32. Switch 64-bit types on with "
-            'jax.config.update("jax_enable_x64", True).'
-        )
-    return jnp.asarray(weight)
-
-
-def _check_shapes(
-    module: MultiHeadAttention, params: Params, query_size: Any, value_size: Any, key_size: Any
-) -> None:
-    """Refuse weights that are not exactly those that the module has for inputs of these widths."""
-    shapes = projections.shapes(
-        query_size,
-        value_size,
-        key_size,
-        num_heads=module.num_heads,
-        key_dim=module.key_dim,
-        value_dim=module.value_dim,
-        output_shape=module.output_shape,  # type: ignore[arg-type]
-        use_gate=module.use_gate,
-        num_kv_heads=module.num_kv_heads,
-    )
-    expected = {}
-    for name, shape in shapes.items():
-        bias = {"bias": shape.bias} if module.use_bias else {}
-        expected[name] = {"kernel": shape.kernel, **bias}
-    found = {
-        name: {part: tuple(np.shape(weight)) for part, weight in weights.items()}
-        for name, weights in params.items()
-    }
-    if found != expected:
-        wrong = [
-            f"{name} {part}: {found.get(name, {}).get(part, 'missing')}, expected "
-            f"{expected.get(name, {}).get(part, 'none')}"
-            for name in expected | found
-            for part in ("kernel", "bias")
-            if found.get(name, {}).get(part) != expected.get(name, {}).get(part)
-        ]
-        raise WeightsError(
-            f"the weights do not fit the layer and its inputs: {'; '.join(wrong)}. The layer has "
-            f"num_heads={module.num_heads}, key_dim={module.key_dim}, value_dim={module.value_dim}, "
-            f"num_kv_heads={module.num_kv_heads}, use_bias={module.use_bias}, "
-            f"use_gate={module.use_gate}, output_shape={module.output_shape}."
-        )
+    return module, {"params": arrays}
 
 
 def _listed(params: Params) -> str:
@@ -325,16 +274,6 @@ def _grouped(
     for name in ("value_dim", "output_shape", "attention_axes"):
         del config[name]
     return {_GROUPED.get(name, name): value for name, value in config.items()}
-
-
-def _params_of(variables: dict[str, Params]) -> Params:
-    params = variables.get("params")
-    if params is None:
-        raise WeightsError(
-            f'variables must be {{"params": ...}}, as module.init returns them: got the keys '
-            f"{list(variables)}."
-        )
-    return {name: dict(weights) for name, weights in nn.meta.unbox(params).items()}
 
 
 def _assign(what: str, variable: Any, weight: Array) -> None:
