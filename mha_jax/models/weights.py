@@ -1,0 +1,124 @@
+"""Weights of others put in the place of drawn ones: found in a package, checked, renamed, transposed.
+
+A file is found with `importlib.util.find_spec`, which runs none of the package's code, and is checked
+against its sha256 before it is read.
+"""
+
+import hashlib
+import importlib.util
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mha_jax.errors import MhaError, WeightsError
+
+
+def read_checked(
+    package: str, file: str, sha256: str, requirement: str, error: type[MhaError] = WeightsError
+) -> bytes:
+    """Read a data file out of an installed package.
+
+    Args:
+      package: The package's import name; it is not imported.
+      file: The file's path inside it.
+      sha256: The file's expected digest.
+      requirement: What to tell pip to install when it is absent or another one.
+      error: What to raise.
+
+    Raises:
+      WeightsError: The package or the file is absent, or the file is not the expected one.
+    """
+    install = f"Install it with: pip install {requirement}"
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise error(f"the package {package}, which holds {file}, is not installed. {install}")
+    path = pathlib.Path(spec.submodule_search_locations[0]) / file
+    if not path.is_file():
+        raise error(f"the package {package} has no file {path}. {install}")
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != sha256:
+        raise error(
+            f"{path} has sha256 {digest}, expected {sha256}: another version, or damaged. {install}"
+        )
+    return data
+
+
+def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
+    """Read the tensors of a safetensors file by name.
+
+    Raises:
+      WeightsError: The package safetensors is missing, or the file is damaged.
+    """
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError as error:
+        raise WeightsError(
+            "reading a safetensors file needs safetensors: pip install safetensors"
+        ) from error
+    try:
+        return safetensors.numpy.load(data)
+    except safetensors.SafetensorError as error:
+        raise WeightsError(
+            f"the file is no safetensors file, or damaged: {error}. Copy or install it again."
+        ) from error
+
+
+def fill(
+    shapes: Any, names: Mapping[str, str], tensors: Mapping[str, np.ndarray], prefix: str = ""
+) -> Any:
+    """Put the tensors of a PyTorch model in the place of a Flax model's parameters.
+
+    torch's `Linear.weight` is (out, in) with heads and their features flattened; a kernel here is
+    (in, out) with axes of their own. Everything else only takes its shape.
+
+    Args:
+      shapes: The parameters, or their `jax.ShapeDtypeStruct`s.
+      names: The module of PyTorch for each module here, paths of both joined by "/" and "."; `{i}`
+        in both stands for the number in a path like "layer_3".
+      tensors: PyTorch's tensors by name.
+      prefix: Of all names of PyTorch.
+
+    Returns:
+      Parameters of the same tree, from the tensors alone.
+
+    Raises:
+      WeightsError: A tensor is missing, or has another shape than the parameter needs.
+
+    >>> shapes = {"dense": {"kernel": jax.ShapeDtypeStruct((3, 2), jnp.float32)}}
+    >>> fill(shapes, {"dense": "linear"}, {"linear.weight": np.ones((2, 3))})["dense"]["kernel"].shape
+    (3, 2)
+    """
+
+    def parameter(path, leaf):
+        *module, part = [entry.key for entry in path]
+        place = "/".join(module)
+        number = next((name[6:] for name in module if name.startswith("layer_")), "")
+        theirs = names[place.replace(f"layer_{number}", "layer_{i}")].format(i=number)
+        name = f"{prefix}{theirs}.{'bias' if part == 'bias' else 'weight'}"
+        if name not in tensors:
+            raise WeightsError(
+                f"there is no tensor {name}, which {place}/{part} needs: got {len(tensors)} tensors, "
+                f"{', '.join(sorted(tensors)[:3])} and so on. Expected the weights of this very model."
+            )
+        ins = 2 if place.endswith("attention_output") else 1
+        shape = leaf.shape
+        flat = {
+            "kernel": (math.prod(shape[ins:]), math.prod(shape[:ins])),
+            "bias": (math.prod(shape),),
+        }.get(part, shape)
+        tensor = tensors[name]
+        if tensor.shape != flat:
+            raise WeightsError(
+                f"the tensor {name} has shape {tensor.shape}, but {place}/{part} of shape {shape} needs "
+                f"{flat}. Expected the weights of this very model; compare the sizes in its Config."
+            )
+        return jnp.asarray((tensor.T if part == "kernel" else tensor).reshape(shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(parameter, shapes)
