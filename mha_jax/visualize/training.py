@@ -1,0 +1,32 @@
+"""How figures changed in a training run."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: str | pathlib.Path | None = None,
+) -> Any:
+    """Draw how figures changed with the training step, one panel each.
+
+    Args:
+      series: Steps and values by name.
+      path: The PNG, SVG or PDF file to write; None returns the Figure.
+
+    >>> figure = curves({"loss": ([0, 50, 100], [4.0, 1.2, 0.7])})
+    """
+    from mha_jax.visualize.pictures import INK, Picture, finish
+
+    picture = Picture(figsize=(3.6 * len(series), 2.8), layout="constrained")
+    panels = picture.subplots(1, len(series), squeeze=False)[0]
+    for axes, (name, (steps, values)) in zip(panels, series.items()):
+        marker = "o" if len(steps) < 10 else ""
+        axes.plot(steps, values, color=INK, linewidth=1.5, marker=marker, markersize=4)
+        axes.set_title(name.replace("_", " "), fontsize=10)
+        axes.set_xlabel("step")
+        axes.set_xlim(left=0)
+        axes.grid(color="#dddddd", linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    return finish(picture, path)
