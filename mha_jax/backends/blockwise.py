@@ -107,7 +107,7 @@ def _forward(tiles: Tiles) -> Output:
                 return softmax.Running(before + pv, m, l)
 
             start = softmax.start(q_row.shape[:2], v.shape[-1], tiles.dtype)
-            end = tiles.over(order, g, i, block, None if tiles.single(order) else start)
+            end = tiles.over(order, g, i, block, None if order.single else start)
             out = end.acc * (softmax.reciprocal(end.l) * jnp.asarray(inverse, tiles.dtype))
             return out.astype(call.v.dtype), softmax.logsumexp(end.m, end.l)
 

@@ -59,14 +59,16 @@ class Order(NamedTuple):
     `live` of them, [#groups, lines], from `first` on, [#groups, lines]; or, where those of some line
     have holes or are not known before run time, the first `live` in `blocks`, [#groups, lines, blocks].
     NumPy where the mask and the tokens are static. `masked` is False where every pair of every visited
-    tile is known to be visible. A loop of its own for the full tiles of other masks would save one
-    per cent of the time (T 4096 causal, two CPU cores) and cost a fifth of the compilation.
+    tile is known to be visible; `single` is True where a line is one block. A loop of its own for the
+    full tiles of other masks would save one per cent of the time (T 4096 causal, two CPU cores) and cost
+    a fifth of the compilation.
     """
 
     first: Any
     live: Any
     blocks: Any
     masked: bool
+    single: bool
 
 
 class Tiles:
@@ -268,15 +270,18 @@ class Tiles:
         reach = EVERYTHING if self.tiling.exhaustive else self.mask.reach(q, k)
         some, every = self._by_group(reach.some, "any"), self._by_group(reach.every, "all")
         xp = jnp if isinstance(some, jax.Array) or isinstance(every, jax.Array) else np
-        masked = xp is jnp or bool(np.any(some & ~every)) or self.tiling.exhaustive
         some = some if by_rows else some.swapaxes(-1, -2)
+        every = every if by_rows else every.swapaxes(-1, -2)
+        # A line of one block visits it, whatever is seen of it: no loop, no state before it.
+        single = some.shape[-1] == 1 and not self.tiling.exhaustive
+        masked = xp is jnp or self.tiling.exhaustive or bool(np.any((single | some) & ~every))
         live = some.sum(-1).astype(np.uint32)
         blocks = xp.argsort(~some, axis=-1, stable=True).astype(np.uint32)
         first = blocks[..., :1]
         at = np.arange(blocks.shape[-1], dtype=np.uint32)
         if xp is np and np.all((blocks == first + at) | (at >= live[..., None])):
             blocks = None
-        return Order(first[..., 0], live, blocks, masked)
+        return Order(first[..., 0], live, blocks, masked, single)
 
     def _by_group(self, certain: Any, reduce: str) -> Any:
         """Reduce [#B, #N, rows, columns] to [#groups, rows, columns]."""
@@ -290,12 +295,6 @@ class Tiles:
         certain = certain.reshape(self.q.shape[0], -1, *shape[2:])
         return getattr(certain, reduce)(axis=1)
 
-    def single(self, order: Order) -> bool:
-        """Whether every line visits one block, the same: no loop, no state before it."""
-        if self.tiling.exhaustive or not isinstance(order.live, np.ndarray):
-            return False
-        return bool(np.all(order.live == 1) and np.ptp(order.first) == 0)
-
     def over(self, order: Order, group: Any, line: Any, body: Callable, carry: Any) -> Any:
         """Run `body(block, masked, carry)` over the blocks of a line of tiles that can be seen."""
 
@@ -304,9 +303,9 @@ class Tiles:
                 return a.flat[0]
             return jnp.asarray(a)[group if a.shape[0] > 1 else 0, line]
 
+        if order.single:
+            return body(0, order.masked, carry)
         first, live = of_line(order.first), of_line(order.live)
-        if self.single(order):
-            return body(first, order.masked, carry)
         blocks = None if order.blocks is None else of_line(order.blocks)
 
         def step(n, carry):

@@ -13,7 +13,6 @@ import numpy as np
 from mha_jax.models import weights
 from mha_jax.train.errors import DataError
 
-
 read_checked = partial(weights.read_checked, error=DataError)
 
 

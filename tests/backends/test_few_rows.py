@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mha_jax.backends import few_rows
+from mha_jax.backends.base import Call
 from mha_jax.backends.reference import Reference
 from mha_jax.checks import check
 from tests import oracles
@@ -23,11 +24,9 @@ def test_few_rows_agrees_with_the_oracle(case):
         assert oracles.relative_error(got, want) <= allowed
 
 
-def test_a_decoding_step_takes_it_and_a_long_call_does_not():
-    def call(length):
-        case = next(case for case in CASES if case.name == "causal")
-        whole = check(case.call())
-        return jax.tree.map(lambda a: a, check(type(whole)(whole.q[:, :length], whole.k, whole.v)))
-
-    assert few_rows.worthwhile(call(1))
-    assert not few_rows.worthwhile(call(37))
+@pytest.mark.parametrize(
+    ("t", "s", "taken"), [(1, 4096, True), (4, 513, True), (5, 4096, False), (1, 512, False)]
+)
+def test_few_queries_to_many_keys_take_it(t, s, taken):
+    q, k = np.zeros((1, t, 8, 2), np.float32), np.zeros((1, s, 2, 2), np.float32)
+    assert few_rows.worthwhile(check(Call(q, k, k))) is taken
