@@ -16,6 +16,7 @@ from mha_jax.sharding import Sharded
 
 # In order of preference; a backend's module is imported when it is first asked.
 BACKENDS = {
+    "pallas_tpu": ("mha_jax.backends.pallas_tpu", "PallasTPU"),
     "blockwise": ("mha_jax.backends.blockwise", "Blockwise"),
     "reference": ("mha_jax.backends.reference", "Reference"),
 }

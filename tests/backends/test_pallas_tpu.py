@@ -1,0 +1,297 @@
+"""The Mosaic kernels on the CPU, interpreted: every case of the table, forward and backward."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from mha_jax import (
+    Call,
+    Causal,
+    Dense,
+    Dropout,
+    Full,
+    Mask,
+    SameSegment,
+    Tokens,
+    UnsupportedError,
+    ValidKeys,
+    Window,
+    attend,
+)
+from mha_jax.backends.base import Output
+from mha_jax.backends.pallas_tpu import SIZES, PallasTPU, Sizes
+from mha_jax.backends.pallas_tpu_tiles import EMPTY, FULL, Blocks, geometry, kinds, order, split
+from mha_jax.checks import check
+from tests import oracles
+from tests.backends.test_backends import BACKWARD, FORWARD, errors, truth
+from tests.cases import CASES, Case
+
+_BLOCKS = Blocks(rows=128, columns=128, wide=2, resident=256)
+SMALL = PallasTPU(Sizes((_BLOCKS,), (_BLOCKS,), vmem=2**24, resident=2**24), interpret=True)
+# Uninitialised memory is NaN, and reads and writes that race are errors.
+STRICT = dataclasses.replace(
+    SMALL, interpret=pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+)
+NAMES = {case.name: case for case in CASES}
+
+
+def both_passes(backend, call, d_out, d_lse):
+    output = backend.forward(call)
+    d_lse = jnp.where(jnp.isinf(output.lse), 0, d_lse)
+    return output, backend.cotangent(call, output, Output(d_out, d_lse))
+
+
+def run(backend, case, dtype=np.float32):
+    """Return out, lse and the four gradients of a case."""
+    call = check(case.call(dtype))
+    arguments = (call, *(jnp.asarray(a) for a in case.arrays(dtype)[-2:]))
+    if backend is STRICT:
+        return both_passes(backend, *arguments)
+    compiled = jax.jit(lambda *a: both_passes(backend, *a)).lower(*arguments)
+    return compiled.compile(compiler_options={"xla_backend_optimization_level": 0})(*arguments)
+
+
+def errors_of(result, case, dtype=np.float32):
+    (out, lse), grads = result
+    (want_out, want_lse), want_grads = truth(case, dtype)
+    pairs = {"out": (out, want_out), "lse": (lse, want_lse)}
+    pairs |= {f"d{key}": (getattr(grads, key), want) for key, want in want_grads.items()}
+    return {key: oracles.relative_error(*pair) for key, pair in pairs.items()}
+
+
+def assert_as_good_as_reference(own, case):
+    plain = errors("reference", case, np.float32)
+    epsilon = np.finfo(np.float32).eps
+    lse = truth(case, np.float32)[0][1]
+    own_lse = np.abs(lse[np.isfinite(lse)]).max(initial=0.0)
+    for key in own:
+        forward = key in ("out", "lse")
+        allowed = max((FORWARD if forward else BACKWARD) * plain[key], epsilon)
+        if not forward:
+            # Weights rebuilt from lse carry its rounding: relative, epsilon times its size.
+            allowed = max(allowed, epsilon * own_lse)
+        assert own[key] <= allowed, f"{case.name} {key}: {own[key]:.3g}, reference {plain[key]:.3g}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_kernels_agree_with_the_oracle(case):
+    assert_as_good_as_reference(errors_of(run(SMALL, case), case), case)
+
+
+@pytest.mark.parametrize(
+    "name", ["full", "valid_both_causal", "packed_causal", "dense_per_head_dropout", "bias_shared"]
+)
+def test_kernels_read_nothing_uninitialised_and_do_not_race(name):
+    assert_as_good_as_reference(errors_of(run(STRICT, NAMES[name]), NAMES[name]), NAMES[name])
+
+
+LONG_T, LONG_S = 389, 641
+_rows, _columns = np.arange(LONG_T)[:, None], np.arange(LONG_S)[None]
+_q_ids = np.repeat([0, 1, 2], [100, 200, 89])[None].repeat(2, 0).astype(np.int32)
+_k_ids = np.repeat([0, 1, -1], [300, 250, 91])[None].repeat(2, 0).astype(np.int32)
+_valid = np.arange(LONG_S)[None] < np.array([[130], [512]])
+
+
+def long_case(name, mask, visible, **options):
+    """Return a case of several blocks of rows, units and resident chunks."""
+    return Case(
+        name, mask, visible, heads=(2, 1), lengths=(LONG_T, LONG_S), sizes=(11, 5), **options
+    )
+
+
+LONG = [
+    long_case("full", Full(), True),
+    long_case("causal", Causal(), _columns <= _rows, rate=0.2),
+    long_case("window", Window(150, 3), (_columns >= _rows - 150) & (_columns <= _rows + 3)),
+    long_case(
+        "segments",
+        SameSegment(),
+        (_q_ids[:, None, :, None] == _k_ids[:, None, None]) & (_k_ids >= 0)[:, None, None],
+        q_tokens=lambda: Tokens(LONG_T, segment=_q_ids),
+        k_tokens=lambda: Tokens(LONG_S, segment=_k_ids),
+    ),
+    long_case(
+        "lengths",
+        ValidKeys(),
+        _valid[:, None, None],
+        k_tokens=lambda: Tokens(LONG_S, valid=_valid),
+        bias=(1, 1, 1, LONG_S),
+    ),
+    long_case("bias", Causal(), _columns <= _rows, bias=(1, 2, LONG_T, LONG_S)),
+    long_case("bias_by_query", Full(), True, bias=(2, 1, LONG_T, 1)),
+]
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
+def test_many_tiles_agree_with_the_oracle(case):
+    own = errors_of(run(SMALL, case), case)
+    assert max(own.values()) <= 8 * np.finfo(np.float32).eps, own
+
+
+@pytest.mark.parametrize("case", [NAMES["causal"], NAMES["soft_cap"]], ids=lambda case: case.name)
+def test_bfloat16_is_rounded_once_or_twice(case):
+    (out, lse), _ = run(SMALL, case, jnp.bfloat16)
+    q, k, v, options = case.plain(jnp.bfloat16)
+    want_out, want_lse, _ = oracles.attention(q, k, v, **options)
+    assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
+    # Two units in the last place of bfloat16 (eps 2**-7), at the size of the result.
+    oracles.assert_close(out, want_out, 2 * 2.0**-8 * np.abs(want_out).max(), "out")
+    oracles.assert_close(lse, want_lse, 1e-5, "lse")
+
+
+def test_float16_is_computed_in_float32():
+    case = NAMES["causal"]
+    (out, _), grads = run(SMALL, case, np.float16)
+    want, _, _ = oracles.attention(*case.plain(np.float16)[:3], **case.plain(np.float16)[3])
+    assert out.dtype == grads.q.dtype == jnp.float16
+    oracles.assert_close(out, want, 2.0**-10 * np.abs(want).max(), "out")
+
+
+def test_it_maps_over_a_batch():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 1, 150, 2, 4)), jnp.float32)
+    length = jnp.asarray([150, 7, 90])
+
+    def one(x, length):
+        tokens = Tokens(150, valid=(jnp.arange(150) < length)[None])
+        return SMALL.forward(check(Call(x, x, x, tokens, tokens, ValidKeys() & Causal()))).out
+
+    want = jnp.stack([one(*arguments) for arguments in zip(x, length)])
+    np.testing.assert_array_equal(jax.vmap(one)(x, length), want)
+
+
+def test_dropout_bits_are_those_of_the_stream():
+    t, s, rate = 150, 270, 0.3
+    dropout = Dropout(jax.random.key(3), rate, batch_start=5, head_start=2)
+    x = jnp.zeros((1, t, 2, 4))
+    value = jnp.broadcast_to(jnp.eye(s)[None, :, None], (1, s, 2, s))
+    call = check(Call(x, jnp.zeros((1, s, 2, 4)), value, dropout=dropout))
+    out = np.asarray(SMALL.forward(call).out).transpose(0, 2, 1, 3)
+    keep = dropout.keep(
+        1, 2, np.arange(t, dtype=np.int32)[None], np.arange(s, dtype=np.int32)[None]
+    )
+    np.testing.assert_array_equal(out > 0, np.asarray(keep))
+    np.testing.assert_allclose(out[out > 0], 1 / (s * (1 - rate)), rtol=1e-5)
+
+
+def test_rows_that_see_nothing_are_exactly_zero():
+    (out, lse), grads = run(SMALL, NAMES["nothing"])
+    assert not np.asarray(out).any() and np.isneginf(lse).all()
+    assert not any(np.asarray(g).any() for g in grads[:3])
+
+
+def test_what_is_not_valid_reaches_nothing():
+    case = NAMES["valid_keys"]
+    call = case.call()
+    hidden = ~np.asarray(call.k_tokens.valid)[..., None, None]
+    spoilt = dataclasses.replace(
+        call, k=jnp.where(hidden, jnp.nan, call.k), v=jnp.where(hidden, jnp.inf, call.v)
+    )
+    got, want = attend(spoilt, SMALL), attend(call, SMALL)
+    np.testing.assert_array_equal(got.out, want.out)
+    assert np.isfinite(got.out).all()
+
+
+def test_a_mask_that_the_library_does_not_know_works():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Stripes(Mask):
+        """Every third key, counted from the query."""
+
+        def visible(self, q, k):
+            return (q.positions - k.positions) % 3 == 0
+
+    case = Case("stripes", Stripes(), (_columns[:, :53] - _rows[:37]) % 3 == 0)
+    own = errors_of(run(SMALL, case), case)
+    assert max(own.values()) <= 4 * np.finfo(np.float32).eps, own
+
+
+# ---- which tiles -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 600, 4095, 4096, 5000])
+def test_blocks_cover_a_length_with_less_than_a_block_to_spare(length):
+    block, count = split(length, 512)
+    assert block % 128 == 0 and block <= 512
+    assert length <= block * count < length + block
+
+
+MASKS = [Full(), Causal(), Window(100, 0), Causal() & Window(200, 200), ~Causal(), Window(-1, -1)]
+
+
+@pytest.mark.parametrize("still", ["q", "k"])
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: repr(mask))
+def test_skipped_tiles_are_empty_and_unmasked_ones_are_full(mask, still):
+    q, k = jnp.zeros((1, 389, 1, 4)), jnp.zeros((1, 641, 1, 4))
+    call = check(Call(q, k, k, mask=mask))
+    g = geometry(call, still, Blocks(128, 128, 2, 256))
+    kind = kinds(call, g)[0, 0]
+    seen = np.zeros((g.padded["q"], g.padded["k"]), bool)
+    seen[:389, :641] = np.broadcast_to(mask.matrix(Tokens(389), Tokens(641)), (389, 641))
+    seen[389:] = seen[388]
+    tiles = (seen if still == "q" else seen.T).reshape(kind.shape[0], 128, kind.shape[1], 128)
+    assert not tiles.any((1, 3))[kind == EMPTY].any()
+    assert tiles.all((1, 3))[kind == FULL].all()
+
+
+def test_a_causal_mask_visits_half_of_the_tiles():
+    x = jnp.zeros((1, 4096, 1, 4))
+    call = check(Call(x, x, x, mask=Causal()))
+    kind = kinds(call, geometry(call, "q", Blocks(512, 512)))
+    assert (kind == EMPTY).sum() == 28 and (kind == FULL).sum() == 28
+
+
+def test_lists_are_shared_where_scalar_memory_is_short():
+    x = jnp.zeros((3, 512, 1, 4))
+    ids = np.arange(3 * 512, dtype=np.int32).reshape(3, 512) // 100
+    tokens = Tokens(512, segment=ids)
+    call = check(Call(x, x, x, tokens, tokens, mask=SameSegment()))
+    g = geometry(call, "q", Blocks(128, 128))
+    assert order(call, g).groups == (3, 1)
+    assert order(call, g, most_words=10).groups == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("mask", "rows"), [(Full(), 1024), (Causal(), 1024), (Window(1023, 0), 512)]
+)
+def test_tall_tiles_are_taken_where_they_visit_little_more(mask, rows):
+    x = jnp.zeros((1, 4096, 1, 4), jnp.bfloat16)
+    call = check(Call(x, x, x, mask=mask))
+    assert SIZES["v6e"].lay(call, "q").rows == rows
+    assert SIZES["v5e"].lay(call, "q").rows == 512
+
+
+def test_tall_tiles_are_not_taken_where_memory_is_short():
+    x = jnp.zeros((1, 4096, 1, 4), jnp.bfloat16)
+    seen = Dense(jnp.ones((1, 1, 4096, 4096), bool))
+    assert SIZES["v6e"].lay(check(Call(x, x, x, mask=seen)), "q").rows == 512
+    assert SIZES["v6e"].lay(check(Call(*[x.astype(jnp.float32)] * 3)), "q").rows == 512
+
+
+def test_a_process_without_a_tpu_compiles_for_the_smallest():
+    assert PallasTPU().chosen == SIZES["v4"]
+    assert PallasTPU(SIZES["v6e"]).chosen == SIZES["v6e"]
+
+
+# ---- what it cannot do -------------------------------------------------------------------------
+
+
+def test_a_process_without_a_tpu_says_so():
+    x = jnp.zeros((1, 4, 1, 4))
+    with pytest.raises(UnsupportedError, match="it needs a TPU; this program is for cpu"):
+        attend(Call(x, x, x), PallasTPU())
+
+
+def test_float64_says_so(x64):
+    x = jnp.zeros((1, 4, 1, 4), jnp.float64)
+    with pytest.raises(UnsupportedError, match="TPUs have no float64; cast q, k and v"):
+        attend(Call(x, x, x), SMALL)
+
+
+def test_a_shared_dense_mask_is_not_repeated():
+    seen = Dense(jnp.ones((1, 1, 37, 53), bool))
+    case = Case("dense", seen, True)
+    assert max(errors_of(run(SMALL, case), case).values()) <= 4 * np.finfo(np.float32).eps

@@ -1,0 +1,211 @@
+"""Ahead-of-time compilation for TPUs that are not there: lowering, VMEM limits, no temporary of T x S."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mha_jax import (
+    Call,
+    Causal,
+    Dense,
+    Dropout,
+    MultiHeadAttention,
+    SameSegment,
+    Tokens,
+    Window,
+    attend,
+    explain,
+)
+from mha_jax.backends.base import Output
+from mha_jax.backends.pallas_tpu import SIZES, PallasTPU
+from mha_jax.checks import check
+
+pytest.importorskip("libtpu", reason="libtpu is not installed: pip install libtpu")
+from tests.topologies import TOPOLOGIES, compiled, largest_array
+
+
+def shape_of(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+WORDS = shape_of(2, dtype=jnp.uint32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What is compiled for one kind of chip: both passes of the kernel."""
+
+    kind: str
+    size: int  # H
+    lengths: tuple[int, int]
+    value_size: int = 0  # H if 0
+    heads: tuple[int, int] = (2, 2)
+    batch: int = 1
+    dtype: Any = jnp.bfloat16
+    options: Callable = lambda: {}
+    arrays: dict = dataclasses.field(default_factory=dict)
+
+    def compile(self):
+        (t, s), (n, kv), b = self.lengths, self.heads, self.batch
+        v = self.value_size or self.size
+        sizes = {"q": (b, t, n, self.size), "k": (b, s, kv, self.size), "v": (b, s, kv, v)}
+        qkv = {name: shape_of(*size, dtype=self.dtype) for name, size in sizes.items()}
+        backend = PallasTPU(SIZES[self.kind])
+
+        def both_passes(qkv, d_out, arrays):
+            call = check(Call(**qkv, **self.options(**arrays)))
+            output = backend.forward(call)
+            return output, backend.cotangent(call, output, Output(d_out, jnp.ones_like(output.lse)))
+
+        d_out = shape_of(b, t, n, v, dtype=self.dtype)
+        return compiled(self.kind, both_passes, qkv, d_out, self.arrays)
+
+
+def causal():
+    return {"mask": Causal()}
+
+
+def window():
+    return {"mask": Window(1023, 0)}
+
+
+def dropped(key):
+    return {"mask": Causal(), "dropout": Dropout(key, 0.1)}
+
+
+def packed(ids):
+    tokens = Tokens(ids.shape[1], segment=ids)
+    return {"q_tokens": tokens, "k_tokens": tokens, "mask": SameSegment() & Causal()}
+
+
+KEY = {"key": WORDS}
+SQUARE = (4096, 4096)
+# Every chip with every head size and every length, each feature on old chips and new ones.
+GRID = {
+    "v4-32": Compiled("v4", 32, (2048, 2048), 16, (4, 1), options=dropped, arrays=KEY),
+    "v4-64": Compiled("v4", 64, (4095, 4095), 0, (4, 1), options=window),
+    "v4-128": Compiled(
+        "v4",
+        128,
+        SQUARE,
+        batch=2,
+        options=packed,
+        arrays={"ids": shape_of(2, 4096, dtype=jnp.int32)},
+    ),
+    "v4-256": Compiled("v4", 256, SQUARE, options=causal),
+    "v4-float32": Compiled("v4", 128, (2048, 2048), 64, dtype=jnp.float32, options=causal),
+    "v5e-32": Compiled("v5e", 32, (100, 129), 48),
+    "v5e-64": Compiled("v5e", 64, (32768, 32768), heads=(1, 1), options=causal),
+    "v5e-128": Compiled("v5e", 128, (1, 4096), 64, (8, 2)),
+    "v5e-256": Compiled("v5e", 256, SQUARE, 128, options=causal),
+    "v5p-32": Compiled("v5p", 32, (129, 4095), options=lambda: {"logit_cap": 30.0}),
+    "v5p-64": Compiled("v5p", 64, (1, 1)),
+    "v5p-128": Compiled("v5p", 128, (32768, 32768), heads=(1, 1), options=window),
+    "v5p-256": Compiled("v5p", 256, SQUARE, options=causal),
+    "v6e-32": Compiled(
+        "v6e", 32, (2048, 2048), options=packed, arrays={"ids": shape_of(1, 2048, dtype=jnp.int32)}
+    ),
+    "v6e-64": Compiled("v6e", 64, SQUARE, 32, (4, 1), options=dropped, arrays=KEY),
+    "v6e-128": Compiled("v6e", 128, (4095, 4095), options=window),
+    "v6e-256": Compiled("v6e", 256, SQUARE, options=causal),
+    "tpu7x-32": Compiled("tpu7x", 32, (4095, 100), heads=(4, 2), options=causal),
+    "tpu7x-64": Compiled("tpu7x", 64, (32768, 32768), heads=(1, 1), options=causal),
+    "tpu7x-128": Compiled("tpu7x", 128, SQUARE, options=dropped, arrays=KEY),
+    "tpu7x-256": Compiled("tpu7x", 256, (2048, 2048)),
+}
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_both_passes_compile_and_keep_nothing_of_t_x_s(name):
+    case = GRID[name]
+    t, s = case.lengths
+    padded_operand = -(-max(t, s) // 512) * 512 * case.heads[0] * case.size
+    assert largest_array(case.compile()) < max(t * s, padded_operand + 1)
+
+
+@pytest.mark.parametrize(("kind", "heads"), [("v4", 1), ("v6e", 2)])
+def test_dense_masks_are_streamed(kind, heads):
+    length = 2048
+    arrays = {"seen": shape_of(1, heads, length, length, dtype=jnp.bool_)}
+    case = Compiled(
+        kind, 128, (length, length), options=lambda seen: {"mask": Dense(seen)}, arrays=arrays
+    )
+    program = case.compile()
+    # XLA hands booleans to kernels as bytes: a copy of the mask itself, and nothing else of its size.
+    assert largest_array(program) == heads * length * length
+    used = program.memory_analysis().temp_size_in_bytes
+    assert used < heads * length * length + 2**23
+
+
+def test_a_dense_bias_is_streamed():
+    length = 1024
+    arrays = {"bias": shape_of(1, 2, length, length, dtype=jnp.float32)}
+    case = Compiled("v4", 128, (length, length), options=lambda bias: {"bias": bias}, arrays=arrays)
+    assert largest_array(case.compile()) == 2 * length * length
+
+
+def test_lengths_that_fit_need_no_padding():
+    x = shape_of(1, 4096, 1, 128)
+
+    def forward(q, k, v):
+        return PallasTPU(SIZES["v5e"]).forward(check(Call(q, k, v))).out
+
+    assert compiled("v5e", forward, x, x, x).memory_analysis().temp_size_in_bytes < 2**16
+
+
+# ---- as users meet it ------------------------------------------------------------------------------
+
+
+def test_explain_knows_tpus_that_are_not_there():
+    x = shape_of(1, 4096, 1, 128)
+    assert next(iter(explain(Call(x, x, x), platform="tpu").items())) == ("pallas_tpu", "can run")
+    says = explain(Call(x, x, x), platform="cpu")["pallas_tpu"]
+    assert says == "it needs a TPU; this program is for cpu"
+
+
+def test_attend_takes_the_kernel_when_it_is_lowered_for_a_tpu():
+    x = shape_of(1, 129, 1, 64)
+    program = compiled("v6e", lambda q, k, v: attend(Call(q, k, v, mask=Causal())), x, x, x)
+    assert "attention_forward" in program.as_text()
+
+
+def test_a_program_exported_here_carries_the_kernel():
+    x = shape_of(1, 129, 1, 64)
+    function = jax.jit(lambda q, k, v: attend(Call(q, k, v)).out)
+    exported = jax.export.export(function, platforms=["tpu"])(x, x, x)
+    assert "tpu_custom_call" in exported.mlir_module()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_layer_takes_the_kernel_when_it_is_lowered_for_a_tpu(training):
+    layer = MultiHeadAttention(num_heads=4, key_dim=64, dropout=0.1, dtype=jnp.bfloat16)
+    x = shape_of(2, 512, 256)
+    variables = jax.eval_shape(
+        lambda: layer.init(jax.random.key(0), jnp.ones(x.shape), jnp.ones(x.shape))
+    )
+
+    def loss(variables, x, real, words):
+        out = layer.apply(
+            variables,
+            x,
+            x,
+            query_mask=real,
+            value_mask=real,
+            use_causal_mask=True,
+            training=training,
+            rngs={"dropout": jax.random.wrap_key_data(words)},
+        )
+        return jnp.sum(out.astype(jnp.float32))
+
+    step = jax.grad(loss) if training else loss
+    text = compiled("v5e", step, variables, x, shape_of(2, 512, dtype=jnp.bool_), WORDS).as_text()
+    assert "attention_forward" in text
+    assert ("attention_backward" in text) == training
+
+
+def test_the_grid_covers_every_chip():
+    assert {case.kind for case in GRID.values()} == set(TOPOLOGIES) == set(SIZES)
