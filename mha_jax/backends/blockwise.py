@@ -24,7 +24,7 @@ from mha_jax.backends.tiles import Tiles, Tiling, lines, numbers, over_groups, s
 from mha_jax.types import Array
 
 # Weights in one tile of short sequences.
-_WHOLE = 2**20
+_WHOLE = 2**19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +50,17 @@ class Blockwise:
     def tiling(self, call: Call) -> Tiling:
         """Return the tiles of a call: near the wanted sizes, with little padding.
 
-        Measured on two CPU cores (AVX-512), float32, forward, time relative to PyTorch's fused kernel:
-        T 4096 causal, 8 heads: 256 x 256 by 8 pairs 1.03, 512 x 512 by one pair 1.20, whole rows 1.3
-        to 1.4; T 512, 64 pairs: one tile of 512 x 512 by 4 pairs 0.98, 256 x 256 by 8 pairs 1.1.
+        Measured on two CPU cores (AVX-512), float32, T 4096 causal, 8 heads, milliseconds forward, and
+        forward and backward: 256 x 256 by 8 pairs 275, 889; 512 x 256 by 4 177, 556; by 8 175, 603;
+        512 x 512 by 2 178, 545; by 1 207, 594; PyTorch's fused kernel forward 146.
         """
         b, t, _, _ = call.q.shape
         s, kv = call.k.shape[1:3]
         short = call.groups * t <= 512 and s <= 512
-        wanted = self.pairs or (_WHOLE // (call.groups * t * s) if short else 8)
+        wanted = self.pairs or (_WHOLE // (call.groups * t * s) if short else 2)
         pairs = next(d for d in range(min(b * kv, wanted), 0, -1) if b * kv % d == 0)
-        size = 512 if short or pairs < 4 else 256
-        block_q = _near(max(1, (self.block_q or size) // call.groups), t)
-        return Tiling(block_q, _near(self.block_k or size, s), pairs, self.exhaustive)
+        block_q = _near(max(1, (self.block_q or 512) // call.groups), t)
+        return Tiling(block_q, _near(self.block_k or 512, s), pairs, self.exhaustive)
 
     def forward(self, call: Call) -> Output:
         if few_rows.worthwhile(call):
