@@ -5,7 +5,8 @@
 
 Time: 2 minutes 21 seconds on two CPU cores, imports, compilation and judging included.
 Result: 11.5 % phoneme error, 57.5 % of 2,261 held-out words wholly right (medians of seeds 0, 1, 2:
-11.53, 11.54, 11.60 and 57.6, 57.5, 56.9).
+11.53, 11.54, 11.60 and 57.6, 57.5, 56.9). With --config.steps=1500 and seed 0, at commit 9a0a28b:
+3 minutes 13 seconds, 10.9 % and 58.7 %.
 """
 
 from ml_collections import ConfigDict
