@@ -33,7 +33,10 @@ class Saved:
 
 
 def run(backend: Backend, call: Call) -> Output:
-    """Run a checked call, differentiable to any order."""
+    """Run a checked call, differentiable to any order.
+
+    Unless JAX may differentiate its `forward`, the backend has all three passes: see `Tiled`.
+    """
     if backend.plain_autodiff:
         return backend.forward(call)
     return _run(backend, call)
@@ -94,12 +97,12 @@ def _cotangent_exhaustive(saved: Saved, cotangent: Output) -> Gradients:
 
 @_differentiated_as(_tangent_exhaustive)
 def _tangent(saved: Saved, direction: Gradients) -> Output:
-    return Tiled(saved.backend).tangent(saved.call, saved.output, direction)
+    return saved.backend.tangent(saved.call, saved.output, direction)
 
 
 @_differentiated_as(_cotangent_exhaustive)
 def _cotangent(saved: Saved, cotangent: Output) -> Gradients:
-    return Tiled(saved.backend).cotangent(saved.call, saved.output, cotangent)
+    return saved.backend.cotangent(saved.call, saved.output, cotangent)
 
 
 @dataclasses.dataclass(frozen=True)
