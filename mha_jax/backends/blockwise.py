@@ -20,7 +20,7 @@ from jax import lax
 from mha_jax import softmax
 from mha_jax.backends import few_rows
 from mha_jax.backends.base import Call, Gradients, Output
-from mha_jax.backends.tiles import Tiles, Tiling, lines, numbers, over_groups, scan
+from mha_jax.backends.tiles import Tiles, Tiling, scan
 from mha_jax.types import Array
 
 # Weights in one tile of short sequences.
@@ -87,32 +87,29 @@ def _forward(tiles: Tiles) -> Output:
     call, order = tiles.call, tiles.order(by_rows=True)
     inverse = 1 if call.dropout is None else 1 / (1 - call.dropout.rate)
 
-    def group(g, q, k, v, keys):
-        def row(i, _):
-            q_row = tiles.row_of(q, i)
+    def row(g, i, _):
+        q_row = tiles.row_of(tiles.q, g, i)
 
-            def block(j, masked, state):
-                x = tiles.dot("crh,csh->crs", q_row, tiles.keys_of(k, j))
-                x = tiles.logits(x, g, i, j, masked, flip=False)
-                if state is None:
-                    p, m, l = softmax.first(x)
-                    before = jnp.zeros((), tiles.dtype)
-                else:
-                    p, fix, m, l = softmax.grow(state.m, state.l, x)
-                    before = state.acc * fix
-                if keys is not None:
-                    p = jnp.where(tiles.kept(keys, g, i, j, flip=False), p, 0)
-                pv = tiles.dot("crs,csv->crv", p, tiles.keys_of(v, j).astype(tiles.dtype))
-                return softmax.Running(before + pv, m, l)
+        def block(j, masked, state):
+            x = tiles.dot("crh,csh->crs", q_row, tiles.keys_of(tiles.k, g, j))
+            x = tiles.logits(x, g, i, j, masked, flip=False)
+            if state is None:
+                p, m, l = softmax.first(x)
+                before = jnp.zeros((), tiles.dtype)
+            else:
+                p, fix, m, l = softmax.grow(state.m, state.l, x)
+                before = state.acc * fix
+            if call.dropout is not None:
+                p = jnp.where(tiles.kept(g, i, j, flip=False), p, 0)
+            pv = tiles.dot("crs,csv->crv", p, tiles.keys_of(tiles.v, g, j).astype(tiles.dtype))
+            return softmax.Running(before + pv, m, l)
 
-            start = softmax.start(q_row.shape[:2], v.shape[-1], tiles.dtype)
-            end = tiles.over(order, g, i, block, None if order.single else start)
-            out = end.acc * (softmax.reciprocal(end.l) * jnp.asarray(inverse, tiles.dtype))
-            return out.astype(call.v.dtype), softmax.logsumexp(end.m, end.l)
+        start = softmax.start(q_row.shape[:2], tiles.v.shape[-1], tiles.dtype)
+        end = tiles.over(order, g, i, block, None if order.single else start)
+        out = end.acc * (softmax.reciprocal(end.l) * jnp.asarray(inverse, tiles.dtype))
+        return None, (out.astype(call.v.dtype), softmax.logsumexp(end.m, end.l))
 
-        return lines(tiles.rows, row)
-
-    out, lse = over_groups(group, tiles.q, tiles.k, tiles.v, tiles.row_keys)
+    _, (out, lse) = scan(row, None, len(tiles.q), tiles.rows)
     return Output(tiles.queries_back(out), tiles.statistics_back(lse))
 
 
@@ -125,63 +122,47 @@ def _cotangent(tiles: Tiles, output: Output, cotangent: Output) -> Gradients:
         d_out = d_out * jnp.asarray(1 / (1 - call.dropout.rate), dtype)
     sides = (tiles.q, d_out, tiles.statistics(output.lse), delta)
 
-    def group(d_bias, inputs):
-        g, side, k, v, keys = inputs
+    def column(g, j, carry):
+        k_tile = tiles.keys_of(tiles.k, g, j)
+        v_tile = tiles.keys_of(tiles.v, g, j).astype(dtype)
+        # Kept apart from the products below, where XLA would fold it into slow ones.
+        k_turned = lax.optimization_barrier(k_tile.astype(dtype).transpose(0, 2, 1))
 
-        def column(j, carry):
+        def block(i, masked, carry):
             d_bias, dq, dk, dv = carry
-            k_tile = tiles.keys_of(k, j)
-            v_tile = tiles.keys_of(v, j).astype(dtype)
-            # Kept apart from the products below, where XLA would fold it into slow ones.
-            k_turned = lax.optimization_barrier(k_tile.astype(dtype).transpose(0, 2, 1))
-
-            def block(i, masked, carry):
-                d_bias, dq, dk_tile, dv_tile = carry
-                q, do, lse, delta = (tiles.row_of(x, i) for x in side)
-                x = tiles.dot("csh,crh->csr", k_tile, q)
-                x = tiles.logits(x, g, i, j, masked, flip=True)
-                p = softmax.weights(x, lse[:, None])
-                dp = tiles.dot("csv,crv->csr", v_tile, do)
-                kept = p
-                if keys is not None:
-                    # The sign carries the bit to both products, so that it is hashed once.
-                    keep = tiles.kept(keys, g, i, j, flip=True)
-                    signed = lax.optimization_barrier(jnp.where(keep, p, -p))
-                    p, kept = jnp.abs(signed), jnp.maximum(signed, 0)
-                    dp = jnp.where(signed > 0, dp, 0)
-                ds = p * (dp - delta[:, None])
-                if call.logit_cap is not None:
-                    ds = ds * _slope(call, x)
-                if d_bias is not None:
-                    d_bias = tiles.add_dense(d_bias, ds.swapaxes(1, 2), g, i, j)
-                dv_tile = dv_tile + tiles.dot("csr,crv->csv", kept, do)
-                dk_tile = dk_tile + tiles.dot("csr,crh->csh", ds, q.astype(dtype))
-                dq = tiles.add_column(dq, tiles.dot("chs,csr->chr", k_turned, ds), i)
-                return d_bias, dq, dk_tile, dv_tile
-
-            zeros = (jnp.zeros(k_tile.shape, dtype), jnp.zeros(v_tile.shape, dtype))
-            d_bias, dq, dk_tile, dv_tile = tiles.over(order, g, j, block, (d_bias, dq, *zeros))
-            at = j * tiles.tiling.block_k
-            dk = lax.dynamic_update_slice_in_dim(dk, dk_tile, at, 1)
-            dv = lax.dynamic_update_slice_in_dim(dv, dv_tile, at, 1)
+            q, do, lse, delta = (tiles.row_of(x, g, i) for x in sides)
+            x = tiles.dot("csh,crh->csr", k_tile, q)
+            x = tiles.logits(x, g, i, j, masked, flip=True)
+            p = softmax.weights(x, lse[:, None])
+            dp = tiles.dot("csv,crv->csr", v_tile, do)
+            kept = p
+            if call.dropout is not None:
+                # The sign carries the bit to both products, so that it is hashed once.
+                keep = tiles.kept(g, i, j, flip=True)
+                signed = lax.optimization_barrier(jnp.where(keep, p, -p))
+                p, kept = jnp.abs(signed), jnp.maximum(signed, 0)
+                dp = jnp.where(signed > 0, dp, 0)
+            ds = p * (dp - delta[:, None])
+            if call.logit_cap is not None:
+                ds = ds * _slope(call, x)
+            if d_bias is not None:
+                d_bias = tiles.add_dense(d_bias, ds.swapaxes(1, 2), g, i, j)
+            dv = dv + tiles.dot("csr,crv->csv", kept, do)
+            dk = dk + tiles.dot("csr,crh->csh", ds, q.astype(dtype))
+            dq = tiles.add_turned(dq, tiles.dot("chs,csr->chr", k_turned, ds), g, i)
             return d_bias, dq, dk, dv
 
-        pairs, _, h = side[0].shape
-        sums = (
-            jnp.zeros((pairs, h, tiles.groups * tiles.t), dtype),
-            jnp.zeros(k.shape, dtype),
-            jnp.zeros(v.shape, dtype),
-        )
-        carry = (d_bias, *sums)
-        carry, _ = scan(lambda carry, j: (column(j, carry), None), carry, numbers(tiles.columns))
-        return carry[0], carry[1:]
+        zeros = (jnp.zeros(k_tile.shape, dtype), jnp.zeros(v_tile.shape, dtype))
+        d_bias, dq, dk, dv = tiles.over(order, g, j, block, (*carry, *zeros))
+        return (d_bias, dq), (dk, dv)
 
     d_bias = None if tiles.bias is None else jnp.zeros(tiles.bias.shape, dtype)
-    arrays = (numbers(tiles.q.shape[0]), sides, tiles.k, tiles.v, tiles.row_keys)
-    d_bias, (dq, dk, dv) = scan(group, d_bias, arrays)
+    groups, pairs, rows, h = tiles.q.shape
+    carry = (d_bias, jnp.zeros((groups, pairs, h, rows), dtype))
+    (d_bias, dq), (dk, dv) = scan(column, carry, groups, tiles.columns)
     scale = jnp.asarray(tiles.scale, dtype)
     dk = tiles.keys_back(dk) * jnp.asarray(call.scale, dtype)
-    dq = tiles.columns_back(dq) * scale
+    dq = tiles.turned_back(dq) * scale
     if call.bias is not None and d_bias is not None:
         d_bias = d_bias[tuple(slice(n) for n in call.bias.shape)].astype(call.bias.dtype)
     return Gradients(
@@ -203,45 +184,43 @@ def _tangent(tiles: Tiles, output: Output, direction: Gradients) -> Output:
     d_bias = None if direction.bias is None else tiles.pad_dense(direction.bias.astype(dtype))
     inverse = 1 if call.dropout is None else 1 / (1 - call.dropout.rate)
 
-    def group(g, q, k, v, lse, moves, keys):
-        dq, dk, dv = moves
+    lse, (dq, dk, dv) = tiles.statistics(output.lse), moves
 
-        def row(i, _):
-            q_row, lse_row = tiles.row_of(q, i), tiles.row_of(lse, i)[..., None]
+    def row(g, i, _):
+        q_row = tiles.row_of(tiles.q, g, i)
+        lse_row = tiles.row_of(lse, g, i)[..., None]
 
-            def block(j, masked, sums):
-                d_out, d_lse = sums
-                k_tile, v_tile = tiles.keys_of(k, j), tiles.keys_of(v, j).astype(dtype)
-                x = tiles.dot("crh,csh->crs", q_row, k_tile)
-                x = tiles.logits(x, g, i, j, masked, flip=False)
-                p = softmax.weights(x, lse_row)
-                dx = jnp.zeros_like(x)
-                if dq is not None:
-                    dx = dx + tiles.dot("crh,csh->crs", tiles.row_of(dq, i), k_tile.astype(dtype))
-                if dk is not None:
-                    q_scaled = q_row.astype(dtype) * jnp.asarray(call.scale, dtype)
-                    dx = dx + tiles.dot("crh,csh->crs", q_scaled, tiles.keys_of(dk, j))
-                if d_bias is not None:
-                    dx = dx + tiles.dense_of(d_bias, g, i, j)
-                dp = p * dx * _slope(call, x)
-                d_lse = d_lse + jnp.sum(dp, -1, keepdims=True)
-                kept = p
-                if keys is not None:
-                    keep = tiles.kept(keys, g, i, j, flip=False)
-                    kept, dp = jnp.where(keep, p, 0), jnp.where(keep, dp, 0)
-                d_out = d_out + tiles.dot("crs,csv->crv", dp, v_tile)
-                if dv is not None:
-                    d_out = d_out + tiles.dot("crs,csv->crv", kept, tiles.keys_of(dv, j))
-                return d_out, d_lse
+        def block(j, masked, sums):
+            d_out, d_lse = sums
+            k_tile = tiles.keys_of(tiles.k, g, j)
+            v_tile = tiles.keys_of(tiles.v, g, j).astype(dtype)
+            x = tiles.dot("crh,csh->crs", q_row, k_tile)
+            x = tiles.logits(x, g, i, j, masked, flip=False)
+            p = softmax.weights(x, lse_row)
+            dx = jnp.zeros_like(x)
+            if dq is not None:
+                dx = dx + tiles.dot("crh,csh->crs", tiles.row_of(dq, g, i), k_tile.astype(dtype))
+            if dk is not None:
+                q_scaled = q_row.astype(dtype) * jnp.asarray(call.scale, dtype)
+                dx = dx + tiles.dot("crh,csh->crs", q_scaled, tiles.keys_of(dk, g, j))
+            if d_bias is not None:
+                dx = dx + tiles.dense_of(d_bias, g, i, j)
+            dp = p * dx * _slope(call, x)
+            d_lse = d_lse + jnp.sum(dp, -1, keepdims=True)
+            kept = p
+            if call.dropout is not None:
+                keep = tiles.kept(g, i, j, flip=False)
+                kept, dp = jnp.where(keep, p, 0), jnp.where(keep, dp, 0)
+            d_out = d_out + tiles.dot("crs,csv->crv", dp, v_tile)
+            if dv is not None:
+                d_out = d_out + tiles.dot("crs,csv->crv", kept, tiles.keys_of(dv, g, j))
+            return d_out, d_lse
 
-            rows = q_row.shape[:2]
-            start = jnp.zeros((*rows, v.shape[-1]), dtype), jnp.zeros((*rows, 1), dtype)
-            return tiles.over(order, g, i, block, start)
+        rows = q_row.shape[:2]
+        start = jnp.zeros((*rows, tiles.v.shape[-1]), dtype), jnp.zeros((*rows, 1), dtype)
+        return None, tiles.over(order, g, i, block, start)
 
-        return lines(tiles.rows, row)
-
-    lse = tiles.statistics(output.lse)
-    d_out, d_lse = over_groups(group, tiles.q, tiles.k, tiles.v, lse, moves, tiles.row_keys)
+    _, (d_out, d_lse) = scan(row, None, len(tiles.q), tiles.rows)
     d_lse = tiles.statistics_back(d_lse)
     turn = output.out.astype(dtype) * jnp.swapaxes(d_lse, 1, 2)[..., None]
     d_out = tiles.queries_back(d_out) * jnp.asarray(inverse, dtype) - turn

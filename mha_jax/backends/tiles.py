@@ -2,6 +2,7 @@
 
 B batch   T query length   S key length   N query heads   K key-value heads   G = N // K
 H query-key head size   V value head size   c pairs of an example and a key-value head in one tile
+g groups of c pairs: g c = B K   t, s lengths in whole tiles
 
 The G query heads of a pair read the same keys, so they are rows of one tile, [c, r, block_k] with
 r = G * block_q; flipped, [c, block_k, r]. Facts and masks come with all their axes, [c, G, block_q,
@@ -72,7 +73,7 @@ class Order(NamedTuple):
 
 
 class Tiles:
-    """The tiles of a call; arrays are grouped, [P / c, c, ...] for P = B * K pairs."""
+    """The tiles of a call. A line is a group's row of tiles, or its column of tiles."""
 
     def __init__(self, call: Call, tiling: Tiling):
         b, t, n, _ = call.q.shape
@@ -99,17 +100,17 @@ class Tiles:
     # ---- layout -------------------------------------------------------------------------------
 
     def queries(self, x: Array) -> Array:
-        """Turn [B, T, N, H] into [P / c, c, G t, H], padded."""
+        """Turn [B, T, N, H] into [g, c, G t, H], padded."""
         x = jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, self.t - x.shape[1]), (0, 0)))
         return self._grouped(x.reshape(-1, self.groups * self.t, x.shape[-1]))
 
     def statistics(self, x: Array) -> Array:
-        """Turn [B, N, T] into [P / c, c, G t], padded."""
+        """Turn [B, N, T] into [g, c, G t], padded."""
         x = jnp.pad(x, ((0, 0), (0, 0), (0, self.t - x.shape[2])))
         return self._grouped(x.reshape(-1, self.groups * self.t))
 
     def keys(self, x: Array) -> Array:
-        """Turn [B, S, K, H] into [P / c, c, s, H], padded."""
+        """Turn [B, S, K, H] into [g, c, s, H], padded."""
         x = jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, self.s - x.shape[1]), (0, 0)))
         return self._grouped(x.reshape(-1, self.s, x.shape[-1]))
 
@@ -117,34 +118,33 @@ class Tiles:
         return x.reshape(-1, self.tiling.pairs, *x.shape[1:])
 
     def queries_back(self, x: Array) -> Array:
-        """Turn rows of tiles [P / c, rows, c, r, H] back into [B, T, N, H]."""
+        """Turn lines [g rows, c, r, H] back into [B, T, N, H]."""
         return self._rows_back(x).swapaxes(1, 2)
 
     def statistics_back(self, x: Array) -> Array:
-        """Turn rows of statistics [P / c, rows, c, r, 1] back into [B, N, T]."""
+        """Turn lines of statistics [g rows, c, r, 1] back into [B, N, T]."""
         return self._rows_back(x)[..., 0]
 
-    def columns_back(self, x: Array) -> Array:
-        """Turn columns [P / c, c, H, G t] back into [B, T, N, H]."""
+    def turned_back(self, x: Array) -> Array:
+        """Turn [g, c, H, G t] back into [B, T, N, H]."""
         x = x.reshape(self.batch * self.kv_heads, x.shape[2], -1).swapaxes(1, 2)
         return self._heads_first(x).swapaxes(1, 2)
 
+    def keys_back(self, x: Array) -> Array:
+        """Turn lines [g columns, c, block_k, H] back into [B, S, K, H]."""
+        x = _lines_inward(x, self.columns, at=2)
+        x = x.reshape(self.batch, self.kv_heads, self.s, x.shape[-1])
+        return x[:, :, : self.call.k.shape[1]].transpose(0, 2, 1, 3)
+
     def _rows_back(self, x: Array) -> Array:
-        """Turn rows of tiles [P / c, rows, c, r, H] back into [B, N, T, H]."""
-        if self.rows > 1:
-            x = x.reshape(*x.shape[:3], self.groups, -1, x.shape[-1])
-            x = jnp.moveaxis(x, 1, 3)
-        return self._heads_first(x)
+        """Turn lines [g rows, c, r, H] back into [B, N, T, H]."""
+        x = x.reshape(*x.shape[:2], self.groups, -1, x.shape[-1])
+        return self._heads_first(_lines_inward(x, self.rows, at=3))
 
     def _heads_first(self, x: Array) -> Array:
         """Turn what holds pairs, G, t and H in this order into [B, N, T, H], without padding."""
         x = x.reshape(self.batch, self.kv_heads * self.groups, self.t, x.shape[-1])
         return x[:, :, : self.call.q.shape[1]]
-
-    def keys_back(self, x: Array) -> Array:
-        """Turn [P / c, c, s, H] back into [B, S, K, H]."""
-        x = x.reshape(self.batch, self.kv_heads, self.s, x.shape[-1])
-        return x[:, :, : self.call.k.shape[1]].transpose(0, 2, 1, 3)
 
     def pad_dense(self, dense: Array) -> Array:
         """Pad [#B, #N, #T, #S] to whole tiles."""
@@ -157,16 +157,15 @@ class Tiles:
 
     # ---- one tile -----------------------------------------------------------------------------
 
-    def row_of(self, x: Array, i: Any) -> Array:
-        """Return block `i` of one group's rows [c, G t, ...]: [c, r, ...]."""
-        shape, size = x.shape, self.tiling.block_q
-        x = x.reshape(shape[0], self.groups, self.t, *shape[2:])
-        x = lax.dynamic_slice_in_dim(x, i * size, size, 2)
-        return x.reshape(shape[0], -1, *shape[2:])
+    def row_of(self, x: Array, group: Any, i: Any) -> Array:
+        """Cut [g, c, G t, ...] to block `i` of a group's rows: [c, r, ...]."""
+        x = x.reshape(*x.shape[:2], self.groups, self.t, *x.shape[3:])
+        x = _cut(x, {0: (group, 1), 3: (i, self.tiling.block_q)})
+        return x.reshape(x.shape[1], -1, *x.shape[4:])
 
-    def keys_of(self, x: Array, j: Any) -> Array:
-        """Return block `j` of one group's keys [c, s, ...]."""
-        return lax.dynamic_slice_in_dim(x, j * self.tiling.block_k, self.tiling.block_k, 1)
+    def keys_of(self, x: Array, group: Any, j: Any) -> Array:
+        """Cut [g, c, s, ...] to block `j` of a group's keys: [c, block_k, ...]."""
+        return _cut(x, {0: (group, 1), 2: (j, self.tiling.block_k)})[0]
 
     def dot(self, spec: str, a: Array, b: Array) -> Array:
         """Multiply tiles, summing in the accumulator's dtype."""
@@ -187,9 +186,9 @@ class Tiles:
         mask = jax.tree.map(lambda a: self._dense_of(a, group, i, j, flip), self.dense)
         return self.merged(mask.visible(q, k), flip)
 
-    def kept(self, row_keys: tuple, group: Any, i: Any, j: Any, flip: bool) -> Array:
-        """Return a tile of keep bits, given one group's row keys [c, G t]."""
-        a, c = (self.row_of(w, i) for w in row_keys)
+    def kept(self, group: Any, i: Any, j: Any, flip: bool) -> Array:
+        """Return a tile of keep bits."""
+        a, c = (self.row_of(w, group, i) for w in self.row_keys)  # type: ignore[union-attr]
         a, c = (x[:, None] if flip else x[..., None] for x in (a, c))
         columns = self._fact(self.k_facts.rows, group, j, self.tiling.block_k)
         columns = columns[:, :, None] if flip else columns[:, None, :]
@@ -213,9 +212,8 @@ class Tiles:
 
     def _dense_of(self, dense: Array, group: Any, i: Any, j: Any, flip: bool) -> Array:
         """Cut [#B, #N, #T, #S] to [#c, #G, #block_q, #block_k], with the keys second under `flip`."""
-        for axis, index, size in ((2, i, self.tiling.block_q), (3, j, self.tiling.block_k)):
-            if dense.shape[axis] > 1:
-                dense = lax.dynamic_slice_in_dim(dense, index * size, size, axis)
+        blocks = {2: (i, self.tiling.block_q), 3: (j, self.tiling.block_k)}
+        dense = _cut(dense, {axis: at for axis, at in blocks.items() if dense.shape[axis] > 1})
         tile = self._of_group(self._by_kv_head(dense), group)
         return tile.transpose(0, 3, 1, 2) if flip else tile
 
@@ -233,12 +231,11 @@ class Tiles:
         slab = slab.at[self._pairs(whole, group)].add(tile)
         return lax.dynamic_update_slice(whole, slab, start).reshape(shape)
 
-    def add_column(self, whole: Array, tile: Array, i: Any) -> Array:
-        """Add a tile [c, H, r] at block `i` of columns [c, H, G t]."""
-        size, heads = self.tiling.block_q, (*whole.shape[:2], self.groups, -1)
-        columns, tile = whole.reshape(heads), tile.reshape(heads)
-        tile = lax.dynamic_slice_in_dim(columns, i * size, size, 3) + tile
-        return lax.dynamic_update_slice_in_dim(columns, tile, i * size, 3).reshape(whole.shape)
+    def add_turned(self, whole: Array, tile: Array, group: Any, i: Any) -> Array:
+        """Add a tile [c, H, r] at block `i` of a group of [g, c, H, G t]."""
+        heads = (*whole.shape[:3], self.groups, self.t)
+        tile = tile.reshape(1, *tile.shape[:2], self.groups, -1)
+        return _add(whole.reshape(heads), tile, {0: group, 4: i}).reshape(whole.shape)
 
     def _by_kv_head(self, dense: Array) -> Array:
         """Split the heads: [#B, #N, ...] to [#B, #K, #G, ...]."""
@@ -260,8 +257,7 @@ class Tiles:
 
     def _fact(self, a: Any, group: Any, index: Any, size: int) -> Array:
         """Cut facts [#B, L] to a tile's [#c, size]."""
-        a = lax.dynamic_slice_in_dim(jnp.asarray(a), index * size, size, 1)
-        return self._of_group(a[:, None], group)
+        return self._of_group(_cut(jnp.asarray(a), {1: (index, size)})[:, None], group)
 
     # ---- which tiles, in which order ------------------------------------------------------------
 
@@ -319,28 +315,47 @@ class Tiles:
         return lax.fori_loop(np.uint32(0), live, step, carry)
 
 
-def over_groups(body: Callable, *arrays: Any) -> Any:
-    """Run `body(group, *arrays of the group)` for every group and stack what it returns."""
-    count = jax.tree.leaves(arrays)[0].shape[0]
-    return lines(count, lambda g, xs: body(g, *xs), arrays)
+def scan(step: Callable, carry: Any, groups: int, lines: int) -> tuple[Any, Any]:
+    """Run `carry, out = step(group, line, carry)` over all lines of all groups; stack what comes out."""
 
+    def of_line(carry, n):
+        group = n // lines if groups > 1 else 0
+        return step(group, n % lines if groups > 1 else n, carry)
 
-def lines(count: int, body: Callable, arrays: Any = None) -> Any:
-    """Run `body(index, arrays of the index)` for `count` lines; one line is no loop at all."""
-    return scan(lambda _, x: (None, body(*x)), None, (numbers(count), arrays))[1]
-
-
-def scan(step: Callable, carry: Any, arrays: Any) -> tuple[Any, Any]:
-    """`lax.scan`; one step is no loop at all."""
-    if jax.tree.leaves(arrays)[0].shape[0] > 1:
-        return lax.scan(step, carry, arrays)
-    carry, out = step(carry, jax.tree.map(lambda a: a[0], arrays))
+    if groups * lines > 1:
+        return lax.scan(of_line, carry, numbers(groups * lines))
+    carry, out = step(0, 0, carry)
     return carry, jax.tree.map(lambda a: a[None], out)
 
 
 def numbers(count: int) -> Array:
     """Return 0 to `count` as what all indices are: unsigned, so that slices check for no negative ones."""
     return jnp.arange(count, dtype=jnp.uint32)
+
+
+def _cut(x: Array, blocks: dict[int, tuple[Any, int]]) -> Array:
+    """Cut `x`, along every axis named, to the block of that number and size."""
+    sizes = [blocks[axis][1] if axis in blocks else n for axis, n in enumerate(x.shape)]
+    return lax.dynamic_slice(x, _corner(x.ndim, blocks), sizes)
+
+
+def _add(whole: Array, tile: Array, at: dict[int, Any]) -> Array:
+    """Add a tile to `whole`: along every axis named, at the block of that number."""
+    blocks = {axis: (index, tile.shape[axis]) for axis, index in at.items()}
+    added = _cut(whole, blocks) + tile
+    return lax.dynamic_update_slice(whole, added, _corner(whole.ndim, blocks))
+
+
+def _corner(rank: int, blocks: dict[int, tuple[Any, int]]) -> list[Array]:
+    """Return where a block begins."""
+    first = {axis: index * size for axis, (index, size) in blocks.items()}
+    return [jnp.asarray(first.get(axis, 0), jnp.uint32) for axis in range(rank)]
+
+
+def _lines_inward(x: Array, lines: int, at: int) -> Array:
+    """Turn [g lines, c, ...] into [g, c, ..., lines, ...], the lines before what was axis `at`."""
+    x = x.reshape(-1, lines, *x.shape[1:])
+    return x if lines == 1 else jnp.moveaxis(x, 1, at)
 
 
 def _as_rows(a: Array, flip: bool) -> Array:
