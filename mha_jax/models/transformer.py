@@ -9,7 +9,7 @@ tokens.
 
 Attention scores are kept on request, of every layer, in the collection "attention":
 `model.apply(variables, ..., mutable=["attention"])`. Nothing is computed for them otherwise.
-Keys and values are cached where the collection "cache" holds a `Cache` (`empty_caches`):
+Keys and values are cached where the collection "cache" holds a `Cache` (a model's `empty_caches`):
 `model.apply({**variables, "cache": caches}, ..., mutable=["cache"])`.
 
 Source: Vaswani et al. 2017, arXiv:1706.03762, section 3; Xiong et al. 2020, arXiv:2002.04745
@@ -267,41 +267,46 @@ class Transformer(nn.Module):
         x = self.decoder(x, memory, memory_mask, training)
         return self.target_embedding.logits(x)
 
+    def empty_caches(
+        self, batch: int, length: int, memory_length: int, dtype: Any = jnp.float32
+    ) -> dict[str, Any]:
+        """Return the collection "cache" for `decode`, holding nothing yet.
 
-def empty_caches(
-    config: Config, batch: int, length: int, memory_length: int, dtype: Any = jnp.float32
-) -> dict[str, Any]:
-    """Return the collection "cache" for `Transformer.decode`, holding nothing yet.
+        Args:
+          batch: Targets B that are decoded together.
+          length: The most tokens of a target.
+          memory_length: Tokens S of the memory.
+          dtype: Of the computation.
 
-    Args:
-      config: Of the model.
-      batch: Targets B that are decoded together.
-      length: The most tokens of a target.
-      memory_length: Tokens S of the memory.
-      dtype: Of the computation.
+        Cost: 2 B D numbers a decoder layer and token of target and memory.
 
-    Cost: 2 B D numbers a decoder layer and token of target and memory.
+        >>> model = Transformer(11, 7, Config(width=8, num_heads=2, hidden=16))
+        >>> source, target = jnp.ones((3, 5), int), jnp.ones((3, 4), int)
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), source, target)
+        >>> memory = jax.ShapeDtypeStruct((3, 5, 8), jnp.float32)
+        >>> held = {"cache": model.empty_caches(batch=3, length=4, memory_length=5)}
+        >>> decode = partial(model.apply, method="decode", mutable=["cache"])
+        >>> logits, held = jax.eval_shape(decode, variables | held, target[:, :1], memory)
+        >>> logits, held = jax.eval_shape(decode, variables | held, target[:, 1:], None)
+        >>> logits.shape
+        (3, 3, 11)
+        """
+        capacities = {"self_attention": length, "cross_attention": memory_length}
+        layers = self.config.decoder_layers
+        return {"decoder": _empty_stack(layers, batch, self.config, dtype, **capacities)}
 
-    >>> model = Transformer(11, 7, Config(width=8, num_heads=2, hidden=16))
-    >>> source, target = jnp.ones((3, 5), int), jnp.ones((3, 4), int)
-    >>> variables = jax.eval_shape(model.init, jax.random.key(0), source, target)
-    >>> memory = jax.ShapeDtypeStruct((3, 5, 8), jnp.float32)
-    >>> held = {"cache": empty_caches(model.config, batch=3, length=4, memory_length=5)}
-    >>> decode = partial(model.apply, method="decode", mutable=["cache"])
-    >>> logits, held = jax.eval_shape(decode, variables | held, target[:, :1], memory)
-    >>> logits, held = jax.eval_shape(decode, variables | held, target[:, 1:], None)
-    >>> logits.shape
-    (3, 3, 11)
-    """
+
+def _empty_stack(layers: int, batch: int, config: Config, dtype: Any, **capacities: int) -> Any:
+    """Return the caches of a stack whose layers attend by these names over so many tokens."""
     heads = (config.num_heads, config.width // config.num_heads)
 
     def layer() -> dict[str, Any]:
         return {
-            "self_attention": {"held": Cache.empty(batch, length, *heads, dtype=dtype)},
-            "cross_attention": {"held": Cache.empty(batch, memory_length, *heads, dtype=dtype)},
+            name: {"held": Cache.empty(batch, capacity, *heads, dtype=dtype)}
+            for name, capacity in capacities.items()
         }
 
-    return {"decoder": {f"layer_{i}": layer() for i in range(config.decoder_layers)}}
+    return {f"layer_{i}": layer() for i in range(layers)}
 
 
 class LanguageModel(nn.Module):
@@ -320,10 +325,30 @@ class LanguageModel(nn.Module):
         self.embedding = Embedding(self.vocabulary, self.config)
         self.encoder = Encoder(self.config)
 
-    def __call__(self, tokens, training: bool = False):
-        """Map tokens `[B, T]` to logits `[B, T, W]` of the next tokens."""
-        x = self.encoder(self.embedding(tokens, training), causal=True, training=training)
-        return self.embedding.logits(x)
+    def __call__(self, tokens, training: bool = False, start=0):
+        """Map tokens `[B, T]` to logits `[B, T, W]` of the next tokens.
+
+        With caches, `tokens` are those from position `start` on.
+        """
+        x = self.embedding(tokens, training, start)
+        return self.embedding.logits(self.encoder(x, causal=True, training=training))
+
+    def empty_caches(self, batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, Any]:
+        """Return the collection "cache" for texts of at most `length` tokens, holding nothing yet.
+
+        Cost: 2 B D numbers a layer and token.
+
+        >>> model = LanguageModel(11, Config(width=8, num_heads=2, hidden=16, encoder_layers=1))
+        >>> tokens = jnp.ones((3, 5), int)
+        >>> variables = model.init(jax.random.key(0), tokens)
+        >>> held = {"cache": model.empty_caches(batch=3, length=5)}
+        >>> logits, held = model.apply(variables | held, tokens[:, :2], mutable=["cache"])
+        >>> logits, held = model.apply(variables | held, tokens[:, 2:], start=2, mutable=["cache"])
+        >>> logits.shape
+        (3, 3, 11)
+        """
+        layers = self.config.encoder_layers
+        return {"encoder": _empty_stack(layers, batch, self.config, dtype, self_attention=length)}
 
 
 class ImageClassifier(nn.Module):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mha_jax.errors import ShapeError
-from mha_jax.models.transformer import Transformer, empty_caches
+from mha_jax.models.transformer import Transformer
 from mha_jax.types import ArrayLike
 
 
@@ -206,7 +206,7 @@ def first(
     variables, mask = {"params": params}, source != pad
     memory: Any = model.apply(variables, source, mask, method="encode")
     begun = jnp.full((source.shape[0], 1), begin, source.dtype)
-    caches = empty_caches(model.config, source.shape[0], length, source.shape[1], memory.dtype)
+    caches = model.empty_caches(source.shape[0], length, source.shape[1], memory.dtype)
     return _decode(model, variables | {"cache": caches}, begun, memory, mask)
 
 

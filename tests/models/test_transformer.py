@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mha_jax import Cache
 from mha_jax.models.transformer import (
     Config,
     Encoder,
     ImageClassifier,
     LanguageModel,
     Transformer,
-    empty_caches,
     sinusoids,
 )
 
@@ -130,7 +128,7 @@ def test_decoding_with_caches_is_the_whole_decoder(translator):
     mask = source > 3
     want = run(model, variables, source, target, mask)
     memory = run(model, variables, source, mask, method="encode")
-    caches = {"cache": empty_caches(model.config, batch=2, length=5, memory_length=7)}
+    caches = {"cache": model.empty_caches(batch=2, length=5, memory_length=7)}
     options = {"method": "decode", "mutable": ["cache", "attention"]}
     logits, kept = run(model, variables | caches, target[:, :3], memory, mask, **options)
     np.testing.assert_allclose(logits, want[:, :3], atol=1e-5)
@@ -151,7 +149,7 @@ def test_a_causal_encoder_takes_caches_too():
     model, tokens = Encoder(config), jax.random.normal(KEY, (2, 5, 12))
     variables = make(model, tokens)
     want = run(model, variables, tokens, causal=True)
-    held = {"layer_0": {"self_attention": {"held": Cache.empty(2, 5, 3, 4)}}}
+    held = LanguageModel(7, config).empty_caches(batch=2, length=5)["encoder"]
     for t in range(5):
         got, kept = run(
             model, variables | {"cache": held}, tokens[:, t : t + 1], causal=True, mutable=["cache"]

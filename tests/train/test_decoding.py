@@ -140,13 +140,15 @@ def test_wrong_beams_are_refused(speller):
         beam_search(model, params, source, **MARKS, length_penalty=-0.5)
 
 
-def test_writing_on_keeps_what_was_written_and_repeats_itself():
+def test_writing_on_is_the_whole_model_again_and_again():
+    """Cold, it takes the most probable character at every place; warm, the key decides."""
     config = Config(width=8, num_heads=2, hidden=12, encoder_layers=1, sliding_window=3)
-    model, begun = LanguageModel(11, config), np.array([[4, 7, 9]], np.int32)
+    model, begun = LanguageModel(11, config), np.array([[4, 7, 9], [1, 2, 10]], np.int32)
     params = jax.jit(model.init)(jax.random.key(0), begun)["params"]
     one, same = (write_on(model, params, begun, 5, jax.random.key(1)) for _ in range(2))
     np.testing.assert_array_equal(one[:, :3], begun)
     np.testing.assert_array_equal(one, same)
-    cold = write_on(model, params, begun, 1, jax.random.key(1), temperature=1e-6)
-    logits = jax.jit(model.apply)({"params": params}, jnp.pad(begun, ((0, 0), (0, 1))))
-    assert int(cold[0, 3]) == int(logits[0, 2].argmax())
+    assert np.any(one != write_on(model, params, begun, 5, jax.random.key(2)))
+    cold = write_on(model, params, begun, 5, jax.random.key(1), temperature=1e-6)
+    logits = jax.jit(model.apply)({"params": params}, cold)
+    np.testing.assert_array_equal(cold[:, 3:], logits[:, 2:-1].argmax(-1))
