@@ -4,6 +4,8 @@
 time or exported. `jax.lax.platform_dependent` knows better, but traces every branch every time.
 Here the choice is an operation of its own that is traced for a platform when it is lowered for it,
 so that a kernel costs nothing where it does not run.
+
+`in_turn` keeps kernels apart that Pallas interprets in one program.
 """
 
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.core
+from jax.experimental import io_callback
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -86,6 +89,30 @@ def _batch(leaves: Any, axes: Any, *, flat: ByPlatform, types: Any) -> tuple[lis
 
 def _types(*_: Any, types: Any, **__: Any) -> list[Any]:
     return [jax.core.ShapedArray(shape, dtype) for shape, dtype in types]
+
+
+def ordered_effects(jaxpr: Any) -> list[Any]:
+    """Return the ordered effects of a pass in a `custom_partitioning`: an interpreted kernel has some.
+
+    They order what happens inside of it. To the outside it stays pure, as it is where it is compiled:
+    `jax.custom_jvp` allows no effects.
+    """
+    calls = [eqn.params["call"] for eqn in jaxpr.eqns if "call" in eqn.params]
+    return sorted({effect for call in calls for effect in call.effects}, key=str)
+
+
+def in_turn(function: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
+    """Begin a pass when its operands are there, and hand its results out when its last effect is over.
+
+    Pallas's TPU interpreter has one memory: a pass that needs the results of another one must find it
+    cleaned up. Two passes of one program that do not depend on each other may still meet in it.
+    """
+
+    def wait(values: Any) -> list[jax.Array]:
+        types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in values]
+        return io_callback(lambda *arrays: list(arrays), types, *values, ordered=True)
+
+    return lambda *values: wait(function(*wait(values)))
 
 
 by_platform_p = Primitive("by_platform")

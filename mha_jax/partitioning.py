@@ -34,6 +34,7 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mha_jax.lowering import in_turn, ordered_effects
 from mha_jax.types import Array
 
 BATCH_AXES = ("data", "batch", "dp", "replica", "fsdp")
@@ -339,7 +340,8 @@ def _lower(ctx: Any, *values: Any, plan: Plan, jaxpr: Any, types: Any, ask: bool
     # Inside a shard_map nothing says here that values vary: a pass has no collectives, only loops, whose
     # first values would have to vary as well.
     ins, outs = ([ShapedArray(x.shape, x.dtype) for x in a] for a in (ctx.avals_in, types))
-    ctx = ctx.replace(avals_in=ins, avals_out=outs)
+    effects = ordered_effects(jaxpr)
+    ctx = ctx.replace(avals_in=ins, avals_out=outs, tokens_in=mlir.TokenSet.create(effects))
     mesh, free, taken = _free_axes(ctx.module_context.axis_context)
     if not free:
         function = whole_call(plan)
@@ -356,6 +358,7 @@ def _lower(ctx: Any, *values: Any, plan: Plan, jaxpr: Any, types: Any, ask: bool
             axis_names=set(free),
             check_vma=False,
         )
+    function = in_turn(function) if effects else function
     return mlir.lower_fun(function, multiple_results=True)(ctx, *values)
 
 

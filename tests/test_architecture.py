@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "axes": "checks types errors",
     "lowering": "types errors",
     "differentiation": "linear backends.base types errors",
-    "partitioning": "types errors",
+    "partitioning": "lowering types errors",
     "sharding": "partitioning backends.base types errors",
     "dispatch": "sharding differentiation lowering backends.base types errors",
     "attention_fn": "backends.base masks dropout types errors",

@@ -1,4 +1,4 @@
-"""A training step compiled for 256 TPUs that are not there, over data and heads."""
+"""The paper's base model compiled for TPUs that are not there: whole, and over 256 of them."""
 
 import re
 
@@ -16,7 +16,7 @@ from tests.test_sharding import exchanges
 from tests.train.test_configs import load, write_pairs
 
 pytest.importorskip("libtpu", reason="libtpu is not installed: pip install libtpu")
-from tests.topologies import chips
+from tests.topologies import chips, compiled
 
 P = PartitionSpec
 LENGTH = 128
@@ -39,10 +39,25 @@ def count(text, kernel):
     return len(re.findall(rf"custom-call\(.*{kernel}", text))
 
 
+def test_the_papers_base_model_compiles_without_anything_of_t_x_s(tmp_path):
+    batch_size, length = 2, 1024
+    config = load("vaswani_base")[1]
+    config.update({"data": write_pairs(tmp_path / "pairs.npz", 100, length, top=37_000)})
+    config.update({"batch_size": batch_size, "vocabulary": 37_000})
+    task = make_task(config)
+    inputs = task.inputs(task.batch(0))
+    variables = jax.eval_shape(task.model.init, jax.random.key(0), *inputs)
+    text = compiled("v5e", task.model.apply, variables, *inputs).as_text()
+    # Six layers of the encoder, two attentions in each of six of the decoder.
+    assert count(text, "attention_forward") == 18
+    assert not re.search(rf"\b({length}|{length - 1}),({length}|{length - 1})\b", text)
+
+
 @jax.numpy_dtype_promotion("standard")  # optax raises a float to an integer power
+@jax.default_prng_impl("rbg")  # compiles faster than threefry, in the dropout between layers
 def test_a_step_of_256_chips_gathers_no_q_k_or_v(tmp_path):
     step, (state, batch, number), optimizer = training(
-        tmp_path, 256, vocabulary=512, encoder_layers=1, decoder_layers=1
+        tmp_path, 256, vocabulary=512, encoder_layers=1, decoder_layers=1, hidden=512
     )
     mesh = Mesh(chips("v5e:16x16").reshape(32, 8), ("data", "model"))
     params = partition_specs(state["params"], {"heads": "model"})

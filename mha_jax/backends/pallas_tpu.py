@@ -47,34 +47,41 @@ class Sizes:
       forward, backward: Tiles of the two passes: the first fit every call, others are taken where the
         pairs that they visit, times their cost, are fewer.
       vmem: Bytes of VMEM that a kernel may use.
-      resident: Bytes of keys and values, or of queries and their cotangents, held at once.
+      resident: Bytes of the columns held at once: keys and values, or queries and their cotangents.
+      standing: Bytes of the rows held at once, with what is computed for them.
     """
 
     forward: tuple[Blocks, ...]
     backward: tuple[Blocks, ...]
     vmem: int
     resident: int
+    standing: int
 
     def lay(self, call: Call, still: str, writes_slab: bool = False) -> Geometry:
         """Lay tiles over a call: queries stay still in the forward pass, keys in the backward pass.
 
-        Columns are held as many at once as their bytes allow.
+        Columns and rows are held as many at once as their bytes allow.
         """
-        choices = self.forward if still == "q" and not writes_slab else self.backward
+        forward = still == "q" and not writes_slab
+        choices = self.forward if forward else self.backward
         token = (call.q.shape[-1] + call.v.shape[-1]) * call.q.dtype.itemsize * 2
         shape = (call.q.shape[1], call.k.shape[1])
         dense = [a for a in (*jax.tree.leaves(call.mask), call.bias) if a is not None]
         slabs = sum(a.dtype.itemsize for a in dense if a.shape[2:] == shape)
         if slabs or writes_slab or call.q.dtype.itemsize > 2:
             choices = choices[:1]
-        token += choices[0].rows * 2 * (slabs + 4 * writes_slab)
-        resident = self.resident // token // LANES * LANES
+        column = token + choices[0].rows * 2 * (slabs + 4 * writes_slab)
+        resident = self.resident // column // LANES * LANES
+        # Backward, a row of k and v brings float32 sums in and out.
+        standing = 0 if slabs or writes_slab else self.standing // (token if forward else 5 * token)
 
         def laid(blocks: Blocks) -> Geometry:
             most = max(min(blocks.resident, resident), blocks.columns)
-            # A float32 product is six of bfloat16: one tile at a time keeps the program small.
-            wide = 1 if call.q.dtype.itemsize > 2 else blocks.wide
-            return geometry(call, still, dataclasses.replace(blocks, resident=most, wide=wide))
+            blocks = dataclasses.replace(blocks, resident=most, standing=standing)
+            if call.q.dtype.itemsize > 2:
+                # A float32 product is six of bfloat16: one tile at a time keeps the program small.
+                blocks = dataclasses.replace(blocks, full=(1,))
+            return geometry(call, still, blocks)
 
         if len(choices) == 1:
             return laid(choices[0])
@@ -82,21 +89,30 @@ class Sizes:
         return laid(choices[costs.index(min(costs))])
 
 
-# By device kind. Bundles issued for B 1, N 1, T 4096, H 128, bfloat16 (python -m mha_jax.bench tpu), by rows
-# of a tile and by how many tiles of 512 columns are computed at once:
+def _medium(forward: tuple[Blocks, ...], backward: tuple[Blocks, ...]) -> Sizes:
+    return Sizes(forward, backward, vmem=56 * MIB, resident=12 * MIB, standing=12 * MIB)
+
+
+def _large(forward: tuple[Blocks, ...], backward: tuple[Blocks, ...]) -> Sizes:
+    return Sizes(forward, backward, vmem=100 * MIB, resident=24 * MIB, standing=24 * MIB)
+
+
+# By device kind. Bundles for B 1, N 1, T 4096, H 128, bfloat16, no mask (python -m mha_jax.bench tpu --case
+# 128_full_4096), by rows of a tile and by the most of 512 columns that are computed at once:
 #           forward 512    1     2     4    1024    4    backward 512    1     2     4    1024    4
-#     v5e           70,496 68,504 66,544                      148,048 147,664 145,728
-#     v6e           58,408 49,888 45,520      41,952          100,048  92,416  90,304      88,092
-# On v6e a causal mask takes 32,844 with 512 rows and 32,084 with 1024, a window of 1024 24,901 and 29,254.
-_SHORT = Blocks(512, 512, wide=4)
-_TILES = {"forward": (_SHORT,), "backward": (_SHORT,)}
-_TALL = (_SHORT, Blocks(1024, 512, wide=4, cost=0.88))
+#     v5e           71,757 67,909 65,221                      146,519 144,503 141,783
+#     v6e           60,030 50,430 44,758      41,574           96,760          86,848      85,892
+# On v6e a causal mask takes 30,926 with 512 rows and 30,933 with 1024, a window of 1024 24,061 and 28,819.
+_SHORT = Blocks(512, 512, full=(4, 1))
+_TALL = Blocks(1024, 512, full=(4, 1), cost=0.93)
+_V4 = Blocks(512, 512, full=(2, 1)), Blocks(256, 512)
+_FLEXIBLE = tuple(dataclasses.replace(blocks, full=(4, 2, 1)) for blocks in (_SHORT, _TALL))
 SIZES = {
-    "v4": Sizes((Blocks(512, 512, wide=2),), (Blocks(256, 512),), vmem=16 * MIB, resident=3 * MIB),
-    "v5e": Sizes(**_TILES, vmem=100 * MIB, resident=24 * MIB),
-    "v5p": Sizes(**_TILES, vmem=56 * MIB, resident=12 * MIB),
-    "v6e": Sizes(_TALL, _TALL, vmem=100 * MIB, resident=24 * MIB),
-    "tpu7x": Sizes(**_TILES, vmem=56 * MIB, resident=12 * MIB),
+    "v4": Sizes(_V4[:1], _V4[1:], vmem=16 * MIB, resident=3 * MIB, standing=MIB),
+    "v5e": _large((_SHORT,), (_SHORT,)),
+    "v5p": _medium((_SHORT,), (_SHORT,)),
+    "v6e": _large(_FLEXIBLE, (_SHORT, _TALL)),
+    "tpu7x": _medium((_SHORT,), (_SHORT,)),
 }
 # The smallest core: what a program is compiled for when nothing says which TPU will run it.
 ANY = "v4"
@@ -195,7 +211,10 @@ def _cotangent(backend: PallasTPU, call: Call, output: Output, cotangent: Output
             d_bias = _dense_bias_gradient(backend, call, d_out, extra)
         d_bias = d_bias.astype(given.bias.dtype)
     return Gradients(
-        dq.astype(given.q.dtype), dk.astype(given.k.dtype), dv.astype(given.v.dtype), d_bias
+        dq.astype(given.q.dtype),
+        dk.astype(given.k.dtype),
+        dv.astype(given.v.dtype),
+        d_bias,
     )
 
 
@@ -330,7 +349,7 @@ def _heads_first(x: Array, length: int) -> Array:
 def _still(g: Geometry, x: Array, groups: int) -> Stream:
     """Stream [B, L, N, H] block of rows by block of rows."""
     x = _heads_first(x, g.rows * g.row_blocks)
-    block = (None, None, g.rows, x.shape[-1])
+    block = (None, None, g.rows * g.blocks, x.shape[-1])
     return Stream(x, pl.BlockSpec(block, lambda b, n, r, m, *_: (b, _shared(n, groups), r, 0)))
 
 
@@ -368,7 +387,7 @@ def _source(plan: Plan) -> Callable:
 
 def _still_output(g: Geometry, size: int, dtype: Any) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
     shape = (g.batch, g.heads, g.rows * g.row_blocks, size)
-    block = (None, None, g.rows, size)
+    block = (None, None, g.rows * g.blocks, size)
     return jax.ShapeDtypeStruct(shape, dtype), pl.BlockSpec(
         block, lambda b, n, r, m, *_: (b, n, r, 0)
     )
@@ -376,7 +395,7 @@ def _still_output(g: Geometry, size: int, dtype: Any) -> tuple[jax.ShapeDtypeStr
 
 def _vector_output(g: Geometry) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
     shape = (g.batch, g.heads, 1, g.rows * g.row_blocks)
-    spec = pl.BlockSpec((None, None, 1, g.rows), lambda b, n, r, m, *_: (b, n, 0, r))
+    spec = pl.BlockSpec((None, None, 1, g.rows * g.blocks), lambda b, n, r, m, *_: (b, n, 0, r))
     return jax.ShapeDtypeStruct(shape, jnp.float32), spec
 
 
@@ -427,7 +446,7 @@ class _Kernel:
 
         spec = pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(g.batch, g.heads, g.row_blocks, self.chunks),
+            grid=(g.batch, g.heads, g.steps, self.chunks),
             in_specs=[stream.spec for stream in inputs.values()],
             out_specs=[spec for _, spec in outputs.values()],
             scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch.values()],

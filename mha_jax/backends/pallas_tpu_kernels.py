@@ -30,22 +30,30 @@ def dot(a: Array, b: Array, axes: tuple[int, int], precision: Any) -> Array:
 
 
 def forward(view: View, precision: Any) -> None:
-    """Attend from a block of queries to one chunk of keys; rows are queries."""
-    refs = view.refs
+    """Attend from blocks of queries to one chunk of keys; rows are queries."""
+    view.at_first_chunk(lambda: _forget(view))
+    view.each_block(lambda view: _forward_block(view, precision))
+
+
+def _forget(view: View) -> None:
+    """Start with rows that have seen nothing."""
+    m, l, acc = (view.refs[name] for name in ("m", "l", "acc"))
+    m[...] = jnp.full_like(m, LEAST)
+    l[...] = jnp.zeros_like(l)
+    acc[...] = jnp.zeros_like(acc)
+
+
+def _forward_block(view: View, precision: Any) -> None:
+    refs, here = view.refs, view.rows
     q, k, v = refs["q"], refs["k"], refs["v"]
     m_ref, l_ref, acc_ref = refs["m"], refs["l"], refs["acc"]
     size_v = acc_ref.shape[1]
     dropout = view.plan.dropout
 
-    @pl.when(pl.program_id(3) == 0)
-    def _():
-        m_ref[...] = jnp.full_like(m_ref, LEAST)
-        l_ref[...] = jnp.zeros_like(l_ref)
-        acc_ref[...] = jnp.zeros_like(acc_ref)
-        view.turn_rows()
+    view.at_first_chunk(view.turn_rows)
 
     def tile(at, size, masked):
-        x = dot(q[...], k[pl.ds(at, size)], (1, 1), precision)
+        x = dot(q[here], k[pl.ds(at, size)], (1, 1), precision)
         x = view.logits(x, at, size, masked)
         old = m_ref[...]
         m = jnp.maximum(old, jnp.max(x, axis=1, keepdims=True))
@@ -60,16 +68,18 @@ def forward(view: View, precision: Any) -> None:
 
     view.each_tile(tile)
 
-    @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
+    @view.at_last_chunk
     def _():
         l = jnp.sum(l_ref[...], axis=1, keepdims=True)
         # A row that saw nothing has acc = 0 and stays so, whatever it is divided by.
         share = 1 / jnp.maximum(l, TINY)
         if dropout is not None:
             share = share * (1 / (1 - dropout.rate))
-        refs["out"][...] = (acc_ref[...] * share).astype(refs["out"].dtype)
+        refs["out"][here] = (acc_ref[...] * share).astype(refs["out"].dtype)
         lse = m_ref[...] * (view.factor / LOG2E) + jnp.log(jnp.maximum(l, TINY))
-        refs["lse"][...] = as_line(jnp.where(l > 0, lse, -jnp.inf))
+        refs["lse"][:, here] = as_line(jnp.where(l > 0, lse, -jnp.inf))
+        if view.g.blocks > 1:  # for the next one; here it overlaps with the end of this one
+            _forget(view)
 
 
 def as_line(column: Array) -> Array:
@@ -102,24 +112,43 @@ def slopes(
 
 
 def backward(view: View, precision: Any) -> None:
-    """Add what a block of keys gives to dq, dk and dv; rows are keys, tiles are transposed."""
-    refs, plan = view.refs, view.plan
-    q, k, v, d_out = refs["q"], refs["k"], refs["v"], refs["d_out"]
+    """Add what blocks of keys give to dq, dk and dv; rows are keys, tiles are transposed."""
+    refs = view.refs
+    bias_of_queries = view.plan.vectors.get("bias") == "q"
+
+    @view.at_first_rows
+    def _():
+        refs["dq_sum"][...] = jnp.zeros_like(refs["dq_sum"])
+        if bias_of_queries:
+            refs["d_bias"][...] = jnp.zeros_like(refs["d_bias"])
+
+    if "dk_before" not in refs:
+        _clear(view)
+    view.each_block(lambda view: _backward_block(view, precision))
+
+    @view.at_last_rows
+    def _():
+        refs["dq"][...] = (refs["dq_sum"][...] * view.plan.rules.scale).astype(refs["dq"].dtype)
+
+
+def _clear(view: View) -> None:
+    """Start with keys that have given nothing."""
+    for name in ("dk_sum", "dv_sum", "d_bias_sum"):
+        if name in view.refs:
+            view.refs[name][...] = jnp.zeros_like(view.refs[name])
+
+
+def _backward_block(view: View, precision: Any) -> None:
+    refs, plan, rows = view.refs, view.plan, view.rows
+    q, d_out = refs["q"], refs["d_out"]
+    k, v = refs["k"].at[rows], refs["v"].at[rows]
     dq_sum, dk_sum, dv_sum = refs["dq_sum"], refs["dk_sum"], refs["dv_sum"]
     bias_side = plan.vectors.get("bias")
-    for name in ("dk", "dv"):
-        before = refs.get(f"{name}_before")
-        total = refs[f"{name}_sum"]
-        total[...] = jnp.zeros_like(total) if before is None else before[...]
-    if bias_side == "k":
-        refs["d_bias_sum"][...] = jnp.zeros_like(refs["d_bias_sum"])
+    last = "dk_before" not in refs
+    if not last:
+        _clear(view)
+        dk_sum[...], dv_sum[...] = refs["dk_before"][rows], refs["dv_before"][rows]
     view.turn_rows()
-
-    @pl.when(view.r == 0)
-    def _():
-        dq_sum[...] = jnp.zeros_like(dq_sum)
-        if bias_side == "q":
-            refs["d_bias"][...] = jnp.zeros_like(refs["d_bias"])
 
     def tile(at, size, masked):
         here = pl.ds(at, size)
@@ -141,16 +170,14 @@ def backward(view: View, precision: Any) -> None:
 
     view.each_tile(tile)
     share = 1.0 if plan.dropout is None else 1 / (1 - plan.dropout.rate)
-    last = "dk_before" not in refs
-    refs["dk"][...] = (dk_sum[...] * (plan.rules.scale if last else 1.0)).astype(refs["dk"].dtype)
-    refs["dv"][...] = (dv_sum[...] * (share if last else 1.0)).astype(refs["dv"].dtype)
+    refs["dk"][rows] = (dk_sum[...] * (plan.rules.scale if last else 1.0)).astype(refs["dk"].dtype)
+    refs["dv"][rows] = (dv_sum[...] * (share if last else 1.0)).astype(refs["dv"].dtype)
     if bias_side == "k":
         total = jnp.sum(refs["d_bias_sum"][...], axis=1, keepdims=True)
-        refs["d_bias"][...] = as_line(jnp.broadcast_to(total, (total.shape[0], LANES)))
-
-    @pl.when(view.r == view.g.row_blocks - 1)
-    def _():
-        refs["dq"][...] = (dq_sum[...] * plan.rules.scale).astype(refs["dq"].dtype)
+        line = as_line(jnp.broadcast_to(total, (total.shape[0], LANES)))
+        refs["d_bias"][:, rows] = line
+    if last and view.g.blocks > 1:  # for the next one; here it overlaps with the end of this one
+        _clear(view)
 
 
 def bias_gradient(view: View, precision: Any) -> None:

@@ -10,6 +10,7 @@ block into columns of 128 equal lanes. What is T x S (a dense mask, a dense bias
 B batch   T query length   S key length   N query heads   K key-value heads   G = N // K
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,15 +39,17 @@ class Blocks:
     Args:
       rows: Tokens that stay still while the columns pass by.
       columns: Tokens of one unit: what is skipped, masked or computed as a whole.
-      wide: Most units that are computed at once where all of them are fully visible.
+      full: How many units are computed at once where all of them are fully visible, most first, then 1.
       resident: Most column tokens held in VMEM at once, if its bytes allow so many.
+      standing: Most row tokens held in VMEM at once, one block if fewer.
       cost: Bundles that a pair of tokens takes, over those of the first tiles in the same table.
     """
 
     rows: int = 512
     columns: int = 512
-    wide: int = 1
+    full: tuple[int, ...] = (1,)
     resident: int = 2**15
+    standing: int = 0
     cost: float = 1.0
 
 
@@ -61,10 +64,16 @@ class Geometry:
     lengths: tuple[int, int]  # real T and S
     rows: int
     unit: int
-    wide: int
+    full: tuple[int, ...]
     units: int  # in one resident chunk
     row_blocks: int
+    blocks: int  # of rows in one grid step
     chunks: int
+
+    @property
+    def steps(self) -> int:
+        """Grid steps over the rows."""
+        return self.row_blocks // self.blocks
 
     @property
     def chunk(self) -> int:
@@ -76,16 +85,6 @@ class Geometry:
         """Padded lengths of the queries and of the keys."""
         still, moving = self.rows * self.row_blocks, self.chunk * self.chunks
         return {"q": still, "k": moving} if self.still == "q" else {"q": moving, "k": still}
-
-    @property
-    def entry(self) -> int:
-        """Words of the tile list of one block of rows and one chunk."""
-        return 3 + self.wide_slots + self.units
-
-    @property
-    def wide_slots(self) -> int:
-        """Wide tiles that fit into one chunk."""
-        return self.units // self.wide if self.wide > 1 else 0
 
 
 def split(length: int, most: int) -> tuple[int, int]:
@@ -101,33 +100,48 @@ def split(length: int, most: int) -> tuple[int, int]:
 
 def geometry(call: Call, still: str, blocks: Blocks) -> Geometry:
     """Lay tiles over a call."""
-    b, t, n, _ = call.q.shape
+    b, t, heads, _ = call.q.shape
     s = call.k.shape[1]
     length, moving = (t, s) if still == "q" else (s, t)
     rows, row_blocks = split(length, blocks.rows)
     unit, units = split(moving, blocks.columns)
     chunks = -(-units * unit // blocks.resident)
     units = -(-units // chunks)
-    wide = max(1, min(blocks.wide, units))
-    return Geometry(still, b, n, call.groups, (t, s), rows, unit, wide, units, row_blocks, chunks)
+    full = tuple(size for size in blocks.full if size <= units)
+    # Several blocks of queries would need as many running sums from chunk to chunk.
+    most = 1 if still == "q" and chunks > 1 else max(1, blocks.standing // rows)
+    together = max(n for n in range(1, min(most, row_blocks) + 1) if row_blocks % n == 0)
+    return Geometry(
+        *(still, b, heads, call.groups, (t, s)),
+        *(rows, unit, full, units, row_blocks, together, chunks),
+    )
 
 
 # ---- which tiles -------------------------------------------------------------------------------
 
 
+class Shape(NamedTuple):
+    """One way to compute tiles: how many units at once, and whether masked."""
+
+    size: int
+    masked: bool
+
+
 class Order(NamedTuple):
     """The tiles to visit.
 
-    `table` lists, for every group, block of rows and chunk, how many wide, full and partial tiles there
-    are, then the wide ones, then the full and the partial ones. `source` is the chunk to hold meanwhile:
-    one without tiles is not fetched. `groups` is (#B, #N).
+    `table` lists, for every group, block of rows and chunk, how many tiles of each shape there are, then
+    the tiles of each shape. `source` is the chunk to hold meanwhile: one without tiles is not fetched.
+    `groups` is (#B, #N).
     """
 
     table: Any
     source: Any
     groups: tuple[int, int]
-    present: tuple[bool, bool, bool]  # which of the three kinds there may be
-    fixed: tuple[int, int, int] | None  # counts, when every list is the same and in order
+    shapes: tuple[Shape, ...]
+    fixed: (
+        tuple[range, ...] | None
+    )  # the tiles of each shape, when every list is the same and in order
 
     def group(self, b: Any, n: Any) -> Any:
         """Return which group's lists belong to an example and a head."""
@@ -162,52 +176,73 @@ def visited_pairs(call: Call, g: Geometry) -> int:
     return int((kind != EMPTY).sum()) * g.rows * g.unit // (kind.shape[0] * kind.shape[1])
 
 
+def shapes(g: Geometry, static: bool) -> tuple[Shape, ...]:
+    """Return the shapes of tiles, by preference; few where data decide, since every one is compiled."""
+    full = g.full if static else tuple({g.full[0]: 0, 1: 0})
+    return (*(Shape(size, False) for size in full), Shape(1, True))
+
+
+def entry(g: Geometry, kept: tuple[Shape, ...]) -> int:
+    """Return the words of the lists of one block of rows and one chunk."""
+    return sum(1 + g.units // shape.size for shape in kept)
+
+
 def order(call: Call, g: Geometry, most_words: int = 2**16) -> Order:
     """List the tiles of a call."""
     kind = kinds(call, g)
-    xp = np if isinstance(kind, np.ndarray) else jnp
-    words = kind.shape[0] * kind.shape[1] * g.row_blocks * g.chunks * g.entry
+    static = isinstance(kind, np.ndarray)
+    xp = np if static else jnp
+    ways = shapes(g, static)
+    words = kind.shape[0] * kind.shape[1] * g.row_blocks * g.chunks * entry(g, ways)
     if words > most_words:
         # Too many lists for scalar memory: one for all, partial where they differ.
         same = (kind == kind[:1, :1]).all((0, 1), keepdims=True)
         kind = xp.where(same, kind[:1, :1], PARTIAL)
     groups = kind.shape[:2]
     kind = kind.reshape(-1, g.row_blocks, g.chunks, g.units)
-    whole = g.wide_slots
-    grouped = kind[..., : whole * g.wide].reshape(*kind.shape[:3], whole, g.wide)
-    is_wide = (grouped == FULL).all(-1)
-    covered = xp.repeat(is_wide, g.wide, axis=-1)
-    covered = xp.pad(covered, ((0, 0),) * 3 + ((0, g.units - whole * g.wide),))
-    single = xp.where(covered, EMPTY, kind)
-    counts = [is_wide.sum(-1), (single == FULL).sum(-1), (single == PARTIAL).sum(-1)]
-    wides = xp.argsort(~is_wide, axis=-1, stable=True)
-    singles = xp.argsort(single, axis=-1, stable=True)
-    table = xp.concatenate([xp.stack(counts, -1), wides, singles], -1).astype(np.int32)
-    live = sum(counts) > 0
+    live = (kind != EMPTY).any(-1)
+    kept, counts, lists = [], [], []
+    for shape in ways:
+        chosen = _tiles_of(shape, kind, xp)
+        if static and not chosen.any():
+            continue
+        kept.append(shape)
+        counts.append(chosen.sum(-1))
+        lists.append(xp.argsort(~chosen, axis=-1, stable=True))
+        covered = xp.repeat(chosen, shape.size, axis=-1)
+        rest = g.units - covered.shape[-1]
+        kind = xp.where(xp.pad(covered, ((0, 0),) * 3 + ((0, rest),)), EMPTY, kind)
+    if not kept:  # nothing is visible: one empty list
+        kept, counts, lists = [Shape(1, True)], [live * 0], [kind * 0]
+    table = xp.concatenate([xp.stack(counts, -1), *lists], -1).astype(np.int32)
     numbers = xp.where(live, np.arange(g.chunks)[None, None], -1)
-    if xp is np:
+    if static:
         source = np.maximum.accumulate(numbers, -1)
     else:
         source = lax.cummax(jnp.asarray(numbers), axis=numbers.ndim - 1)
     source = xp.maximum(source, 0).astype(np.int32)
-    if xp is jnp:
-        return Order(table.reshape(-1), source.reshape(-1), groups, (whole > 0, True, True), None)  # type: ignore[arg-type]
-    present = tuple(bool(c.any()) for c in counts)
-    return Order(table.reshape(-1), source.reshape(-1), groups, present, _fixed(table, g))  # type: ignore[arg-type]
+    fixed = _fixed(table, g, kept) if isinstance(table, np.ndarray) else None
+    return Order(table.reshape(-1), source.reshape(-1), groups, tuple(kept), fixed)  # type: ignore[arg-type]
 
 
-def _fixed(table: np.ndarray, g: Geometry) -> tuple[int, int, int] | None:
-    """Return the counts if all lists are equal and a loop counter can stand for each of them."""
-    entry = table[0, 0, 0]
-    wide, full, partial = (int(c) for c in entry[:3])
-    wides, singles = entry[3:][:wide], entry[3 + g.wide_slots :][: full + partial]
-    first = g.units - full - partial
-    in_order = (wides == np.arange(wide)).all() and (
-        singles == first + np.arange(full + partial)
-    ).all()
-    if not in_order or not (table == entry).all():
-        return None
-    return wide, full, partial
+def _tiles_of(shape: Shape, kind: Any, xp: Any) -> Any:
+    """Return which tiles of a shape there are, among units of these kinds."""
+    count = kind.shape[-1] // shape.size
+    units = kind[..., : count * shape.size].reshape(*kind.shape[:3], count, shape.size)
+    return (units == (PARTIAL if shape.masked else FULL)).all(-1)
+
+
+def _fixed(table: np.ndarray, g: Geometry, kept: list[Shape]) -> tuple[range, ...] | None:
+    """Return the lists if all blocks have the same, and a loop counter can stand for each of them."""
+    first = table[0, 0, 0]
+    at, ranges = len(kept), []
+    for count, shape in zip(first, kept):
+        tiles = first[at : at + count]
+        ranges.append(range(int(tiles[0]), int(tiles[0] + count)) if count else range(0))
+        at += g.units // shape.size
+        if list(tiles) != list(ranges[-1]):
+            return None
+    return tuple(ranges) if (table == first).all() else None
 
 
 # ---- operands ----------------------------------------------------------------------------------
@@ -327,11 +362,15 @@ def _vector_stream(g: Geometry, side: str, a: Array) -> Stream:
     some_b, some_n = int(a.shape[0] > 1), int(a.shape[1] > 1)
     a = pad_to(jnp.asarray(a), 2, g.padded[side])[:, :, None]
     if side == g.still:
-        block = (None, None, 1, g.rows)
-        return Stream(a, pl.BlockSpec(block, lambda b, n, r, m, *_: (b * some_b, n * some_n, 0, r)))
+        block = (None, None, 1, g.rows * g.blocks)
+        return Stream(
+            a,
+            pl.BlockSpec(block, lambda b, n, r, m, *_: (b * some_b, n * some_n, 0, r)),
+        )
     block = (None, None, 1, g.chunk)
     return Stream(
-        a, pl.BlockSpec(block, lambda b, n, r, m, at, *_: (b * some_b, n * some_n, 0, at[0] + m))
+        a,
+        pl.BlockSpec(block, lambda b, n, r, m, at, *_: (b * some_b, n * some_n, 0, at[0] + m)),
     )
 
 
@@ -347,7 +386,8 @@ def _slab_stream(g: Geometry, a: Array) -> Stream:
         )
     block = (None, None, g.chunk, g.rows)
     return Stream(
-        a, pl.BlockSpec(block, lambda b, n, r, m, at, *_: (b * some_b, n * some_n, at[0] + m, r))
+        a,
+        pl.BlockSpec(block, lambda b, n, r, m, at, *_: (b * some_b, n * some_n, at[0] + m, r)),
     )
 
 
@@ -359,13 +399,45 @@ class View:
 
     def __init__(self, plan: Plan, refs: dict[str, Any]):
         self.plan, self.refs, self.g = plan, refs, plan.geometry
-        self.b, self.n, self.r = (pl.program_id(axis) for axis in range(3))
+        self.b, self.n = pl.program_id(0), pl.program_id(1)
+        self.r = pl.program_id(2) * self.g.blocks
         self.m = pl.program_id(3) + refs["at"][0]
+        self.rows = slice(None)
+
+    def each_block(self, body: Callable[["View"], None]) -> None:
+        """Run `body` over the blocks of rows of this grid step: `rows` is where its operands are."""
+        if self.g.blocks == 1:
+            return body(self)
+
+        def step(i, carry):
+            view = copy.copy(self)
+            view.r = self.r + i
+            view.rows = pl.ds(pl.multiple_of(i * self.g.rows, self.g.rows), self.g.rows)
+            body(view)
+            return carry
+
+        lax.fori_loop(0, self.g.blocks, step, None)
+
+    def at_first_chunk(self, body: Callable[[], None]) -> None:
+        """Run `body` before the first chunk of columns."""
+        _at(3, self.g.chunks, True, body)
+
+    def at_last_chunk(self, body: Callable[[], None]) -> None:
+        """Run `body` after the last chunk of columns."""
+        _at(3, self.g.chunks, False, body)
+
+    def at_first_rows(self, body: Callable[[], None]) -> None:
+        """Run `body` before the first block of rows."""
+        _at(2, self.g.steps, True, body)
+
+    def at_last_rows(self, body: Callable[[], None]) -> None:
+        """Run `body` after the last block of rows."""
+        _at(2, self.g.steps, False, body)
 
     def turn_rows(self) -> None:
         """Turn the vectors of the rows into columns of 128 equal lanes."""
         for name in self.plan.still_vectors:
-            line = self.refs[name][...]
+            line = self.refs[name][:, self.rows]
             self.refs[f"{name}.column"][...] = jnp.broadcast_to(line, (LANES, line.shape[1])).T
 
     def vector(self, name: str, at: Any, size: int) -> Array:
@@ -476,37 +548,36 @@ class View:
 
     def each_tile(self, tile: Callable[[Any, int, bool], None]) -> None:
         """Run `tile(at, size, masked)` over the tiles of this block of rows and this chunk."""
-        g, plan = self.g, self.plan
-        wide = g.wide * g.unit
+        g, order = self.g, self.plan.order
 
-        def run(count, number, size, masked):
+        def run(shape: Shape, count: Any, number: Callable[[Any], Any]) -> None:
+            size = shape.size * g.unit
+
             def step(i, carry):
-                tile(pl.multiple_of(number(i) * size, size), size, masked)
+                tile(pl.multiple_of(number(i) * size, size), size, shape.masked)
                 return carry
 
             lax.fori_loop(0, count, step, None)
 
-        if plan.order.fixed is not None:
-            wides, full, partial = plan.order.fixed
-            first = g.units - full - partial
-            if wides:
-                run(wides, lambda i: i, wide, False)
-            if full:
-                run(full, lambda i: first + i, g.unit, False)
-            if partial:
-                run(partial, lambda i: first + full + i, g.unit, True)
+        if order.fixed is not None:
+            for shape, tiles in zip(order.shapes, order.fixed):
+                run(shape, len(tiles), lambda i, first=tiles.start: first + i)
             return
         table = self.refs["table"]
-        group = plan.order.group(self.b, self.n)
-        base = ((group * g.row_blocks + self.r) * g.chunks + self.m) * g.entry
-        wides, full, partial = (table[base + i] for i in range(3))
-        singles = base + 3 + g.wide_slots
-        if plan.order.present[0]:
-            run(wides, lambda i: table[base + 3 + i], wide, False)
-        if plan.order.present[1]:
-            run(full, lambda i: table[singles + i], g.unit, False)
-        if plan.order.present[2]:
-            run(partial, lambda i: table[singles + full + i], g.unit, True)
+        group = order.group(self.b, self.n)
+        base = (group * g.row_blocks + self.r) * g.chunks + self.m
+        counts = base * entry(g, order.shapes)
+        tiles = counts + len(order.shapes)
+        for place, shape in enumerate(order.shapes):
+            run(shape, table[counts + place], lambda i, first=tiles: table[first + i])
+            tiles += g.units // shape.size
+
+
+def _at(axis: int, steps: int, first: bool, body: Callable[[], None]) -> None:
+    if steps == 1:
+        body()
+    else:
+        pl.when(pl.program_id(axis) == (0 if first else steps - 1))(body)
 
 
 def across(column: Array, size: int) -> Array:

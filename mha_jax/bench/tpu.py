@@ -26,7 +26,7 @@ import numpy as np
 from mha_jax import Call, Causal, Dropout, Full, Window
 from mha_jax.backends.base import Output
 from mha_jax.backends.pallas_tpu import SIZES, PallasTPU
-from mha_jax.backends.pallas_tpu_tiles import Order, order
+from mha_jax.backends.pallas_tpu_tiles import Order, entry, order
 from mha_jax.bench.tpu_schedule import Schedule, read_dump
 from mha_jax.checks import check
 
@@ -84,13 +84,13 @@ WORKS = _works()
 class Rival:
     """A way to do the work: what to compile, and how its schedule is weighed.
 
-    `reads` maps a kernel's name to the trips of its loops of unknown length and the share of its steps
-    that find work; kernels it does not know are XLA's, counted as listed. Returning None drops one.
+    `reads` maps a kernel's name to what `Schedule.issued` is given; kernels that it does not know, for
+    which it returns None, are XLA's and counted as listed.
     """
 
     function: Callable
     arguments: tuple
-    reads: Callable[[str], tuple[tuple[float, ...], float] | None]
+    reads: Callable[[str], tuple | None]
 
 
 def _array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -127,17 +127,16 @@ def ours(work: Work, kind: str, interpret: bool = False) -> Rival:
     if work.backward:
         arguments += (x, x, jax.ShapeDtypeStruct((1, 1, work.length), jnp.float32))
     function = backward if work.backward else forward
-    return Rival(
-        function, arguments, lambda kernel: (trips, 1.0) if "attention_" in kernel else None
-    )
+    read = trips, 1.0, g.steps * g.chunks > 1
+    return Rival(function, arguments, lambda kernel: read if "attention_" in kernel else None)
 
 
 def _mean_trips(tiles: Order, g: Any) -> tuple[float, ...]:
     """Return how often each loop over tiles runs in one grid step, on average."""
     if tiles.fixed is not None:
         return ()
-    counts = np.asarray(tiles.table).reshape(-1, g.entry)[:, :3].mean(0)
-    return tuple(float(c) for c, there in zip(counts, tiles.present) if there)
+    lists = np.asarray(tiles.table).reshape(-1, entry(g, tiles.shapes))
+    return tuple(float(count) for count in lists[:, : len(tiles.shapes)].mean(0))
 
 
 def _live_share(work: Work, block_q: int, block_k: int) -> float:

@@ -6,9 +6,9 @@ memory and for a full matrix unit come on top (a share of its peak above 100 % s
 Bundles are not seconds.
 
 Two counts are taken. `listed` multiplies the trip counts that stand in the listing, counts loops of unknown
-trips once, and everything under a condition always. `issued` knows more: a Pallas grid of n steps is a loop
-of n + 2 trips, two of which only move data; loops whose length the data decides are given by the caller; and
-steps that a kernel skips because their tile is empty are not counted.
+trips once, and everything under a condition always. `issued` knows more: a Pallas grid of n > 1 steps is a
+loop of n + 2 trips, two of which only move data; loops whose length the data decides are given by the
+caller; and steps that a kernel skips because their tile is empty are not counted.
 """
 
 import dataclasses
@@ -16,8 +16,12 @@ import glob
 import os
 import re
 
-_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?[:, ]*:?((?:\s*>)*)\s*\{(.?)")
-_EXIT = re.compile(r"scmp\.\w+\.s32\.totalorder %\S+, (\d+) /\* loop exit test")
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?[:, ]*:?(?:\s*>)*\s*\{")
+_START, _END = (re.compile(rf"{word} region (\d+)") for word in ("Start", "End"))
+_BACK = re.compile(r"sbr\.rel \(!?%(\w+)\) target = \$region(\d+)")
+_EXIT = re.compile(
+    r"%(\w+) = scmp\.\w+\.s32\.totalorder (?:\(!?%\w+\), )?%\S+, (\d+) /\* loop exit test \*/"
+)
 _NAME = re.compile(r"^\d+-(.*?)-\d+-final_bundles\.txt$")
 SMALL_LOOP = 100  # bundles; shorter loops of unknown length are waits and clean-up
 
@@ -44,12 +48,13 @@ class Schedule:
         """Bundles by the trip counts in the listing alone."""
         return round(self._total(lambda loop: loop.trips or 1))
 
-    def issued(self, trips: tuple[float, ...] = (), share: float = 1.0) -> int:
+    def issued(self, trips: tuple[float, ...] = (), share: float = 1.0, grid: bool = True) -> int:
         """Return the bundles of a Pallas kernel that are issued.
 
         Args:
           trips: Mean trips of the loops whose length the data decides, in order.
           share: Share of the grid's steps that find work.
+          grid: Whether the outermost loop is that of the grid: none is where it has one step.
         """
         unknown = [x for x in self.loops if x.trips is None and x.bundles >= SMALL_LOOP]
         if len(unknown) != len(trips):
@@ -60,7 +65,7 @@ class Schedule:
         given = {id(loop): count for loop, count in zip(unknown, trips)}
 
         def times(loop):
-            if not loop.around:
+            if grid and not loop.around:
                 return max((loop.trips or 3) - 2, 1) * share
             return given.get(id(loop), loop.trips or 1)
 
@@ -77,29 +82,32 @@ class Schedule:
 
 
 def read(path: str) -> Schedule:
-    """Read one listing of final bundles."""
+    """Read one listing of final bundles.
+
+    A loop is a region that a branch at its end goes back to; what the compiler moved into it from
+    outside is issued as often as the rest.
+    """
+    with open(path, errors="replace") as file:
+        lines = [line for line in file if _BUNDLE.match(line)]
+    started: set[str] = set()
+    back: dict[str, str] = {}  # region -> predicate of the branch back to it
+    trips: dict[str, int] = {}  # predicate -> the trips that it counts
+    for line in lines:
+        started |= set(_START.findall(line))
+        trips |= {test: int(count) for test, count in _EXIT.findall(line)}
+        back |= {region: test for test, region in _BACK.findall(line) if region in started}
     straight, loops, open_loops = 0, [], []
-    with open(path, errors="replace") as lines:
-        for line in lines:
-            found = _BUNDLE.match(line)
-            if not found:
-                continue
-            starts, depth, empty = found[1] == "LB", found[2].count(">"), found[3] == "}"
-            if not empty:
-                del open_loops[depth:]
-            if starts and len(open_loops) >= depth and open_loops:
-                open_loops.pop()
-            if starts or not empty:
-                while len(open_loops) < depth:
-                    loops.append(Loop(list(open_loops)))
-                    open_loops.append(loops[-1])
-            if open_loops:
-                open_loops[-1].bundles += 1
-            else:
-                straight += 1
-            ends = _EXIT.search(line)
-            if ends and open_loops:
-                open_loops[-1].trips = int(ends[1])
+    for line in lines:
+        for region in _START.findall(line):
+            if region in back:
+                loops.append(Loop([loop for _, loop in open_loops], 0, trips.get(back[region])))
+                open_loops.append((region, loops[-1]))
+        if open_loops:
+            open_loops[-1][1].bundles += 1
+        else:
+            straight += 1
+        ended = set(_END.findall(line))
+        open_loops = [(region, loop) for region, loop in open_loops if region not in ended]
     name = _NAME.match(os.path.basename(path))
     return Schedule(name[1] if name else path, straight, loops)
 

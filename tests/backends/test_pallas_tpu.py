@@ -30,8 +30,10 @@ from tests import oracles
 from tests.backends.test_backends import BACKWARD, FORWARD, errors, truth
 from tests.cases import CASES, Case
 
-_BLOCKS = Blocks(rows=128, columns=128, wide=2, resident=256)
-SMALL = PallasTPU(Sizes((_BLOCKS,), (_BLOCKS,), vmem=2**24, resident=2**24), interpret=True)
+_BLOCKS = Blocks(rows=128, columns=128, full=(2, 1), resident=256)
+SMALL = PallasTPU(
+    Sizes((_BLOCKS,), (_BLOCKS,), vmem=2**24, resident=2**24, standing=2**24), interpret=True
+)
 # Uninitialised memory is NaN, and reads and writes that race are errors.
 STRICT = dataclasses.replace(
     SMALL, interpret=pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
@@ -87,6 +89,21 @@ def test_kernels_agree_with_the_oracle(case):
 )
 def test_kernels_read_nothing_uninitialised_and_do_not_race(name):
     assert_as_good_as_reference(errors_of(run(STRICT, NAMES[name]), NAMES[name]), NAMES[name])
+
+
+def test_the_interpreter_runs_inside_jit():
+    call = check(NAMES["causal"].call())
+
+    def loss(qkv, backend):
+        out, lse = attend(dataclasses.replace(call, **qkv), backend)
+        return jnp.sum(out**2) + jnp.sum(lse**2)
+
+    qkv = {name: getattr(call, name) for name in "qkv"}
+    inside = jax.jit(jax.value_and_grad(loss), static_argnums=1)(qkv, STRICT)
+    outside = jax.value_and_grad(loss)(qkv, SMALL)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), *(inside, outside)
+    )
 
 
 LONG_T, LONG_S = 389, 641
@@ -227,7 +244,7 @@ MASKS = [Full(), Causal(), Window(100, 0), Causal() & Window(200, 200), ~Causal(
 def test_skipped_tiles_are_empty_and_unmasked_ones_are_full(mask, still):
     q, k = jnp.zeros((1, 389, 1, 4)), jnp.zeros((1, 641, 1, 4))
     call = check(Call(q, k, k, mask=mask))
-    g = geometry(call, still, Blocks(128, 128, 2, 256))
+    g = geometry(call, still, Blocks(128, 128, (2, 1), 256))
     kind = kinds(call, g)[0, 0]
     seen = np.zeros((g.padded["q"], g.padded["k"]), bool)
     seen[:389, :641] = np.broadcast_to(mask.matrix(Tokens(389), Tokens(641)), (389, 641))
@@ -255,13 +272,31 @@ def test_lists_are_shared_where_scalar_memory_is_short():
 
 
 @pytest.mark.parametrize(
-    ("mask", "rows"), [(Full(), 1024), (Causal(), 1024), (Window(1023, 0), 512)]
+    ("mask", "length", "rows"),
+    [
+        (Full(), 4096, 1024),
+        (Causal(), 4096, 512),
+        (Causal(), 16384, 1024),
+        (Window(1023, 0), 4096, 512),
+    ],
 )
-def test_tall_tiles_are_taken_where_they_visit_little_more(mask, rows):
-    x = jnp.zeros((1, 4096, 1, 4), jnp.bfloat16)
+def test_tall_tiles_are_taken_where_they_visit_little_more(mask, length, rows):
+    x = jnp.zeros((1, length, 1, 4), jnp.bfloat16)
     call = check(Call(x, x, x, mask=mask))
     assert SIZES["v6e"].lay(call, "q").rows == rows
     assert SIZES["v5e"].lay(call, "q").rows == 512
+
+
+@pytest.mark.parametrize(
+    ("length", "resident", "blocks"),
+    [(4096, 4096, 8), (4095, 4096, 8), (4096, 2048, 1), (6656, 6656, 1)],
+)
+def test_rows_are_held_together_where_they_need_no_padding(length, resident, blocks):
+    x = jnp.zeros((1, length, 1, 4), jnp.bfloat16)
+    call = check(Call(x, x, x))
+    g = geometry(call, "q", Blocks(512, 512, resident=resident, standing=4096))
+    assert g.blocks == blocks
+    assert g.padded["q"] - length < 512
 
 
 def test_tall_tiles_are_not_taken_where_memory_is_short():
