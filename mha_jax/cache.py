@@ -4,8 +4,9 @@ them.
 B batch   C capacity   L tokens of a chunk   K key-value heads   H query-key head size
 V value head size
 
-A row of the cache stores its real tokens one after the other from slot 0, so that a token's slot
-is its position; rows may stand at different counts. Nothing is ever overwritten: a token past the
+Heads come before slots, so that the products of a step read a head's tokens in one piece. A row
+stores its real tokens one after the other from slot 0, so that a token's slot is its position; rows
+may stand at different counts. Nothing is ever overwritten: a token past the
 capacity is not stored, yet counted, so that an overflow shows in the count for good. Masks do not
 know the cache: cached keys bring their `Tokens`.
 """
@@ -44,10 +45,19 @@ class Held(Mask):
         return ValidKeys().reach(q, k)
 
 
-@jax.vmap
 def _put(buffer: Array, slots: Array, tokens: ArrayLike) -> Array:
-    """Write the tokens of a row into its slots; a slot that does not exist drops its token."""
-    return buffer.at[slots].set(tokens, mode="drop", unique_indices=True)
+    """Write tokens [B, L, K, H] into the slots [B, L] of their rows; those past the end are dropped."""
+    tokens = jnp.asarray(tokens)
+    if slots.size == 1:
+        # Of one token alone XLA makes a slice, which it writes for each reader, on a copy of the buffer.
+        last = np.iinfo(np.int32).max
+        slots = jnp.pad(slots, ((0, 0), (0, 1)), constant_values=last)
+        tokens = jnp.pad(tokens, ((0, 0), (0, 1), (0, 0), (0, 0)))
+
+    def put(row, slots, tokens):
+        return row.at[:, slots].set(tokens.swapaxes(0, 1), mode="drop", unique_indices=True)
+
+    return jax.vmap(put)(buffer, slots, tokens)
 
 
 @jax.tree_util.register_dataclass
@@ -70,8 +80,8 @@ class Cache:
     [5, 2]
     """
 
-    keys: Float[Array, "B C K H"]
-    values: Float[Array, "B C K V"]
+    keys: Float[Array, "B K C H"]
+    values: Float[Array, "B K C V"]
     count: Int[Array, "B"]
 
     @classmethod
@@ -99,7 +109,7 @@ class Cache:
         Cost: B C K (H + V) numbers.
 
         >>> Cache.empty(2, 7, num_kv_heads=3, key_dim=4, value_dim=5).values.shape
-        (2, 7, 3, 5)
+        (2, 3, 7, 5)
         """
         value_dim = key_dim if value_dim is None else value_dim
         sizes = {
@@ -115,7 +125,7 @@ class Cache:
                     f"{name} of a cache must be a positive integer: got {size!r}. It is part of "
                     "the buffers' shape, which no step changes."
                 )
-        heads = (batch, capacity, num_kv_heads)
+        heads = (batch, num_kv_heads, capacity)
         return cls(
             jnp.zeros((*heads, key_dim), dtype),
             jnp.zeros((*heads, value_dim), dtype),
@@ -125,7 +135,7 @@ class Cache:
     @property
     def capacity(self) -> int:
         """Tokens that a row can hold, C."""
-        return self.keys.shape[1]
+        return self.keys.shape[2]
 
     @property
     def overflowed(self) -> Bool[Array, "B"]:
@@ -230,7 +240,7 @@ class Cache:
         Raises:
           ShapeError: Naming both.
         """
-        own = (self.keys.shape[0], *self.keys.shape[2:], self.values.shape[-1])
+        own = (*self.keys.shape[:2], self.keys.shape[3], self.values.shape[3])
         given = (batch, heads, key_dim, value_dim)
         if given != own:
             raise ShapeError(

@@ -256,8 +256,15 @@ def _through(
         k_tokens, rule = dataclasses.replace(key_tokens, valid=valid), rule & ValidKeys()
     elif key_tokens is not None:
         k_tokens = dataclasses.replace(key_tokens, valid=cache.held)
-    held = {"k": cache.keys, "v": cache.values, "q_tokens": q_tokens, "k_tokens": k_tokens}
-    return dataclasses.replace(call, **held, mask=rule), cache
+    return dataclasses.replace(
+        call,
+        k=cache.keys.swapaxes(1, 2),
+        v=cache.values.swapaxes(1, 2),
+        q_tokens=q_tokens,
+        k_tokens=k_tokens,
+        mask=rule,
+        heads_first=True,
+    ), cache
 
 
 def mask_of(use_causal_mask: bool, sliding_window: int | None) -> Mask:

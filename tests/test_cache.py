@@ -1,6 +1,8 @@
 """The cache: decoding piece by piece is the full forward pass, in place, and never overwrites."""
 
 import re
+from functools import cache as once
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import mha_jax as mj
 from mha_jax import Cache, ShapeError
+from tests.drawn import draw, draw_variables
 
 B, T, C, D, N, H = 2, 7, 11, 6, 4, 3
-X = jax.random.normal(jax.random.key(0), (B, T, D))
+X = draw(0, B, T, D)
 LAYERS = {
     "plain": {},
     "window": {"sliding_window": 3},
@@ -31,14 +34,14 @@ PADDINGS = {
 
 
 def make(**options):
-    layer = mj.MultiHeadAttention(num_heads=N, key_dim=H, bias_initializer="ones", **options)
-    return layer, layer.init(jax.random.key(1), X, X)
+    layer = mj.MultiHeadAttention(num_heads=N, key_dim=H, **options)
+    return layer, draw_variables(layer, X, X)
 
 
+@partial(jax.jit, static_argnums=0, static_argnames="return_attention_scores")
 def full(layer, variables, x, **options):
     """Return what one causal call over all tokens gives."""
-    options = {"use_causal_mask": True, **options}
-    return jax.jit(lambda variables, x: layer.apply(variables, x, x, **options))(variables, x)
+    return layer.apply(variables, x, x, use_causal_mask=True, **options)
 
 
 def apply(layer, **options):
@@ -46,8 +49,9 @@ def apply(layer, **options):
     return jax.jit(lambda *inputs, **arrays: layer.apply(*inputs, **arrays, **options))
 
 
+@once
 def causal(layer, **more):
-    """Return the jitted step of causal self-attention with a cache."""
+    """Return the jitted step of causal self-attention with a cache; one for all tests of a layer."""
     return jax.jit(
         lambda variables, x, cache, **options: layer.apply(
             variables, x, x, use_causal_mask=True, cache=cache, **more, **options
@@ -77,7 +81,7 @@ def test_pieces_are_the_full_forward_pass(name, chunks):
     got, cache = decode(causal(layer), variables, X, layer.empty_cache(B, C), CHUNKS[chunks])
     close(got, want)
     assert cache.count.tolist() == [T, T]
-    np.testing.assert_array_equal(cache.keys[:, T:], 0)
+    np.testing.assert_array_equal(cache.keys[:, :, T:], 0)
 
 
 @pytest.mark.parametrize("backend", ["blockwise", "reference"])
@@ -91,7 +95,7 @@ def test_every_backend_reads_it(backend):
 def test_rows_of_different_lengths_are_decoded_as_if_alone(name):
     """A prompt padded anywhere, then single tokens: each row is its own sequence."""
     layer, variables = make(**LAYERS[name])
-    more = jax.random.normal(jax.random.key(2), (B, 2, D))
+    more = draw(2, B, 2, D)
     step = causal(layer)
     for real in PADDINGS.values():
         prompt, cache = step(variables, X, layer.empty_cache(B, C), value_mask=real)
@@ -126,8 +130,8 @@ def test_a_row_may_get_no_token_where_another_gets_one():
 def test_memory_is_projected_once():
     """Cross-attention: the first call brings the memory, the others find it in the cache."""
     layer = mj.MultiHeadAttention(num_heads=N, key_dim=H, value_dim=5)
-    memory = jax.random.normal(jax.random.key(3), (B, 5, D + 1))
-    variables = layer.init(jax.random.key(1), X, memory)
+    memory = draw(3, B, 5, D + 1)
+    variables = draw_variables(layer, X, memory)
     real = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
     run = apply(layer, return_attention_scores=True)
     want, want_scores = run(variables, X, memory, value_mask=real)
@@ -141,8 +145,9 @@ def test_memory_is_projected_once():
 
 
 def test_a_key_of_another_width_without_a_module():
-    key = jax.random.normal(jax.random.key(4), (B, T, D + 2))
-    params = mj.init_params(jax.random.key(1), X, X, key, num_heads=N, key_dim=H)
+    key = draw(4, B, T, D + 2)
+    layer = mj.MultiHeadAttention(num_heads=N, key_dim=H)
+    params = draw_variables(layer, X, X, key)["params"]
     call = jax.jit(mj.multi_head_attention)
     want, cache = call(params, X, X, key), Cache.empty(B, T, N, H)
     got, cache = call(params, X, X, key, cache=cache)
@@ -166,9 +171,10 @@ def test_scores_are_over_the_slots():
 def test_dropout_bits_are_those_of_the_full_pass():
     layer, variables = make(dropout=0.4)
     options = {"training": True, "rngs": {"dropout": jax.random.key(5)}}
-    want = layer.apply(variables, X, X, use_causal_mask=True, **options)
-    step = causal(layer, **options)
-    close(decode(step, variables, X, layer.empty_cache(B, C), [3, 1, 3])[0], want)
+    run = apply(layer, use_causal_mask=True, **options)
+    step = lambda variables, x, cache: run(variables, x, x, cache=cache)  # noqa: E731
+    got, _ = decode(step, variables, X, layer.empty_cache(B, C), [3, 1, 3])
+    close(got, run(variables, X, X))
 
 
 def test_masks_and_tokens_are_over_the_slots():
@@ -208,8 +214,8 @@ def test_slots_that_the_caller_calls_invalid_are_not_seen_nor_is_nan_in_them():
 
 def test_batch_axes_and_no_batch_axis():
     layer = mj.MultiHeadAttention(num_heads=N, key_dim=H, attention_axes=-2)
-    x = jax.random.normal(jax.random.key(7), (2, 3, T, D))
-    variables = layer.init(jax.random.key(1), x, x)
+    x = draw(7, 2, 3, T, D)
+    variables = draw_variables(layer, x, x)
     want = full(layer, variables, x)
     cache, step = layer.empty_cache(6, C), causal(layer)
     first, cache = step(variables, x[:, :, :4], cache)
@@ -224,8 +230,8 @@ def test_batch_axes_and_no_batch_axis():
 
 def test_one_compilation_for_all_steps_and_the_right_answer():
     layer, variables = make()
-    x = jax.random.normal(jax.random.key(8), (B, 64, D))
-    step = causal(layer)
+    x = draw(8, B, 64, D)
+    step = causal.__wrapped__(layer)  # whose compilations nobody else adds to
     got, cache = decode(step, variables, x, layer.empty_cache(B, 64), [1] * 64)
     assert step._cache_size() == 1
     close(got, full(layer, variables, x))
@@ -233,26 +239,24 @@ def test_one_compilation_for_all_steps_and_the_right_answer():
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("length", [1, 5])
-def test_donated_buffers_are_updated_in_place(length, ragged):
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 1), (2, 5)])
+def test_donated_buffers_are_updated_in_place(batch, length, ragged):
     layer, variables = make(num_kv_heads=2, value_dim=5)
-    cache = layer.empty_cache(B, 1013)
+    cache = layer.empty_cache(batch, 1013)
 
     def step(variables, x, cache, real):
         options = {"value_mask": real} if ragged else {}
         return layer.apply(variables, x, x, use_causal_mask=True, cache=cache, **options)
 
     lowered = jax.jit(step, donate_argnums=2).lower(
-        variables, X[:, :length], cache, jnp.ones((B, length), bool)
+        variables, X[:batch, :length], cache, jnp.ones((batch, length), bool)
     )
     compiled = lowered.compile()
     buffers = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     assert compiled.memory_analysis().alias_size_in_bytes == buffers
-    writes = re.findall(
-        r"f32\[2,1013,2,[35]\]\S* (scatter|dynamic-update-slice)\(", compiled.as_text()
-    )
-    assert len(writes) == 2
-    assert not re.findall(r"f32\[2,1013,2,[35]\]\S* copy\(", compiled.as_text())
+    whole, text = rf"f32\[{batch},2,1013,[35]\]\S* ", compiled.as_text()
+    assert len(re.findall(rf"{whole}(scatter|dynamic-update-slice)\(", text)) == 2
+    assert not re.findall(rf"{whole}copy\(", text)
 
 
 def test_scan_carries_it():
@@ -268,7 +272,7 @@ def test_scan_carries_it():
 
 def test_vmap_over_caches():
     layer, variables = make()
-    x = jax.random.normal(jax.random.key(9), (3, B, T, D))
+    x = draw(9, 3, B, T, D)
     caches = jax.tree.map(lambda a: jnp.stack([a] * 3), layer.empty_cache(B, C))
     step = jax.vmap(causal(layer), (None, 0, 0))
     first, caches = step(variables, x[:, :, :4], caches)
@@ -287,8 +291,8 @@ def test_sharded_rows_and_heads_stay_where_they_are(ragged):
         return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*spec)))
 
     layer = mj.MultiHeadAttention(num_heads=4, key_dim=3)
-    x = jax.random.normal(jax.random.key(11), (8, 5, D))
-    params = mj.init_params(jax.random.key(1), x, x, num_heads=4, key_dim=3)
+    x = draw(11, 8, 5, D)
+    params = draw_variables(layer, x, x)["params"]
     out = {"attention_output": {"kernel": put(params["attention_output"]["kernel"], "model")}}
     out["attention_output"]["bias"] = put(params["attention_output"]["bias"])
     sharded = out | {
@@ -299,22 +303,23 @@ def test_sharded_rows_and_heads_stay_where_they_are(ragged):
         for name in ("query", "key", "value")
     }
     empty = layer.empty_cache(8, 101)
-    keys, values = (put(a, "data", None, "model") for a in (empty.keys, empty.values))
+    keys, values = (put(a, "data", "model") for a in (empty.keys, empty.values))
     cache = Cache(keys, values, put(empty.count, "data"))
-    masks = {"value_mask": put(np.arange(5)[None] < np.arange(1, 9)[:, None], "data")}
-    masks = masks if ragged else {}
+    real = np.arange(5)[None] < np.arange(1, 9)[:, None]
+    masks = {"value_mask": real} if ragged else {}
     step = causal(layer)
     inputs = ({"params": sharded}, put(x, "data"), cache)
-    text = step.lower(*inputs, **masks).compile().as_text()
+    placed = {name: put(mask, "data") for name, mask in masks.items()}
+    text = step.lower(*inputs, **placed).compile().as_text()
     assert not re.findall(r"(all-gather|all-to-all|collective-permute)\(", text)
-    got, after = step(*inputs, **masks)
+    got, after = step(*inputs, **placed)
     assert after.keys.sharding.is_equivalent_to(keys.sharding, 4)
     close(got, full(layer, {"params": params}, x, **masks))
 
 
 def test_gradients_are_those_of_the_full_pass():
     layer, variables = make(num_kv_heads=2, value_dim=5)
-    weights = jax.random.normal(jax.random.key(10), (B, T, D))
+    weights = draw(10, B, T, D)
 
     def whole(variables, x):
         return (full(layer, variables, x) * weights).sum()
@@ -361,8 +366,8 @@ def test_half_precision():
 
 def test_double_precision(x64):
     layer = mj.MultiHeadAttention(num_heads=N, key_dim=H, param_dtype=jnp.float64)
-    x = jnp.asarray(X, jnp.float64)
-    variables = layer.init(jax.random.key(1), x, x)
+    x = draw(0, B, T, D, dtype=np.float64)
+    variables = draw_variables(layer, x, x)
     want = full(layer, variables, x)
     got, cache = decode(causal(layer), variables, x, layer.empty_cache(B, C), [5, 1, 1])
     np.testing.assert_allclose(got, want, atol=1e-12)
@@ -405,8 +410,8 @@ def test_a_traced_overflow_overwrites_nothing_and_stays_visible():
     cache, more = fill(4)
     append = jax.jit(Cache.append)
     full = append(cache, more, more)
-    np.testing.assert_array_equal(full.keys[:, :4], cache.keys[:, :4])
-    np.testing.assert_array_equal(full.keys[:, 4], -1)
+    np.testing.assert_array_equal(full.keys[:, :, :4], cache.keys[:, :, :4])
+    np.testing.assert_array_equal(full.keys[:, :, 4], -1)
     assert full.count.tolist() == [6, 6] and full.overflowed.all()
     again = append(full, more, more, np.zeros((2, 2), bool))
     again = append(again, *(jnp.full_like(more, 7.0),) * 2)
@@ -450,4 +455,4 @@ def test_an_overflow_through_the_layer():
         layer.apply(variables, X[:, :2], X[:, :2], cache=cache)
     _, after = causal(layer)(variables, X[:, :2], cache)
     assert after.overflowed.all()
-    np.testing.assert_array_equal(after.keys[:, :4], cache.keys[:, :4])
+    np.testing.assert_array_equal(after.keys[:, :, :4], cache.keys[:, :, :4])

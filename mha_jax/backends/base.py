@@ -36,6 +36,8 @@ class Call:
       scale: Factor on q . k, a Python number; 1 / sqrt(H) if None.
       logit_cap: The logits become `logit_cap * tanh(logits / logit_cap)`, or None.
       precision: What `jnp.einsum` takes; None is the platform's default.
+      heads_first: Keys and values lie as [B, K, S, H] and [B, K, S, V] in memory, those of a `Cache`
+        for example; here they are views. It changes what is fast, nothing else.
 
     >>> x = jnp.ones((1, 5, 2, 4))
     >>> Call(x, x, x).groups
@@ -53,6 +55,7 @@ class Call:
     scale: float = static(default=None)  # filled in by `check`
     logit_cap: float | None = static(default=None)
     precision: Precision = static(default=None)
+    heads_first: bool = static(default=False)
 
     @property
     def groups(self) -> int:

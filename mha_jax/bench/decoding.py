@@ -1,7 +1,8 @@
 """Time greedy decoding with a cache beside two ways without: one call of the model a symbol, which keeps
 nothing, and the decoder over the whole prefix for every symbol, which keeps the encoder's output.
 
-    python -m mha_jax.bench decoding                          1,000 words, at most 12 symbols each
+    python -m mha_jax.bench decoding                          1,000 words at once, 12 symbols each
+    python -m mha_jax.bench decoding --batch 250              the same words in four batches
     python -m mha_jax.bench decoding --length 48 --words 128 --batch 64
     python -m mha_jax.bench decoding --workdir=workdir/g2p    a trained speller, held-out words
 
@@ -167,7 +168,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--words", type=int, default=1000, help="targets to decode (1000)")
-    parser.add_argument("--batch", type=int, default=250, help="targets of a batch (250)")
+    parser.add_argument("--batch", type=int, default=1000, help="targets of a batch (1000)")
     parser.add_argument("--length", type=int, default=12, help="most symbols of a target (12)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of timing (5)")
     parser.add_argument("--workdir", type=pathlib.Path, help="of a training run of configs/g2p.py")

@@ -1,5 +1,7 @@
 """The pass for few queries agrees with the oracle on every case, whatever its size."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -25,8 +27,13 @@ def test_few_rows_agrees_with_the_oracle(case):
 
 
 @pytest.mark.parametrize(
-    ("t", "s", "taken"), [(1, 4096, True), (4, 513, True), (5, 4096, False), (1, 512, False)]
+    ("b", "t", "s", "taken"),
+    [(1, 1, 4096, True), (1, 4, 513, True), (1, 5, 4096, False), (1, 1, 512, False)]
+    + [(64, 1, 128, True), (63, 1, 128, False)],
 )
-def test_few_queries_to_many_keys_take_it(t, s, taken):
-    q, k = np.zeros((1, t, 8, 2), np.float32), np.zeros((1, s, 2, 2), np.float32)
-    assert few_rows.worthwhile(check(Call(q, k, k))) is taken
+def test_few_queries_to_many_keys_take_it(b, t, s, taken):
+    """Many are a long sequence, or a batch whose keys no cache of the processor holds."""
+    q, k = (jax.ShapeDtypeStruct((b, length, 8, 32), np.float32) for length in (t, s))
+    call = jax.eval_shape(lambda q, k: check(Call(q, k, k)), q, k)
+    assert few_rows.worthwhile(call) is taken
+    assert not few_rows.worthwhile(dataclasses.replace(call, heads_first=True))

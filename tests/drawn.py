@@ -1,0 +1,27 @@
+"""Random arrays and weights without a program of JAX's: one is compiled for every new shape.
+
+NumPy draws and rounds; `jax.device_put` only copies, where `jnp.asarray` may compile an identity.
+"""
+
+from functools import partial
+
+import jax
+import numpy as np
+
+
+def draw(seed, *shape, dtype=np.float32):
+    """Return standard normal numbers as a JAX array."""
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+
+
+def redraw(tree, seed=0):
+    """Return a tree with random numbers in place of all leaves: biases too, which start as zeros."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda a: jax.device_put((rng.standard_normal(a.shape) / 2).astype(a.dtype)), tree
+    )
+
+
+def draw_variables(module, *inputs, **options):
+    """Return random variables of the tree, shapes and dtypes that `module.init` makes."""
+    return redraw(jax.eval_shape(partial(module.init, **options), jax.random.key(0), *inputs))
