@@ -1,6 +1,7 @@
 """Traps of JAX turned into errors, and shapes checked at run time where no test passes wrong
 ones."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -23,6 +24,29 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Begun first: what takes minutes must not be what one worker is left with at the end.
+LONG = ("tests/train/test_resume.py", "tests/test_notebooks.py", "tests/test_keras_parity.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Let the worker that is done take tests from the other: they differ a thousandfold in time."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
+def pytest_collection_finish():
+    """Scan for garbage seldom: what the imports made stays, and traces make much that dies young."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000)
 
 
 @pytest.fixture

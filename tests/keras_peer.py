@@ -31,6 +31,13 @@ def lenient():
         yield
 
 
+class _Zeros(keras.initializers.Initializer):
+    """Weights to overwrite; Keras's own initializers compile a program for every shape."""
+
+    def __call__(self, shape, dtype=None):
+        return jax.device_put(np.zeros(shape, dtype))
+
+
 def build(grouped, arguments, query, value, key=None, seed=0):
     """Return a built Keras layer with random weights, biases too.
 
@@ -44,14 +51,16 @@ def build(grouped, arguments, query, value, key=None, seed=0):
     rng = np.random.default_rng(seed)
     with lenient():
         layer = kind(**arguments)
-        # Random draws compile once a shape; these weights are overwritten anyway.
-        name = "kernel_initializer" if grouped else "_kernel_initializer"
-        initializer = getattr(layer, name)
-        setattr(layer, name, keras.initializers.Zeros())
+        names = [f"{'' if grouped else '_'}{part}_initializer" for part in ("kernel", "bias")]
+        initializers = {name: getattr(layer, name) for name in names}
+        for name in names:
+            setattr(layer, name, _Zeros())
         layer.build(query.shape, value.shape, None if key is None else key.shape)
-        setattr(layer, name, initializer)
+        for name, initializer in initializers.items():
+            setattr(layer, name, initializer)
         for variable in layer.trainable_variables:
-            variable.assign(0.5 * rng.standard_normal(variable.shape))
+            new = 0.5 * rng.standard_normal(variable.shape)
+            variable.assign(jax.device_put(new.astype(variable.dtype)))
     return layer
 
 

@@ -22,6 +22,9 @@ def draw(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+attend = jax.jit(mj.attend, static_argnums=1)
+attention_scores = jax.jit(mj.attention_scores)
+
 Q, KEYS, VALUES = draw(1, B, T, N, H), draw(2, B, S, K, H), draw(3, B, S, K, V)
 BIAS = draw(4, B, N, T, S)
 FLAGS = np.random.default_rng(5).random((B, N, T, S)) < 0.6
@@ -92,7 +95,7 @@ def test_any_leading_batch_axes(backend):
     valid = np.random.default_rng(7).random((3, S)) < 0.7
     bias = draw(8, 2, 1, N, T, S)
     call = Call(q, k, v, None, Tokens(S, valid=valid), Dense(mask) & ValidKeys(), bias)
-    out, lse = mj.attend(call, BACKENDS[backend])
+    out, lse = attend(call, BACKENDS[backend])
     assert (out.shape, lse.shape) == ((*lead, T, N, V), (*lead, N, T))
 
     def folded(a):
@@ -103,7 +106,7 @@ def test_any_leading_batch_axes(backend):
     want, want_lse, want_scores = oracles.attention(folded(q), folded(k), folded(v), **options)
     oracles.assert_close(folded(np.asarray(out)), want, CLOSE)
     oracles.assert_close(folded(np.asarray(lse)), want_lse, CLOSE)
-    scores = mj.attention_scores(call)
+    scores = attention_scores(call)
     assert scores.shape == (*lead, N, T, S)
     oracles.assert_close(folded(np.asarray(scores)), want_scores, CLOSE)
 
@@ -121,15 +124,15 @@ def test_empty_and_single_lengths(backend, lengths):
     q, k, v = Q[:, :t], KEYS[:, :s], VALUES[:, :s]
     want, want_lse, want_scores = oracles.attention(q, k, v, visible=np.tri(t, s, dtype=bool))
     call = Call(q, k, v, mask=Causal(), dropout=Dropout(jax.random.key(0), 0.0))
-    out, lse = mj.attend(call, BACKENDS[backend])
+    out, lse = attend(call, BACKENDS[backend])
     oracles.assert_close(out, want, CLOSE)
     oracles.assert_close(lse, want_lse, CLOSE)
-    oracles.assert_close(mj.attention_scores(call), want_scores, CLOSE)
+    oracles.assert_close(attention_scores(call), want_scores, CLOSE)
 
     def total(q, k, v):
         return mj.dot_product_attention(q, k, v, backend=BACKENDS[backend]).sum()
 
-    gradients = jax.grad(total, (0, 1, 2))(*map(jnp.asarray, (q, k, v)))
+    gradients = jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)
     assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
     assert all(np.isfinite(g).all() for g in gradients)
 
@@ -174,10 +177,10 @@ def test_under_vmap_and_scan(backend):
         return mj.dot_product_attention(q, k, v, mask=Causal(), backend=BACKENDS[backend])
 
     want, _, _ = oracles.attention(Q, KEYS, VALUES, visible=CAUSAL)
-    oracles.assert_close(jax.vmap(one)(Q, KEYS, VALUES), want, CLOSE)
+    oracles.assert_close(jax.jit(jax.vmap(one))(Q, KEYS, VALUES), want, CLOSE)
     _, scanned = jax.lax.scan(lambda c, a: (c, one(*a)), None, (Q, KEYS, VALUES))
     oracles.assert_close(scanned, want, CLOSE)
-    shared = jax.vmap(one, in_axes=(0, None, None))(Q, KEYS[0], VALUES[0])
+    shared = jax.jit(jax.vmap(one, in_axes=(0, None, None)))(Q, KEYS[0], VALUES[0])
     oracles.assert_close(shared[0], want[0], CLOSE)
 
 
@@ -283,15 +286,14 @@ def test_gradients_flow_through_scores():
         call = Call(q, KEYS, VALUES, mask=Causal())
         return (mj.attention_scores(call, mj.attend(call, backend).lse) ** 2).sum()
 
-    reference, blockwise = (jax.grad(total)(jnp.asarray(Q), BACKENDS[x]) for x in BACKENDS)
+    gradient = jax.jit(jax.grad(total), static_argnums=1)
+    reference, blockwise = (gradient(Q, BACKENDS[x]) for x in BACKENDS)
     assert np.abs(reference).max() > 1e-3
     oracles.assert_close(blockwise, reference, CLOSE)
 
 
 def test_gradients_flow_through_lse():
-    dq = jax.grad(lambda q: mj.attend(Call(q, KEYS, VALUES, mask=Causal())).lse.sum())(
-        jnp.asarray(Q)
-    )
+    dq = jax.jit(jax.grad(lambda q: mj.attend(Call(q, KEYS, VALUES, mask=Causal())).lse.sum()))(Q)
     ones = np.ones((B, N, T))
     zeros = np.zeros((B, T, N, V))
     want, *_ = oracles.gradients(Q, KEYS, VALUES, zeros, ones, visible=CAUSAL)

@@ -14,6 +14,7 @@ import mha_jax as mj
 from mha_jax import attention_fn
 from mha_jax.attention_fn import SharedDropout
 from mha_jax.errors import ShapeError, UnsupportedError
+from tests.drawn import draw_variables
 from tests.oracles import attention as oracle
 
 B, T, S, N, H, D = 2, 5, 7, 3, 4, 11
@@ -64,7 +65,7 @@ def close(got, want, what="", atol=2e-6):
 def test_outputs_and_gradients_in_linen(name):
     y = X if name == "causal" else Y
     layer = linen(nn.dot_product_attention)
-    variables = layer.init(jax.random.key(0), X, y)
+    variables = draw_variables(layer, X, y)
 
     def loss(function, variables, x, y):
         out = linen(function).apply(variables, x, y, mask=visible(name))
@@ -122,14 +123,14 @@ def test_fewer_key_value_heads_in_newer_nnx():
 @pytest.mark.parametrize("shape", [(T, D), (2, B, T, D)])
 def test_any_batch_axes(shape):
     x = RNG.standard_normal(shape, np.float32)
-    variables = linen(ATTEND).init(jax.random.key(0), x)
+    variables = draw_variables(linen(ATTEND), x)
     both = [linen(f).apply(variables, x) for f in (ATTEND, nn.dot_product_attention)]
     close(*both)
 
 
 def test_decoding_step_by_step():
     layers = [linen(f, decode=True) for f in (ATTEND, nn.dot_product_attention)]
-    variables = layers[0].init(jax.random.key(0), X)
+    variables = jax.jit(layers[0].init)(jax.random.key(0), X)
     caches = [variables["cache"], variables["cache"]]
     for t in range(T):
         outs = []
@@ -143,7 +144,7 @@ def test_decoding_step_by_step():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_as_good_as_float32_rounded(dtype):
-    variables = linen(ATTEND).init(jax.random.key(0), X, Y)
+    variables = draw_variables(linen(ATTEND), X, Y)
     half = linen(ATTEND, dtype=dtype).apply(variables, X, Y)
     assert half.dtype == dtype
     forced = linen(ATTEND, dtype=dtype, force_fp32_for_softmax=True).apply(variables, X, Y)
@@ -189,7 +190,7 @@ def test_dropout_is_that_of_the_key_that_flax_gives(library, broadcast):
 
 def test_nothing_is_dropped_when_deterministic():
     options = {"dropout_rate": 0.5, "deterministic": True}
-    variables = linen(ATTEND).init(jax.random.key(0), X, Y)
+    variables = draw_variables(linen(ATTEND), X, Y)
     close(*(linen(ATTEND, **o).apply(variables, X, Y) for o in (options, {})), atol=0)
     close(nnx_layer(ATTEND, **options)(X, Y), nnx_layer(ATTEND)(X, Y), atol=0)
 
@@ -237,7 +238,7 @@ def test_a_query_that_sees_nothing_gives_zeros_where_flax_gives_a_mean():
 
 
 def test_weights_are_sown():
-    variables = linen(ATTEND).init(jax.random.key(0), X, Y)
+    variables = draw_variables(linen(ATTEND), X, Y)
     sown = [
         linen(f).apply(variables, X, Y, sow_weights=True, mutable=["intermediates"])[1]
         for f in (ATTEND, nn.dot_product_attention)
@@ -255,7 +256,7 @@ def test_weights_are_sown_in_nnx():
 
 
 def test_a_backend_is_chosen_by_partial():
-    variables = linen(ATTEND).init(jax.random.key(0), X, Y)
+    variables = draw_variables(linen(ATTEND), X, Y)
     reference = functools.partial(ATTEND, backend="reference")
     close(*(linen(f).apply(variables, X, Y) for f in (reference, ATTEND)))
     with pytest.raises(UnsupportedError, match="no backend named 'nothing'"):

@@ -1,6 +1,7 @@
 """Every derivative JAX can ask for, to any order, equals that of the plain definition in float64."""
 
 import dataclasses
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import mha_jax as mj
 from mha_jax import Call, Causal, Dense, Dropout, Tokens, ValidKeys, Window
 from mha_jax.backends.blockwise import Blockwise
 from mha_jax.backends.reference import Reference
+from tests.drawn import draw, draw_variables
 
 B, T, S, N, K, H, V = 1, 5, 7, 2, 1, 3, 2
 TILED = Blockwise(block_q=2, block_k=4)
@@ -28,16 +30,15 @@ CASES = {
 }
 
 
-def draw(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+wide = partial(draw, dtype=np.float64)
 
 
 def arrays():
-    return draw(1, B, T, N, H), draw(2, B, S, K, H), draw(3, B, S, K, V), draw(4, B, N, T, S)
+    return wide(1, B, T, N, H), wide(2, B, S, K, H), wide(3, B, S, K, V), wide(4, B, N, T, S)
 
 
 def directions():
-    return tuple(draw(10 + i, *a.shape) for i, a in enumerate(arrays()))
+    return tuple(wide(10 + i, *a.shape) for i, a in enumerate(arrays()))
 
 
 def loss_of(case, backend):
@@ -101,24 +102,23 @@ def largest_error(got, want):
     return max(errors)
 
 
+@cache
+def derivative(name, case, backend):
+    """Return a derivative of the loss, compiled and run once for all tests."""
+    x, d = arrays(), directions()
+    return jax.jit(lambda *x: DERIVATIVES[name](loss_of(case, backend), x, d))(*x)
+
+
 @pytest.mark.parametrize("name", DERIVATIVES)
 def test_the_tiled_derivative_is_that_of_the_definition(name, x64):
-    x, d = arrays(), directions()
-    got, want = (
-        jax.jit(lambda *x, b=backend: DERIVATIVES[name](loss_of("everything", b), x, d))(*x)
-        for backend in (TILED, Reference())
-    )
+    got, want = (derivative(name, "everything", backend) for backend in (TILED, Reference()))
     assert largest_error(got, want) < 1e-12
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(want)) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["grad", "forward_over_reverse"])
 def test_the_default_backend_without_options(name, x64):
-    x, d = arrays(), directions()
-    got, want = (
-        jax.jit(lambda *x, b=backend: DERIVATIVES[name](loss_of("plain", b), x, d))(*x)
-        for backend in (None, Reference())
-    )
+    got, want = (derivative(name, "plain", backend) for backend in (None, Reference()))
     assert largest_error(got, want) < 1e-12
 
 
@@ -129,7 +129,7 @@ def test_the_definition_is_that_of_differences(x64):
     gradient = jax.jit(jax.grad(f, ALL))
     up, down = (gradient(*(a + s * step * b for a, b in zip(x, d))) for s in (1, -1))
     numeric = jax.tree.map(lambda a, b: (a - b) / (2 * step), up, down)
-    hvp = jax.jit(lambda *x: DERIVATIVES["forward_over_reverse"](f, x, d))(*x)
+    hvp = derivative("forward_over_reverse", "everything", Reference())
     for a, b in zip(hvp, numeric):
         np.testing.assert_allclose(a, b, atol=1e-7 * max(1, np.abs(b).max()))
 
@@ -168,8 +168,8 @@ def test_the_layer_has_second_derivatives(x64):
         layer = mj.MultiHeadAttention(
             num_heads=2, key_dim=3, param_dtype="float64", use_gate=True, backend=backend
         )
-        inputs = draw(1, 2, T, 4)
-        params = layer.init(jax.random.key(0), inputs, inputs)
+        inputs = wide(1, 2, T, 4)
+        params = draw_variables(layer, inputs, inputs)
 
         def loss(params):
             return (layer.apply(params, inputs, inputs, use_causal_mask=True) ** 2).sum()

@@ -5,6 +5,7 @@ keys are fixed, so a test either always passes or shows a pattern.
 """
 
 import math
+from functools import partial
 from statistics import NormalDist
 
 import jax
@@ -116,6 +117,7 @@ BACKENDS = {
 }
 
 
+@partial(jax.jit, static_argnames=("backend", "batch", "heads", "kv_heads", "rows", "causal"))
 def kept_by(backend, dropout, batch=B, heads=N, kv_heads=K, rows=T, tokens=None, causal=False):
     """Return the keep bits that a backend used, read off its output [B, N, T, S]."""
     v = jnp.broadcast_to(jnp.eye(S)[None, :, None], (batch, S, kv_heads, S))
@@ -132,7 +134,7 @@ WHOLE = bits(5, RATE, B, N, T, S)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_every_backend_and_tile_size_has_the_same_bits(name):
     dropout = Dropout(jax.random.key(5), RATE)
-    kept = jax.jit(lambda d: kept_by(BACKENDS[name], d))(dropout)
+    kept = kept_by(BACKENDS[name], dropout)
     np.testing.assert_array_equal(kept, WHOLE)
 
 
@@ -177,7 +179,7 @@ def test_a_vmap_over_examples_with_their_places_has_the_bits_of_the_batch(name):
         dropout = Dropout(jax.random.key(5), RATE, batch_start=start)
         return kept_by(BACKENDS[name], dropout, batch=1)[0]
 
-    np.testing.assert_array_equal(jax.vmap(kept)(jnp.arange(B)), WHOLE)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(kept))(jnp.arange(B)), WHOLE)
 
 
 def test_kept_weights_are_scaled_and_the_denominator_is_not_dropped():

@@ -12,6 +12,7 @@ import pytest
 import mha_jax as mj
 from mha_jax import Call, MhaError, ShapeError, UnsupportedError, WeightsError
 from mha_jax.backends.reference import Reference
+from tests.drawn import draw_variables
 
 B, T, S, N, K, H, V, D = 2, 5, 7, 6, 3, 4, 2, 8
 
@@ -35,7 +36,7 @@ def make(**options):
 
 def apply(*inputs, layer=None, **options):
     layer = layer or make()
-    return layer.apply(layer.init(RNG, X, Y), *(inputs or (X, Y)), **options)
+    return layer.apply(draw_variables(layer, X, Y), *(inputs or (X, Y)), **options)
 
 
 def functional(*inputs, **options):
@@ -365,7 +366,7 @@ CALLING = [
 def cached(*inputs, cache=None, layer=None, **options):
     layer = layer or make()
     cache = layer.empty_cache(B, S) if cache is None else cache
-    return layer.apply(layer.init(RNG, X, Y), *(inputs or (X, X)), cache=cache, **options)
+    return layer.apply(draw_variables(layer, X, Y), *(inputs or (X, X)), cache=cache, **options)
 
 
 def one_cache(batch=B, heads=2, key_dim=4, value_dim=4, **options):

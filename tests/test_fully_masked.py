@@ -12,6 +12,7 @@ from mha_jax import Call, Causal, Dense, Dropout, Tokens, ValidKeys, ValidQuerie
 from mha_jax.backends.blockwise import Blockwise
 from mha_jax.backends.reference import Reference
 from tests import oracles
+from tests.drawn import draw, draw_variables
 
 B, T, S, N, K, H, V, D = 2, 5, 7, 4, 2, 3, 2, 6
 BACKENDS = {
@@ -33,10 +34,6 @@ MASKS = {
     "padded_queries": ValidQueries(),
 }
 DROPOUT = Dropout(jax.random.key(3), 0.3)
-
-
-def draw(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def call_of(mask, **options):
@@ -118,7 +115,7 @@ def test_the_layer_gives_its_bias_and_no_gradient(name, scores):
         num_heads=N, key_dim=H, backend=name, bias_initializer="ones", use_gate=True
     )
     x, y = draw(6, B, T, D), draw(7, B, S, D)
-    variables = layer.init(jax.random.key(0), x, y)
+    variables = draw_variables(layer, x, y)
     empty = np.broadcast_to(~K_VALID.any(-1)[:, None], (B, T)) | ~Q_VALID
 
     @jax.jit

@@ -8,12 +8,9 @@ import pytest
 import mha_jax as mj
 from mha_jax import Causal, Dropout, Window
 from tests import oracles
+from tests.drawn import draw, draw_variables
 
 B, T, S, N, H, D = 2, 5, 7, 4, 3, 6
-
-
-def draw(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 X, Y, Z = draw(1, B, T, D), draw(2, B, S, D + 1), draw(3, B, S, D + 2)
@@ -34,7 +31,7 @@ VARIANTS = {
 def test_it_is_the_layer_bit_for_bit(name):
     sizes, options = VARIANTS[name]
     layer = mj.MultiHeadAttention(**SIZES, **sizes)
-    variables = layer.init(jax.random.key(0), X, Y, Z)
+    variables = draw_variables(layer, X, Y, Z)
     want = jax.jit(lambda v, *a: layer.apply(v, *a, **options))(variables, X, Y, Z)
     got = jax.jit(lambda p, *a: mj.multi_head_attention(p, *a, **options))(
         variables["params"], X, Y, Z

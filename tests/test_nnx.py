@@ -15,6 +15,7 @@ from flax import nnx
 import mha_jax as mj
 from mha_jax.errors import ShapeError, UnsupportedError, WeightsError
 from mha_jax.nnx import Loss, MultiHeadAttention
+from tests.drawn import draw_variables
 
 B, T, S, D, D2, D3 = 2, 5, 7, 11, 3, 13
 RNG = np.random.default_rng(0)
@@ -61,7 +62,7 @@ CALLS = {
 def pair(**more):
     """Return (linen layer, variables, nnx layer) with the same random parameters."""
     linen = mj.MultiHeadAttention(**PLAIN, **more)
-    variables = {"params": linen.init(jax.random.key(0), X, Y, Z)["params"]}
+    variables = {"params": draw_variables(linen, X, Y, Z)["params"]}
     return linen, variables, MultiHeadAttention.from_linen(linen, variables, rngs=nnx.Rngs(1))
 
 
@@ -264,7 +265,7 @@ def test_boxed_parameters_are_refused():
 
 def test_a_cache_goes_through():
     linen = mj.MultiHeadAttention(**PLAIN, kernel_regularizer="l2")
-    variables = {"params": linen.init(jax.random.key(0), X, X)["params"]}
+    variables = {"params": draw_variables(linen, X, X)["params"]}
     layer = MultiHeadAttention.from_linen(linen, variables, rngs=nnx.Rngs(0))
     cache, outs = layer.empty_cache(B, T), []
     for t in range(T):

@@ -9,6 +9,7 @@ import mha_jax as mj
 from mha_jax import Causal, SameSegment, Tokens, ValidKeys, Window
 from mha_jax.backends.blockwise import Blockwise
 from tests import oracles
+from tests.drawn import draw, draw_variables
 
 B, T, S, N, K, H, V, D = 2, 5, 7, 4, 2, 3, 2, 6
 BACKENDS = {
@@ -69,10 +70,6 @@ MASKS = {
 }
 
 
-def draw(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
-
-
 X, Y, Z = draw(1, B, T, D), draw(2, B, S, D), draw(3, B, S, D)
 
 
@@ -100,7 +97,7 @@ def function(mask, backend, scores, dropout=0.0):
     return run
 
 
-PARAMS = layer_of("none", "reference").init(jax.random.key(0), X, Y, Z)["params"]
+PARAMS = draw_variables(layer_of("none", "reference"), X, Y, Z)["params"]
 
 
 def runs(mask):

@@ -21,6 +21,7 @@ from mha_jax import (
 )
 from mha_jax.backends.blockwise import Blockwise
 from mha_jax.backends.reference import Reference
+from tests.drawn import draw, draw_variables
 
 B, T, S, N, K, H, V, D = 2, 5, 7, 4, 2, 3, 2, 6
 BACKENDS = {
@@ -33,10 +34,6 @@ Q_VALID = np.array([[1, 1, 1, 0, 1], [1, 1, 1, 0, 0]], bool)
 Q_SEGMENT = np.array([[0, 0, 1, 1, -1], [0, 1, 1, 2, 2]], np.int32)
 K_SEGMENT = np.array([[0, 0, 1, 1, 1, 2, -1], [0, 0, 0, 1, 2, 2, -1]], np.int32)
 POISONS = {"nan": np.nan, "inf": np.inf, "minus_inf": -np.inf, "huge": 3e38, "zero": 0.0}
-
-
-def draw(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def same_bits(got, want):
@@ -99,7 +96,7 @@ def test_the_layer_and_its_weights_feel_nothing(backend, name):
         num_heads=N, key_dim=H, backend=backend, dropout=0.2, use_gate=True, use_bias=True
     )
     x, y, z = draw(7, B, T, D), draw(8, B, S, D), draw(9, B, S, D)
-    variables = layer.init(jax.random.key(0), x, y, z)
+    variables = draw_variables(layer, x, y, z)
     masks = {name: K_VALID}
     if name == "all_masks":
         masks = {"query_mask": Q_VALID, "value_mask": K_VALID, "key_mask": K_VALID}

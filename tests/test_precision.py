@@ -1,5 +1,7 @@
 """Half precision within two units in the last place, float64 to 1e-12, softmax rows that sum to 1."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -11,6 +13,7 @@ from mha_jax import Call, Causal, Dropout, Tokens, ValidKeys
 from mha_jax.backends.blockwise import Blockwise
 from mha_jax.backends.reference import Reference
 from tests import oracles
+from tests.drawn import draw_variables
 
 B, T, S, N, K, H, V, D = 2, 23, 29, 4, 2, 7, 5, 6
 BACKENDS = {
@@ -46,15 +49,29 @@ def assert_within_two_units(got, exact, dtype, what):
     assert error.max() <= 2, f"{what}: {error.max():.1f} units in the last place"
 
 
+@partial(jax.jit, static_argnums=0)
+def causal(name, q, k, v):
+    return mj.attend(Call(q, k, v, mask=Causal()), BACKENDS[name])
+
+
+@partial(jax.jit, static_argnums=0)
+def gradients(name, q, k, v, d_out):
+    return jax.vjp(lambda *a: causal(name, *a).out, q, k, v)[1](d_out)
+
+
+@partial(jax.jit, static_argnums=0)
+def biased(name, q, k, v, k_tokens, bias):
+    return mj.attend(Call(q, k, v, None, k_tokens, ValidKeys(), bias), BACKENDS[name])
+
+
 @pytest.mark.parametrize("largest", [1.0, 20.0, 80.0])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_half_precision_is_the_float32_result_rounded(name, dtype, largest):
     q, k, v = half_inputs(dtype, largest)
-    wide = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
-    run = jax.jit(lambda *a: mj.attend(Call(*a, mask=Causal()), BACKENDS[name]))
-    out, lse = run(*(jnp.asarray(x) for x in (q, k, v)))
-    want, want_lse = run(*wide)
+    wide = [x.astype(np.float32) for x in (q, k, v)]
+    out, lse = causal(name, q, k, v)
+    want, want_lse = causal(name, *wide)
     assert (out.dtype, lse.dtype) == (dtype, "float32")
     assert_within_two_units(out, want, dtype, "out")
     np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=1e-5)
@@ -66,7 +83,7 @@ def test_half_precision_is_the_float32_result_rounded(name, dtype, largest):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision_scores_are_rounded_once_and_their_rows_sum_to_one(dtype):
     q, k, v = half_inputs(dtype, 80.0)
-    call = Call(*(jnp.asarray(x) for x in (q, k, v)), mask=Causal())
+    call = Call(*map(jax.device_put, (q, k, v)), mask=Causal())
     scores = mj.attention_scores(call)
     assert scores.dtype == dtype
     wide = [np.asarray(x, np.float32) for x in (q, k, v)]
@@ -90,17 +107,13 @@ def test_half_precision_gradients_are_as_good_as_those_of_the_definition(name, d
     wide = [np.asarray(x, np.float64) for x in (q, k, v, d_out)]
     want = oracles.gradients(*wide, visible=visible)[:3]
 
-    def errors(backend):
-        def forward(*a):
-            return mj.attend(Call(*a, mask=Causal()), backend).out
-
-        arrays = [jnp.asarray(x) for x in (q, k, v)]
-        got = jax.jit(lambda *a: jax.vjp(forward, *a)[1](jnp.asarray(d_out)))(*arrays)
+    def errors(name):
+        got = gradients(name, q, k, v, d_out)
         assert all(g.dtype == dtype for g in got)
         return [oracles.relative_error(g, w) for g, w in zip(got, want)]
 
     epsilon = 2.0 ** -HALVES[dtype][1]
-    for own, plain in zip(errors(BACKENDS[name]), errors(Reference())):
+    for own, plain in zip(errors(name), errors("reference")):
         assert own <= max(3 * plain, epsilon)
 
 
@@ -147,7 +160,7 @@ def test_float64_scores_to_twelve_digits(x64):
 def test_float64_layer_to_twelve_digits(x64):
     layer = mj.MultiHeadAttention(num_heads=N, key_dim=H, param_dtype="float64", use_gate=True)
     x, y = draw(7, B, T, D), draw(8, B, S, D)
-    variables = layer.init(jax.random.key(0), x, y)
+    variables = draw_variables(layer, x, y)
     out, scores = layer.apply(variables, x, y, return_attention_scores=True, use_causal_mask=True)
     want, want_scores = oracles.layer(variables["params"], x, y, visible=np.tri(T, S, dtype=bool))
     oracles.assert_close(out, want, 1e-12)
@@ -160,12 +173,11 @@ def test_logits_around_a_hundred_thousand(name, low):
     """A finite stand-in for minus infinity would hide logits below it."""
     k_tokens = Tokens(S, valid=np.arange(S)[None] % 3 != 0)
     q, k, v = (
-        jnp.asarray(draw(i, *s), jnp.float32)
+        draw(i, *s).astype(np.float32)
         for i, s in ((1, (B, T, N, H)), (2, (B, S, K, H)), (3, (B, S, K, V)))
     )
     bias = np.full((1, 1, 1, S), low, np.float32)
-    call = Call(q, k, v, None, k_tokens, ValidKeys(), jnp.asarray(bias))
-    out, lse = mj.attend(call, BACKENDS[name])
+    out, lse = biased(name, q, k, v, k_tokens, bias)
     want, want_lse, _ = oracles.attention(q, k, v, visible=k_tokens.valid, bias=bias)
     # Logits of 1e5 are known to 2**-7 in float32: so are the weights.
     oracles.assert_close(out, want, 2.0**-6 * np.abs(v).max())

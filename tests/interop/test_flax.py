@@ -13,6 +13,7 @@ import mha_jax as mj
 from mha_jax import MultiHeadAttention
 from mha_jax.errors import UnsupportedError, WeightsError
 from mha_jax.interop import flax as interop
+from tests.drawn import draw_variables, redraw
 
 B, T, S, D, D2, D3, N, H = 2, 5, 7, 11, 3, 13, 4, 3
 RNG = np.random.default_rng(0)
@@ -50,24 +51,18 @@ def equal(got, want):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def shaken(tree):
-    """Return a tree with random numbers in place of all leaves: biases start as zeros."""
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape) / 3, a.dtype), tree)
-
-
 def linen(kind=nn.MultiHeadDotProductAttention, **more):
     """Return (linen layer, variables) with random parameters; width 12 where none is given."""
     layer = kind(N, **{"qkv_features": 12, **more})
     deterministic = {} if layer.deterministic is not None else {"deterministic": True}
-    return layer, shaken(layer.init(jax.random.key(0), X, Z, Y, **deterministic))
+    return layer, draw_variables(layer, X, Z, Y, **deterministic)
 
 
 def flax_nnx(**more):
     layer = nnx.MultiHeadAttention(
         N, D, **{"qkv_features": 12, "decode": False, "rngs": nnx.Rngs(0), **more}
     )
-    nnx.update(layer, shaken(nnx.to_pure_dict(nnx.state(layer, nnx.Param))))
+    nnx.update(layer, redraw(nnx.to_pure_dict(nnx.state(layer, nnx.Param))))
     return layer
 
 
@@ -103,7 +98,7 @@ def test_outputs_of_linen(settings, masked):
 
 def test_causal_outputs_of_linen_and_any_batch_axes():
     layer = nn.MultiHeadDotProductAttention(N, qkv_features=12)
-    variables = shaken(layer.init(jax.random.key(0), X))
+    variables = draw_variables(layer, X)
     module, ours = interop.import_linen(layer, variables)
     for x in (X, np.stack([X, 2 * X, -X])):
         want = layer.apply(variables, x, mask=nn.make_causal_mask(x[..., 0]))
@@ -126,13 +121,13 @@ def test_ours_to_linen_and_back():
         N, H, output_shape=6, dropout=0.2, training=False, dtype="bfloat16", kernel_initializer="he_normal",
         attention_axes=-2, name="mine",
     )  # fmt: skip
-    variables = shaken(module.init(jax.random.key(0), X, Y, Z))
+    variables = draw_variables(module, X, Y, Z)
     layer, theirs = interop.export_linen(module, variables)
     assert layer.broadcast_dropout is False and layer.deterministic is True
     again, back = interop.import_linen(layer, theirs)
     assert again == module
     equal(back, variables)
-    fresh = layer.init(jax.random.key(0), X, Z, Y)["params"]["query"]["kernel"]
+    fresh = jax.jit(layer.init)(jax.random.key(0), X, Z, Y)["params"]["query"]["kernel"]
     assert float(fresh.std()) == pytest.approx((2 / D) ** 0.5, rel=0.2)  # he_normal
 
 
@@ -186,7 +181,7 @@ def test_causal_outputs_of_nnx():
 
 def test_dropout_of_an_exported_nnx_layer():
     module = MultiHeadAttention(N, H, dropout=0.5)
-    variables = module.init(jax.random.key(0), X, X)
+    variables = draw_variables(module, X, X)
     layer = interop.export_nnx(module, variables, rngs=nnx.Rngs(1))
     out = layer(X, deterministic=False)
     assert not np.allclose(out, layer(X, deterministic=False))
@@ -289,7 +284,7 @@ def _exports():
 def test_exports_that_are_refused(arguments, message):
     module = MultiHeadAttention(N, H, **arguments)
     attended = {k: v for k, v in arguments.items() if k != "attention_axes"}
-    variables = module.clone(attention_axes=None).init(jax.random.key(0), X, X)
+    variables = draw_variables(module.clone(attention_axes=None), X, X)
     assert attended is not None
     start = r"flax\.{}.* has no counterpart for "
     with pytest.raises(UnsupportedError, match=start.format("linen") + message):
@@ -300,7 +295,7 @@ def test_exports_that_are_refused(arguments, message):
 
 def test_more_exports_that_are_refused():
     module = MultiHeadAttention(N, H, num_kv_heads=2)
-    variables = module.init(jax.random.key(0), X, Y, Z)
+    variables = draw_variables(module, X, Y, Z)
     with pytest.raises(UnsupportedError, match=r"num_kv_heads \(2 of 4 heads\)"):
         interop.export_linen(module, variables)
     with pytest.raises(
@@ -309,5 +304,5 @@ def test_more_exports_that_are_refused():
         interop.export_nnx(module, variables, rngs=nnx.Rngs(0))
     with pytest.raises(WeightsError, match=r"query kernel: \(11, 4, 3\), expected \(11, 4, 2\)"):
         interop.export_linen(
-            MultiHeadAttention(N, 2), MultiHeadAttention(N, H).init(jax.random.key(0), X, X)
+            MultiHeadAttention(N, 2), draw_variables(MultiHeadAttention(N, H), X, X)
         )

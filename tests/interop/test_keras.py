@@ -16,6 +16,7 @@ from mha_jax import MultiHeadAttention
 from mha_jax.errors import WeightsError
 from mha_jax.interop import keras as interop
 from tests import keras_peer
+from tests.drawn import draw_variables
 
 B, T, S, D, D2 = 2, 5, 7, 11, 3
 QUERY, VALUE = (B, T, D), (B, S, D2)
@@ -157,7 +158,7 @@ def test_float64_needs_64_bit_types(x64):
 
 def test_no_kv_heads_no_grouped_layer():
     module = MultiHeadAttention(2, 3, num_kv_heads=2, precision="highest", backend="reference")
-    variables = module.init(jax.random.key(0), jnp.ones(QUERY), jnp.ones(VALUE))
+    variables = draw_variables(module, np.ones(QUERY, np.float32), np.ones(VALUE, np.float32))
     layer = interop.export_layer(module, variables, (None, None, D), (None, None, D2))
     assert type(layer) is keras.layers.MultiHeadAttention and "flax" not in str(layer.get_config())
     assert_same(layer, variables["params"])
@@ -169,7 +170,7 @@ def test_a_boxed_parameter_is_unboxed():
     init = nn.with_partitioning(lambda k, s, d: jnp.ones(s, d), ("embed", "heads", "size"))
     boxed = {"kernel": init(None, (D, 2, 3), jnp.float32)}
     module = MultiHeadAttention(2, 3, use_bias=False)
-    variables = module.init(jax.random.key(0), jnp.ones(QUERY), jnp.ones(VALUE))
+    variables = draw_variables(module, np.ones(QUERY, np.float32), np.ones(VALUE, np.float32))
     variables = {"params": variables["params"] | {"query": boxed}}
     layer = interop.export_layer(module, variables, QUERY, VALUE)
     np.testing.assert_array_equal(layer.query_dense.kernel, np.ones((D, 2, 3)))
@@ -213,8 +214,7 @@ def test_refused_imports():
 
 def _exports():
     def variables(module):
-        x, y = jnp.ones(QUERY), jnp.ones(VALUE)
-        return module.init(jax.random.key(0), x, y)
+        return draw_variables(module, np.ones(QUERY, np.float32), np.ones(VALUE, np.float32))
 
     fine = MultiHeadAttention(4, 3)
     grouped = {"num_heads": 4, "key_dim": 3, "num_kv_heads": 2}
@@ -249,8 +249,8 @@ def _exports():
         VALUE,
         r"no dtype policy for dtype=float32 and param_dtype=bf",
     )
-    half = fine.clone(param_dtype="bfloat16")
-    yield half, variables(fine), QUERY, VALUE, r"kernel is float32 and would be rounded .*bfloat16"
+    half = bias.clone(param_dtype="bfloat16")
+    yield half, variables(bias), QUERY, VALUE, r"kernel is float32 and would be rounded .*bfloat16"
     own = MultiHeadAttention(4, 3, kernel_initializer=lambda k, s, d: jnp.ones(s, d))
     yield own, variables(own), QUERY, VALUE, r"is a plain function and cannot be written"
     eye = MultiHeadAttention(4, 3, kernel_initializer="identity")
@@ -267,7 +267,7 @@ def test_a_grouped_layer_may_say_its_output_shape():
     module = MultiHeadAttention(
         4, 3, num_kv_heads=2, output_shape=D, attention_axes=-2, value_dim=3
     )
-    variables = module.init(jax.random.key(0), jnp.ones(QUERY), jnp.ones(VALUE))
+    variables = draw_variables(module, np.ones(QUERY, np.float32), np.ones(VALUE, np.float32))
     assert_same(interop.export_layer(module, variables, QUERY, VALUE), variables["params"])
 
 

@@ -12,6 +12,7 @@ import pytest
 from mha_jax import MultiHeadAttention
 from mha_jax.errors import ShapeError, UnsupportedError, WeightsError
 from mha_jax.interop import torch as interop
+from tests.drawn import draw_variables
 from tests.oracles import layer as oracle
 
 try:
@@ -281,7 +282,7 @@ def _exports():
 @pytest.mark.parametrize("arguments, message", list(_exports()))
 def test_exports_that_are_refused(arguments, message):
     module = MultiHeadAttention(**({"num_heads": N, "key_dim": 3} | arguments))
-    variables = module.init(jax.random.key(0), X, X)
+    variables = draw_variables(module, X, X)
     with pytest.raises(
         UnsupportedError, match=r"MultiheadAttention has no counterpart.*" + message
     ):
@@ -289,7 +290,7 @@ def test_exports_that_are_refused(arguments, message):
 
 
 def test_variables_of_another_module():
-    variables = MultiHeadAttention(N, 3).init(jax.random.key(0), X, X)
+    variables = draw_variables(MultiHeadAttention(N, 3), X, X)
     with pytest.raises(WeightsError, match=r"query bias: \(4, 3\), expected none"):
         interop.export_state(MultiHeadAttention(N, 3, use_bias=False), variables)
 
