@@ -145,7 +145,7 @@ class _Race:
             if result is None:
                 self.drop(entry, "failed", reason)
                 continue
-            if not self.row.dropout:
+            if not self.row.dropout and entry.peer.framework != "floor":
                 numbers = entry.run.numbers(result)
                 ours = numbers if entry.peer.name == OURS else ours
                 if ours is not None:

@@ -20,6 +20,7 @@ STYLE = {
     "equinox": ("#999933", ">"),
     "torch sdpa": ("#882255", "*"),
     "torch mha": ("#CC6677", "h"),
+    "products alone": ("#999999", "|"),
 }
 
 

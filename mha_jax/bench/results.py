@@ -13,7 +13,7 @@ class Result:
     """One peer on one row.
 
     Args:
-      row, peer, framework: Which; the framework is "jax" or "torch".
+      row, peer, framework: Which; the framework is "jax", "torch" or "floor".
       status: "measured"; "cannot": the peer has no such feature; "absent": not installed or not
         importable; "skipped": too slow or too large; "failed": it raised.
       reason: Why it was not measured, or what to know about the figures.

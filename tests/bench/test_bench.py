@@ -7,6 +7,7 @@ import math
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -136,6 +137,21 @@ class TestPeers:
         assert linen.cannot(ROWS["grid-layer-grouped"]) == "no grouped heads"
         assert linen.cannot(ROWS["grid-layer-causal"]) is None
         assert all(ours.cannot(row) is None for row in ROWS.values())
+
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_the_floor_is_the_products_and_no_rival(self, causal):
+        """Causal, a row of tiles multiplies what stands before it; here that is one tile or two."""
+        row = dataclasses.replace(TINY, length=1024, size=3, causal=causal)
+        peers, _ = load((OURS, "products alone"))
+        results = measure(row, peers, [], QUICK)
+        assert [r.status for r in results] == ["measured", "measured"]
+        assert best(results, row.name, "jax") is None
+        q, k, v = np.random.default_rng(0).standard_normal((3, 1, 1024, 2, 3), np.float32)
+        got = jax.jit(lambda *x: peers[1].attend(row, *x, {}))(q, k, v)
+        seen = np.ones((1024, 1024)) if not causal else np.kron(np.tri(2), np.ones((512, 512)))
+        want = np.einsum("btnh,bsnh,ts,bsnv->btnv", *(q, k, seen, v), optimize=True)
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-2)
+        assert "self-attention only" in peers[1].cannot(ROWS["grid-layer-grouped"])
 
     @pytest.mark.parametrize("name", ["window", "padding", "per-head", "causal"])
     def test_the_dense_mask_says_what_the_row_says(self, name):

@@ -15,6 +15,7 @@ MODULES = {
     "haiku_layer": ("dm-haiku", ("haiku",)),
     "equinox_layer": ("equinox", ("equinox",)),
     "torch_layer": ("torch", ("torch sdpa", "torch mha")),
+    "products": ("jax", ("products alone",)),
 }
 NAMES = tuple(name for _, names in MODULES.values() for name in names)
 

@@ -36,7 +36,7 @@ class Peer:
 
     Attributes:
       name: As in tables.
-      framework: "jax" or "torch".
+      framework: "jax", "torch", or "floor" for what is no rival but a bound.
       packages: Distributions whose versions are reported.
       lacks: Features of `Row.features` that it does not have, each with the reason in words.
     """
