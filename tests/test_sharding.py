@@ -1,6 +1,7 @@
 """On eight devices: no gather, the numbers and the dropout bits of one device."""
 
 import re
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -40,6 +41,16 @@ BOTH, BATCH, HEADS = ("x", "y"), (("x", "y"), None), (None, ("x", "y"))
 def mesh():
     # Names that say nothing: what is cut is read off the arrays.
     return Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
+
+
+# The arrays are small: what counts is how a program is cut, not how well LLVM writes its loops.
+jit = partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
 
 
 def numbers(seed, *shape):
@@ -124,7 +135,7 @@ def assert_equal_to_rounding(actual, expected):
 
 
 def run(function, *args):
-    program = jax.jit(function).lower(*args).compile()
+    program = jit(function).lower(*args).compile()
     return program(*args), program
 
 
@@ -137,7 +148,7 @@ def test_both_passes_on_eight_devices_are_those_of_one(name, mesh):
     assert set(exchanges(program)) <= {"all-reduce"}
     (_, (out, _)) = actual
     assert np.prod(out.sharding.shard_shape(out.shape)) == out.size / 8
-    assert_equal_to_rounding((actual, gradients), jax.jit(function)(given))
+    assert_equal_to_rounding((actual, gradients), jit(function)(given))
 
 
 @pytest.mark.parametrize("place", [BOTH, BATCH, HEADS])
@@ -182,7 +193,7 @@ def test_transformed_calls_exchange_nothing(name, mesh):
     function = TRANSFORMED[name](lambda given: attend(Call(**given, dropout=dropped())).out)
     actual, program = run(function, placed(mesh, given, BOTH))
     assert exchanges(program) == []
-    assert_equal_to_rounding(actual, jax.jit(function)(given))
+    assert_equal_to_rounding(actual, jit(function)(given))
 
 
 def test_explicit_axes_are_read_off_the_types():
@@ -191,7 +202,7 @@ def test_explicit_axes_are_read_off_the_types():
     with jax.set_mesh(mesh):
         actual, program = run(both_passes(options), placed(mesh, given, BOTH))
     assert set(exchanges(program)) == {"all-reduce"}
-    assert_equal_to_rounding(actual, jax.jit(both_passes(options))(given))
+    assert_equal_to_rounding(actual, jit(both_passes(options))(given))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -215,7 +226,7 @@ def test_a_callers_own_shard_map(check_vma, mesh):
 
     actual, program = run(loss(shards), placed(mesh, given, BOTH))
     assert set(exchanges(program)) == {"all-reduce"}
-    assert_equal_to_rounding(actual, jax.jit(loss(function))(given))
+    assert_equal_to_rounding(actual, jit(loss(function))(given))
 
 
 def test_a_shard_map_over_a_part_of_the_mesh(mesh):
@@ -227,7 +238,7 @@ def test_a_shard_map_over_a_part_of_the_mesh(mesh):
     part = jax.shard_map(function, mesh=mesh, in_specs=P("x"), out_specs=P("x"), axis_names={"x"})
     actual, program = run(part, placed(mesh, given, BOTH))
     assert exchanges(program) == []
-    assert_equal_to_rounding(actual, jax.jit(function)(given))
+    assert_equal_to_rounding(actual, jit(function)(given))
 
 
 # ---- the layer -----------------------------------------------------------------------------------
@@ -253,7 +264,7 @@ def test_the_layer_needs_one_sum_after_its_output_projection(mesh):
     here, there = layer_case(mesh)
     actual, program = run(layer, *there)
     assert exchanges(program) == ["all-reduce"]
-    assert_equal_to_rounding(actual, jax.jit(layer)(*here))
+    assert_equal_to_rounding(actual, jit(layer)(*here))
 
 
 def test_the_gradient_of_the_layer_gathers_nothing(mesh):
@@ -261,7 +272,7 @@ def test_the_gradient_of_the_layer_gathers_nothing(mesh):
     function = jax.grad(lambda *args: jnp.mean(layer(*args) ** 2), argnums=(0, 1))
     actual, program = run(function, *there)
     assert set(exchanges(program)) == {"all-reduce"}
-    assert_equal_to_rounding(actual, jax.jit(function)(*here))
+    assert_equal_to_rounding(actual, jit(function)(*here))
 
 
 @pytest.mark.parametrize("kv", [2, 4])

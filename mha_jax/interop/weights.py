@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -53,7 +54,9 @@ def array(what: str, weight: Any) -> Array:
             f"the {what} is float64, which JAX would round to float32. Switch 64-bit types on with "
             'jax.config.update("jax_enable_x64", True).'
         )
-    return jnp.asarray(weight)
+    # A copy, so that the caller's memory is never aliased; putting it compiles nothing, where
+    # jnp.asarray compiles an identity for every shape.
+    return weight if isinstance(weight, jax.Array) else jax.device_put(np.array(weight))
 
 
 def check_shapes(

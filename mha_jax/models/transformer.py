@@ -314,7 +314,8 @@ class LanguageModel(nn.Module):
 
     >>> model = LanguageModel(11, Config(width=8, num_heads=2, hidden=16, encoder_layers=1))
     >>> tokens = jnp.ones((3, 5), int)
-    >>> model.apply(model.init(jax.random.key(0), tokens), tokens).shape
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    >>> jax.eval_shape(model.apply, variables, tokens).shape
     (3, 5, 11)
     """
 
@@ -340,10 +341,11 @@ class LanguageModel(nn.Module):
 
         >>> model = LanguageModel(11, Config(width=8, num_heads=2, hidden=16, encoder_layers=1))
         >>> tokens = jnp.ones((3, 5), int)
-        >>> variables = model.init(jax.random.key(0), tokens)
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
         >>> held = {"cache": model.empty_caches(batch=3, length=5)}
-        >>> logits, held = model.apply(variables | held, tokens[:, :2], mutable=["cache"])
-        >>> logits, held = model.apply(variables | held, tokens[:, 2:], start=2, mutable=["cache"])
+        >>> step = partial(model.apply, mutable=["cache"])
+        >>> logits, held = jax.eval_shape(step, variables | held, tokens[:, :2])
+        >>> logits, held = jax.eval_shape(step, variables | held, tokens[:, 2:], start=2)
         >>> logits.shape
         (3, 3, 11)
         """
@@ -358,7 +360,8 @@ class ImageClassifier(nn.Module):
 
     >>> config = Config(width=8, num_heads=2, hidden=16, encoder_layers=1, attention_axes=(1, 2))
     >>> model, images = ImageClassifier(10, config), jnp.ones((3, 5, 7, 1))
-    >>> model.apply(model.init(jax.random.key(0), images), images).shape
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    >>> jax.eval_shape(model.apply, variables, images).shape
     (3, 10)
     """
 

@@ -126,10 +126,10 @@ def beam_search(
             "log-probabilities, 1 nearly those of a symbol."
         )
     marks = {"length": length, "begin": begin, "end": end, "pad": pad}
-    return _beam_search(model, params, source, **marks, beam=beam, penalty=length_penalty)
+    return _beam_search(model, params, source, **marks, beam=beam, penalty=float(length_penalty))
 
 
-@partial(jax.jit, static_argnames=("model", "length", "begin", "end", "pad", "beam", "penalty"))
+@partial(jax.jit, static_argnames=("model", "length", "begin", "end", "pad", "beam"))
 def _beam_search(model, params, source, *, length, begin, end, pad, beam, penalty):
     batch, never = source.shape[0], jnp.array([pad, begin])
 
