@@ -1,5 +1,6 @@
 """The matrix products of attention and nothing else: what no program made of them can be faster than."""
 
+import functools
 from typing import ClassVar
 
 import jax
@@ -29,15 +30,18 @@ class Products(JaxPeer):
         b, t, n, _ = q.shape
         pairs = _PAIRS if b * n % _PAIRS == 0 else 1
 
-        def tile(q, k, v, i, j):
-            q, k, v = q[:, i : i + _ROWS], k[:, j : j + _ROWS], v[:, j : j + _ROWS]
-            return jnp.einsum("crs,csh->crh", jnp.einsum("crh,csh->crs", q, k), v)
+        def group(heads):
+            q, k, v = heads
 
-        def group(qkv):
-            lines = [
-                sum(tile(*qkv, i, j) for j in range(0, i + 1 if row.causal else t, _ROWS))
-                for i in range(0, t, _ROWS)
-            ]
+            def tile(i, j):
+                rows, columns = slice(i, i + _ROWS), slice(j, j + _ROWS)
+                x = jnp.einsum("crh,csh->crs", q[:, rows], k[:, columns])
+                return jnp.einsum("crs,csv->crv", x, v[:, columns])
+
+            lines = []
+            for i in range(0, t, _ROWS):
+                seen = range(0, i + 1 if row.causal else t, _ROWS)
+                lines.append(functools.reduce(jnp.add, [tile(i, j) for j in seen]))
             return jnp.concatenate(lines, axis=1)
 
         groups = (x.swapaxes(1, 2).reshape(-1, pairs, t, x.shape[-1]) for x in (q, k, v))
