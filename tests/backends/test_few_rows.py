@@ -8,6 +8,7 @@ import pytest
 
 from mha_jax.backends import few_rows
 from mha_jax.backends.base import Call
+from mha_jax.backends.blockwise import Blockwise
 from mha_jax.backends.reference import Reference
 from mha_jax.checks import check
 from tests import oracles
@@ -37,3 +38,15 @@ def test_few_queries_to_many_keys_take_it(b, t, s, taken):
     call = jax.eval_shape(lambda q, k: check(Call(q, k, k)), q, k)
     assert few_rows.worthwhile(call) is taken
     assert not few_rows.worthwhile(dataclasses.replace(call, heads_first=True))
+
+
+@pytest.mark.parametrize(("t", "s", "tile"), [(1, 4096, (6, 4096)), (17, 4096, (2, 512))])
+def test_a_step_from_a_cache_is_one_tile(t, s, tile):
+    """Of a longer cache it is many, so that those that hold nothing can be skipped."""
+    q, k = (jax.ShapeDtypeStruct((2, length, 3, 8), np.float32) for length in (t, s))
+    call = jax.eval_shape(lambda q, k: check(Call(q, k, k, heads_first=True)), q, k)
+    tiling = Blockwise().tiling(call)
+    assert (tiling.pairs, tiling.block_k) == tile
+    long = jax.ShapeDtypeStruct((2, 2 * 8192, 3, 8), np.float32)
+    call = jax.eval_shape(lambda q, k: check(Call(q, k, k, heads_first=True)), q, long)
+    assert Blockwise().tiling(call).block_k == 512
