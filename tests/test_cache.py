@@ -257,6 +257,7 @@ def test_donated_buffers_are_updated_in_place(batch, length, ragged):
     whole, text = rf"f32\[{batch},2,1013,[35]\]\S* ", compiled.as_text()
     assert len(re.findall(rf"{whole}(scatter|dynamic-update-slice)\(", text)) == 2
     assert not re.findall(rf"{whole}copy\(", text)
+    assert not re.findall(rf"f32\[{batch},1013,(2,[35]|6|10)\]", text)  # nothing is turned
 
 
 def test_scan_carries_it():

@@ -223,12 +223,10 @@ class Tiles:
         shape, whole = whole.shape, self._by_kv_head(whole)
         summed = tuple(axis for axis in (1, 2, 3) if whole.shape[axis + 1] == 1)
         tile = jnp.sum(tile, summed, keepdims=True)
-        sizes = (*whole.shape[:3], *tile.shape[2:])
-        row = 0 if whole.shape[3] == 1 else i * self.tiling.block_q
-        column = 0 if whole.shape[4] == 1 else j * self.tiling.block_k
-        start = [jnp.asarray(x, jnp.uint32) for x in (0, 0, 0, row, column)]
-        slab = lax.dynamic_slice(whole, start, sizes)
-        slab = slab.at[self._pairs(whole, group)].add(tile)
+        blocks = {3: (i, self.tiling.block_q), 4: (j, self.tiling.block_k)}
+        blocks = {axis: at for axis, at in blocks.items() if whole.shape[axis] > 1}
+        slab = _cut(whole, blocks).at[self._pairs(whole, group)].add(tile)
+        start = _corner(whole.ndim, blocks)
         return lax.dynamic_update_slice(whole, slab, start).reshape(shape)
 
     def add_turned(self, whole: Array, tile: Array, group: Any, i: Any) -> Array:
