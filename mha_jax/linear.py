@@ -153,8 +153,8 @@ def _run(*args: jax.Array, fun: Flat, **_: Any) -> list[jax.Array]:
     return fun(*args)
 
 
-def _out_types(*_: Any, jaxpr: Any, **__: Any) -> list[Any]:
-    return jaxpr.out_avals
+def _out_types(*_: Any, jaxpr: Any, **__: Any) -> tuple[list[Any], Any]:
+    return jaxpr.out_avals, jaxpr.effects
 
 
 def _jvp(primals: Sequence, tangents: Sequence, **params: Any) -> tuple[list, list]:
@@ -262,7 +262,7 @@ def _mesh_axes(x: jax.Array) -> Any:
 linear_map_p = Primitive("linear_map")
 linear_map_p.multiple_results = True
 linear_map_p.def_impl(_run)
-linear_map_p.def_abstract_eval(_out_types)
+linear_map_p.def_effectful_abstract_eval(_out_types)
 mlir.register_lowering(linear_map_p, mlir.lower_fun(_run, multiple_results=True))
 ad.primitive_jvps[linear_map_p] = _jvp
 ad.primitive_transposes[linear_map_p] = _transpose

@@ -5,7 +5,7 @@ time or exported. `jax.lax.platform_dependent` knows better, but traces every br
 Here the choice is an operation of its own that is traced for a platform when it is lowered for it,
 so that a kernel costs nothing where it does not run.
 
-`in_turn` keeps kernels apart that Pallas interprets in one program.
+`turn` keeps kernels apart that Pallas interprets in one program.
 """
 
 from collections.abc import Callable
@@ -91,28 +91,33 @@ def _types(*_: Any, types: Any, **__: Any) -> list[Any]:
     return [jax.core.ShapedArray(shape, dtype) for shape, dtype in types]
 
 
+def _is_ordered(effect: Any) -> bool:
+    return isinstance(turn(), type(effect))
+
+
 def ordered_effects(jaxpr: Any) -> list[Any]:
-    """Return the ordered effects of a pass in a `custom_partitioning`: an interpreted kernel has some.
-
-    They order what happens inside of it. To the outside it stays pure, as it is where it is compiled:
-    `jax.custom_jvp` allows no effects.
-    """
+    """Return the ordered effects of a pass in a `custom_partitioning`: an interpreted kernel has some."""
     calls = [eqn.params["call"] for eqn in jaxpr.eqns if "call" in eqn.params]
-    return sorted({effect for call in calls for effect in call.effects}, key=str)
+    return list({effect for call in calls for effect in call.effects if _is_ordered(effect)})
 
 
-def in_turn(function: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
-    """Begin a pass when its operands are there, and hand its results out when its last effect is over.
+@lru_cache(maxsize=1)
+def turn() -> Any:
+    """Return the effect that an operation has instead of the ordered effects of its kernel.
 
-    Pallas's TPU interpreter has one memory: a pass that needs the results of another one must find it
-    cleaned up. Two passes of one program that do not depend on each other may still meet in it.
+    Pallas's TPU interpreter has one memory, so what it runs must come one after the other. JAX sees to
+    that where it sees the effect, but allows that of `io_callback` under no custom derivative, and that
+    of `jax.debug.callback` on one device only. This one is both, and allowed wherever one of them is.
     """
 
-    def wait(values: Any) -> list[jax.Array]:
-        types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in values]
-        return io_callback(lambda *arrays: list(arrays), types, *values, ordered=True)
+    def kinds(callback: Callable[..., Any]) -> list[type]:
+        return [type(effect) for effect in jax.make_jaxpr(callback)().effects]
 
-    return lambda *values: wait(function(*wait(values)))
+    kinds_of_both = (
+        *kinds(lambda: jax.debug.callback(lambda: None, ordered=True)),
+        *kinds(lambda: io_callback(lambda: None, None, ordered=True)),
+    )
+    return type("Turn", kinds_of_both, {"__str__": lambda _: "Turn"})()
 
 
 by_platform_p = Primitive("by_platform")

@@ -34,7 +34,7 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mha_jax.lowering import in_turn, ordered_effects
+from mha_jax.lowering import ordered_effects, turn
 from mha_jax.types import Array
 
 BATCH_AXES = ("data", "batch", "dp", "replica", "fsdp")
@@ -323,8 +323,8 @@ def _run(*leaves: Any, plan: Plan, **_: Any) -> list[Array]:
     return _jitted(plan)(*leaves)
 
 
-def _types(*_: Any, types: Any, **__: Any) -> list[Any]:
-    return list(types)
+def _types(*_: Any, types: Any, jaxpr: Any, **__: Any) -> tuple[list[Any], set[Any]]:
+    return list(types), {turn()} if ordered_effects(jaxpr) else set()
 
 
 def _batch(leaves: Any, dims: Any, *, plan: Plan, **_: Any) -> tuple[list, list[int]]:
@@ -341,7 +341,8 @@ def _lower(ctx: Any, *values: Any, plan: Plan, jaxpr: Any, types: Any, ask: bool
     # first values would have to vary as well.
     ins, outs = ([ShapedArray(x.shape, x.dtype) for x in a] for a in (ctx.avals_in, types))
     effects = ordered_effects(jaxpr)
-    ctx = ctx.replace(avals_in=ins, avals_out=outs, tokens_in=mlir.TokenSet.create(effects))
+    tokens = mlir.TokenSet({effect: ctx.tokens_in.get(turn()) for effect in effects})
+    inner = ctx.replace(avals_in=ins, avals_out=outs, tokens_in=tokens)
     mesh, free, taken = _free_axes(ctx.module_context.axis_context)
     if not free:
         function = whole_call(plan)
@@ -358,8 +359,10 @@ def _lower(ctx: Any, *values: Any, plan: Plan, jaxpr: Any, types: Any, ask: bool
             axis_names=set(free),
             check_vma=False,
         )
-    function = in_turn(function) if effects else function
-    return mlir.lower_fun(function, multiple_results=True)(ctx, *values)
+    results = mlir.lower_fun(function, multiple_results=True)(inner, *values)
+    for effect in effects:
+        ctx.set_tokens_out(mlir.TokenSet({turn(): inner.tokens_out.get(effect)}))
+    return results
 
 
 def _free_axes(context: Any) -> tuple[Any, tuple[str, ...], bool]:
@@ -380,7 +383,7 @@ def _free_axes(context: Any) -> tuple[Any, tuple[str, ...], bool]:
 sharded_p = Primitive("sharded_attention")
 sharded_p.multiple_results = True
 sharded_p.def_impl(_run)
-sharded_p.def_abstract_eval(_types)
+sharded_p.def_effectful_abstract_eval(_types)
 batching.primitive_batchers[sharded_p] = _batch
 mlir.register_lowering(sharded_p, partial(_lower, ask=True))
 mlir.register_lowering(sharded_p, partial(_lower, ask=False), platform="tpu")
