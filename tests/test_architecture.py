@@ -54,9 +54,14 @@ BACKENDS = {
     "backends.tiles": "",
     "backends.few_rows": "",
     "backends.blockwise": "backends.tiles backends.few_rows",
-    "backends.pallas_tpu_tiles": "",
-    "backends.pallas_tpu_kernels": "backends.pallas_tpu_tiles",
-    "backends.pallas_tpu": "backends.pallas_tpu_tiles backends.pallas_tpu_kernels",
+    "backends.pallas_tpu_order": "",
+    "backends.pallas_tpu_plan": "backends.pallas_tpu_order",
+    "backends.pallas_tpu_view": "backends.pallas_tpu_order backends.pallas_tpu_plan",
+    "backends.pallas_tpu_kernels": "backends.pallas_tpu_order backends.pallas_tpu_view",
+    "backends.pallas_tpu": (
+        "backends.pallas_tpu_order backends.pallas_tpu_plan backends.pallas_tpu_view"
+        " backends.pallas_tpu_kernels"
+    ),
 }
 # Where one module of the core needs a backend by its name: the tiled derivatives that one inherits.
 NAMED = {"differentiation": "backends.blockwise"}

@@ -21,19 +21,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mha_jax.backends import pallas_tpu_kernels as kernels
 from mha_jax.backends.base import Call, Gradients, Output
-from mha_jax.backends.pallas_tpu_tiles import (
-    LANES,
-    LOG2E,
-    Blocks,
-    Geometry,
-    Plan,
-    Stream,
-    View,
-    geometry,
-    make_plan,
-    pad_to,
-    visited_pairs,
-)
+from mha_jax.backends.pallas_tpu_order import LANES, Blocks, Geometry, geometry, visited_pairs
+from mha_jax.backends.pallas_tpu_plan import Plan, Stream, make_plan, pad_to
+from mha_jax.backends.pallas_tpu_view import LOG2E, View
 from mha_jax.types import Array
 
 MIB = 2**20
@@ -44,11 +34,12 @@ class Sizes:
     """What one kind of TPU core is given.
 
     Args:
-      forward, backward: Tiles of the two passes: the first fit every call, others are taken where the
-        pairs that they visit, times their cost, are fewer.
+      forward, backward: Tiles of the two passes: the first fit every call; others are taken where the
+        mask does not depend on data and the pairs that they visit, times their cost, are fewer.
       vmem: Bytes of VMEM that a kernel may use.
       resident: Bytes of the columns held at once: keys and values, or queries and their cotangents.
       standing: Bytes of the rows held at once, with what is computed for them.
+      dropout_sweep: Rows of a full tile that are computed at once with dropout, if not as many as without.
     """
 
     forward: tuple[Blocks, ...]
@@ -56,6 +47,7 @@ class Sizes:
     vmem: int
     resident: int
     standing: int
+    dropout_sweep: int | None = None
 
     def lay(self, call: Call, still: str, writes_slab: bool = False) -> Geometry:
         """Lay tiles over a call: queries stay still in the forward pass, keys in the backward pass.
@@ -80,39 +72,54 @@ class Sizes:
             blocks = dataclasses.replace(blocks, resident=most, standing=standing)
             if call.q.dtype.itemsize > 2:
                 # A float32 product is six of bfloat16: one tile at a time keeps the program small.
-                blocks = dataclasses.replace(blocks, full=(1,))
+                blocks = dataclasses.replace(blocks, full=(1,), sweep=())
+            elif forward and call.dropout is not None and self.dropout_sweep is not None:
+                sweep = (self.dropout_sweep,) * len(blocks.full)
+                blocks = dataclasses.replace(blocks, sweep=sweep)
             return geometry(call, still, blocks)
 
-        if len(choices) == 1:
-            return laid(choices[0])
-        costs = [visited_pairs(call, laid(blocks)) * blocks.cost for blocks in choices]
-        return laid(choices[costs.index(min(costs))])
+        def cost(blocks: Blocks) -> float:
+            pairs = visited_pairs(call, laid(blocks))
+            if pairs is None:
+                return choices.index(blocks)
+            return pairs * blocks.cost
+
+        return laid(min(choices, key=cost))
 
 
-def _medium(forward: tuple[Blocks, ...], backward: tuple[Blocks, ...]) -> Sizes:
-    return Sizes(forward, backward, vmem=56 * MIB, resident=12 * MIB, standing=12 * MIB)
+def _medium(forward: tuple[Blocks, ...], backward: tuple[Blocks, ...], **options: Any) -> Sizes:
+    memory = {"vmem": 56 * MIB, "resident": 12 * MIB, "standing": 12 * MIB}
+    return Sizes(forward, backward, **memory, **options)
 
 
-def _large(forward: tuple[Blocks, ...], backward: tuple[Blocks, ...]) -> Sizes:
-    return Sizes(forward, backward, vmem=100 * MIB, resident=24 * MIB, standing=24 * MIB)
+def _large(forward: tuple[Blocks, ...], backward: tuple[Blocks, ...], **options: Any) -> Sizes:
+    memory = {"vmem": 100 * MIB, "resident": 24 * MIB, "standing": 24 * MIB}
+    return Sizes(forward, backward, **memory, **options)
 
 
-# By device kind. Bundles for B 1, N 1, T 4096, H 128, bfloat16, no mask (python -m mha_jax.bench tpu --case
-# 128_full_4096), by rows of a tile and by the most of 512 columns that are computed at once:
-#           forward 512    1     2     4    1024    4    backward 512    1     2     4    1024    4
-#     v5e           71,757 67,909 65,221                      146,519 144,503 141,783
-#     v6e           60,030 50,430 44,758      41,574           96,760          86,848      85,892
-# On v6e a causal mask takes 30,926 with 512 rows and 30,933 with 1024, a window of 1024 24,061 and 28,819.
+# By device kind, chosen by thousands of bundles for B 1, N 1, T 4096, H 128, bfloat16 (python -m
+# mha_jax.bench tpu); "at once" are the columns and the rows of a full tile, "all" are all of its rows.
+#
+#     tiles   at once          v5e: full causal window dropout      v6e: full causal window dropout
+#     512     2048 x all           65.1   38.1   22.8       -            45.0   29.8   20.2    84.1
+#     1024    2048 x all           64.1   36.8   21.4       -            41.9   24.4   15.5    82.2
+#     1024    2048 x 512           65.2   35.7   21.4    94.9            39.5   23.4   15.5    78.7
+#     1024    2048 x 256           66.2   36.7   21.4    91.2            42.3   24.4   15.5    82.7
+#
+#     backward                 v5e: full causal                     v6e: full causal
+#     512     2048 x all          141.8   81.3                           88.3   50.7
+#     1024    1024 x 512          144.1   80.2                           87.0   49.2
+#     1024    2048 x all          147.9   81.9                           85.9   49.0
 _SHORT = Blocks(512, 512, full=(4, 1))
-_TALL = Blocks(1024, 512, full=(4, 1), cost=0.93)
+_TALL = Blocks(1024, 1024, full=(2, 1), sweep=(512, 512), cost=0.93)
+_TALL_BACKWARD = Blocks(1024, 1024, full=(2, 1), cost=0.97)
 _V4 = Blocks(512, 512, full=(2, 1)), Blocks(256, 512)
-_FLEXIBLE = tuple(dataclasses.replace(blocks, full=(4, 2, 1)) for blocks in (_SHORT, _TALL))
 SIZES = {
     "v4": Sizes(_V4[:1], _V4[1:], vmem=16 * MIB, resident=3 * MIB, standing=MIB),
-    "v5e": _large((_SHORT,), (_SHORT,)),
-    "v5p": _medium((_SHORT,), (_SHORT,)),
-    "v6e": _large(_FLEXIBLE, (_SHORT, _TALL)),
-    "tpu7x": _medium((_SHORT,), (_SHORT,)),
+    "v5e": _large((_SHORT, _TALL), (_SHORT,), dropout_sweep=256),
+    "v5p": _medium((_SHORT, _TALL), (_SHORT,), dropout_sweep=256),
+    "v6e": _large((_SHORT, _TALL), (_SHORT, _TALL_BACKWARD)),
+    "tpu7x": _medium((_SHORT, _TALL), (_SHORT, _TALL_BACKWARD)),
 }
 # The smallest core: what a program is compiled for when nothing says which TPU will run it.
 ANY = "v4"

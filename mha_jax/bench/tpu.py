@@ -26,7 +26,7 @@ import numpy as np
 from mha_jax import Call, Causal, Dropout, Full, Window
 from mha_jax.backends.base import Output
 from mha_jax.backends.pallas_tpu import SIZES, PallasTPU
-from mha_jax.backends.pallas_tpu_tiles import Order, entry, order
+from mha_jax.backends.pallas_tpu_order import Order, entry, order
 from mha_jax.bench.tpu_schedule import Schedule, read_dump
 from mha_jax.checks import check
 
@@ -132,11 +132,12 @@ def ours(work: Work, kind: str, interpret: bool = False) -> Rival:
 
 
 def _mean_trips(tiles: Order, g: Any) -> tuple[float, ...]:
-    """Return how often each loop over tiles runs in one grid step, on average."""
+    """Return how often each loop over tiles runs for a block of rows, on average, where that differs."""
     if tiles.fixed is not None:
         return ()
     lists = np.asarray(tiles.table).reshape(-1, entry(g, tiles.shapes))
-    return tuple(float(count) for count in lists[:, : len(tiles.shapes)].mean(0))
+    means = lists[:, : len(tiles.shapes)].mean(0)
+    return tuple(float(mean) for mean, count in zip(means, tiles.counts) if count is None)
 
 
 def _live_share(work: Work, block_q: int, block_k: int) -> float:

@@ -24,16 +24,33 @@ from mha_jax import (
 )
 from mha_jax.backends.base import Output
 from mha_jax.backends.pallas_tpu import SIZES, PallasTPU, Sizes
-from mha_jax.backends.pallas_tpu_tiles import EMPTY, FULL, Blocks, geometry, kinds, order, split
+from mha_jax.backends.pallas_tpu_order import (
+    EMPTY,
+    FULL,
+    Blocks,
+    Shape,
+    geometry,
+    kinds,
+    order,
+    split,
+    visited_pairs,
+)
+from mha_jax.backends.pallas_tpu_view import Part, parts
 from mha_jax.checks import check
 from tests import oracles
 from tests.backends.test_backends import BACKWARD, FORWARD, errors, truth
 from tests.cases import CASES, Case
 
-_BLOCKS = Blocks(rows=128, columns=128, full=(2, 1), resident=256)
-SMALL = PallasTPU(
-    Sizes((_BLOCKS,), (_BLOCKS,), vmem=2**24, resident=2**24, standing=2**24), interpret=True
-)
+
+def interpreted(blocks):
+    """Return the kernels with these tiles in both passes."""
+    memory = {"vmem": 2**24, "resident": 2**24, "standing": 2**24}
+    return PallasTPU(Sizes((blocks,), (blocks,), **memory), interpret=True)
+
+
+SMALL = interpreted(Blocks(rows=128, columns=128, full=(2, 1), resident=256))
+# Tiles of several grains, part of which are computed, and of several parts.
+COARSE = interpreted(Blocks(rows=256, columns=256, full=(2, 1), sweep=(128, 128), grain=128))
 # Uninitialised memory is NaN, and reads and writes that race are errors.
 STRICT = dataclasses.replace(
     SMALL, interpret=pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
@@ -51,7 +68,7 @@ def run(backend, case, dtype=np.float32):
     """Return out, lse and the four gradients of a case."""
     call = check(case.call(dtype))
     arguments = (call, *(jnp.asarray(a) for a in case.arrays(dtype)[-2:]))
-    if backend is STRICT:
+    if backend.interpret is STRICT.interpret:
         return both_passes(backend, *arguments)
     compiled = jax.jit(lambda *a: both_passes(backend, *a)).lower(*arguments)
     return compiled.compile(compiler_options={"xla_backend_optimization_level": 0})(*arguments)
@@ -143,9 +160,17 @@ LONG = [
 ]
 
 
+@pytest.mark.parametrize("backend", [SMALL, COARSE], ids=["small", "coarse"])
 @pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
-def test_many_tiles_agree_with_the_oracle(case):
-    own = errors_of(run(SMALL, case), case)
+def test_many_tiles_agree_with_the_oracle(case, backend):
+    own = errors_of(run(backend, case), case)
+    assert max(own.values()) <= 8 * np.finfo(np.float32).eps, own
+
+
+def test_parts_read_nothing_uninitialised_and_do_not_race():
+    strict = dataclasses.replace(COARSE, interpret=STRICT.interpret)
+    case = next(case for case in LONG if case.name == "causal")
+    own = errors_of(run(strict, case), case)
     assert max(own.values()) <= 8 * np.finfo(np.float32).eps, own
 
 
@@ -241,24 +266,76 @@ MASKS = [Full(), Causal(), Window(100, 0), Causal() & Window(200, 200), ~Causal(
 
 @pytest.mark.parametrize("still", ["q", "k"])
 @pytest.mark.parametrize("mask", MASKS, ids=lambda mask: repr(mask))
-def test_skipped_tiles_are_empty_and_unmasked_ones_are_full(mask, still):
+def test_skipped_grains_are_empty_and_unmasked_ones_are_full(mask, still):
     q, k = jnp.zeros((1, 389, 1, 4)), jnp.zeros((1, 641, 1, 4))
     call = check(Call(q, k, k, mask=mask))
-    g = geometry(call, still, Blocks(128, 128, (2, 1), 256))
+    g = geometry(call, still, Blocks(256, 256, grain=128))
     kind = kinds(call, g)[0, 0]
     seen = np.zeros((g.padded["q"], g.padded["k"]), bool)
     seen[:389, :641] = np.broadcast_to(mask.matrix(Tokens(389), Tokens(641)), (389, 641))
     seen[389:] = seen[388]
-    tiles = (seen if still == "q" else seen.T).reshape(kind.shape[0], 128, kind.shape[1], 128)
-    assert not tiles.any((1, 3))[kind == EMPTY].any()
-    assert tiles.all((1, 3))[kind == FULL].all()
+    grains = (seen if still == "q" else seen.T).reshape(kind.shape[0], 128, kind.shape[1], 128)
+    assert not grains.any((1, 3))[kind == EMPTY].any()
+    assert grains.all((1, 3))[kind == FULL].all()
 
 
-def test_a_causal_mask_visits_half_of_the_tiles():
-    x = jnp.zeros((1, 4096, 1, 4))
-    call = check(Call(x, x, x, mask=Causal()))
-    kind = kinds(call, geometry(call, "q", Blocks(512, 512)))
-    assert (kind == EMPTY).sum() == 28 and (kind == FULL).sum() == 28
+def lists_of(mask, length=4096, blocks=None, **options):
+    x = jnp.zeros((1, length, 1, 4))
+    call = check(Call(x, x, x, mask=mask, **options))
+    g = geometry(call, "q", blocks or Blocks(1024, 1024, full=(2, 1)))
+    return call, g, order(call, g)
+
+
+DIAGONAL = ("P...", "FP..", "FFP.", "FFFP")
+
+
+def test_a_causal_mask_computes_half_of_the_grains():
+    call, g, tiles = lists_of(Causal())
+    assert visited_pairs(call, g) == 16 * 17 // 2 * 256**2
+    assert [shape.pattern for shape in tiles.shapes] == [DIAGONAL, (), ()]
+    assert tiles.counts == (1, None, None) and tiles.fresh
+
+
+def test_a_window_has_two_patterns():
+    _, _, tiles = lists_of(Window(1023, 0))
+    assert [shape.pattern for shape in tiles.shapes] == [DIAGONAL, ("PFFF", ".PFF", "..PF", "...P")]
+
+
+def test_tiles_that_end_with_the_keys_leave_out_what_is_padded():
+    _, g, tiles = lists_of(Full(), 4096 - 300)
+    assert g.padded["k"] == 4096
+    assert [shape.pattern for shape in tiles.shapes] == [("FFP.",) * 4, (), ()]
+
+
+def test_many_patterns_share_one_program():
+    blocks = Blocks(512, 512, full=(2, 1), grain=128)
+    call, g, _ = lists_of(Causal() | Window(700, 333), 4096, blocks)
+    assert len([shape for shape in order(call, g, most_patterns=9).shapes if shape.pattern]) == 2
+    assert len([shape for shape in order(call, g, most_patterns=1).shapes if shape.pattern]) == 1
+
+
+def test_a_block_that_begins_elsewhere_is_not_fresh():
+    assert not lists_of(Window(-257, 9999))[2].fresh
+    assert not lists_of(Full())[2].fresh
+    assert not lists_of(Causal(), blocks=Blocks(512, 512, resident=1024))[2].fresh
+
+
+def test_what_only_data_know_is_masked_as_a_whole():
+    ids = jnp.arange(4096, dtype=jnp.int32)[None] // 100
+    tokens = Tokens(4096, segment=ids)
+    _, _, tiles = lists_of(SameSegment(), q_tokens=tokens, k_tokens=tokens)
+    assert tiles.shapes[-1].pattern == ("PPPP",) * 4 and tiles.counts == (None,) * 3
+
+
+def test_a_tile_is_computed_in_parts():
+    _, g, _ = lists_of(Causal(), 512, Blocks(512, 512, full=(1,), sweep=(256,)))
+    assert parts(g, Shape(1, 256), 1024) == [Part(0, 256, 1024, 512), Part(256, 256, 1024, 512)]
+    assert parts(g, Shape(1, 512, ("P.", "FP")), 1024) == [
+        Part(0, 256, 1024, 256, "P"),
+        Part(256, 256, 1024, 512, "FP"),
+    ]
+    assert parts(g, Shape(1, 512, (".F", "..")), 0, True) == [Part(0, 256, 256, 256, "", True)]
+    assert parts(g, Shape(1, 512, ("PP", "PP")), 0) == [Part(0, 512, 0, 512, "PP")]
 
 
 def test_lists_are_shared_where_scalar_memory_is_short():
@@ -271,20 +348,20 @@ def test_lists_are_shared_where_scalar_memory_is_short():
     assert order(call, g, most_words=10).groups == (1, 1)
 
 
-@pytest.mark.parametrize(
-    ("mask", "length", "rows"),
-    [
-        (Full(), 4096, 1024),
-        (Causal(), 4096, 512),
-        (Causal(), 16384, 1024),
-        (Window(1023, 0), 4096, 512),
-    ],
-)
-def test_tall_tiles_are_taken_where_they_visit_little_more(mask, length, rows):
-    x = jnp.zeros((1, length, 1, 4), jnp.bfloat16)
-    call = check(Call(x, x, x, mask=mask))
-    assert SIZES["v6e"].lay(call, "q").rows == rows
-    assert SIZES["v5e"].lay(call, "q").rows == 512
+@pytest.mark.parametrize("kind", ["v5e", "v5p", "v6e", "tpu7x"])
+def test_tall_tiles_are_taken_where_data_decide_nothing(kind):
+    x = jnp.zeros((1, 4096, 1, 4), jnp.bfloat16)
+    tokens = Tokens(4096, valid=jnp.ones((1, 4096), bool))
+    for mask in (Full(), Causal(), Window(1023, 0)):
+        assert SIZES[kind].lay(check(Call(x, x, x, mask=mask)), "q").rows == 1024
+    assert SIZES[kind].lay(check(Call(x, x, x, tokens, tokens, ValidKeys())), "q").rows == 512
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("v5e", 256), ("v6e", 512)])
+def test_dropout_is_computed_in_parts_of_its_own(kind, rows):
+    x = jnp.zeros((1, 4096, 1, 4), jnp.bfloat16)
+    call = check(Call(x, x, x, dropout=Dropout(jax.random.key(0), 0.1)))
+    assert SIZES[kind].lay(call, "q").full == ((2, rows), (1, rows))
 
 
 @pytest.mark.parametrize(
@@ -297,6 +374,13 @@ def test_rows_are_held_together_where_they_need_no_padding(length, resident, blo
     g = geometry(call, "q", Blocks(512, 512, resident=resident, standing=4096))
     assert g.blocks == blocks
     assert g.padded["q"] - length < 512
+
+
+@pytest.mark.parametrize(("resident", "chunks"), [(4096, 1), (4095, 2), (1500, 4), (520, 8)])
+def test_a_length_that_fits_is_not_padded_by_its_chunks(resident, chunks):
+    x = jnp.zeros((1, 4096, 1, 4), jnp.bfloat16)
+    g = geometry(check(Call(x, x, x)), "q", Blocks(512, 512, resident=resident))
+    assert (g.chunks, g.padded["k"]) == (chunks, 4096)
 
 
 def test_tall_tiles_are_not_taken_where_memory_is_short():
