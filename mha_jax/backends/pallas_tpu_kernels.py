@@ -109,11 +109,18 @@ def _forward_block(view: View, precision: Any) -> None:
 
 
 def as_line(column: Array) -> Array:
-    """Turn columns of 128 equal lanes into one line along the lanes: the diagonals of their squares."""
-    row, lane = (lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
-    squares = (column[at : at + LANES] for at in range(0, column.shape[0], LANES))
-    diagonals = (jnp.where(row == lane, square, 0) for square in squares)
-    return jnp.concatenate([jnp.sum(x, axis=0, keepdims=True) for x in diagonals], 1)
+    """Turn columns of 128 equal lanes into one line along the lanes.
+
+    Of every 8 rows, 8 lanes are kept, and of these the diagonal.
+    """
+    row, lane = (lax.broadcasted_iota(jnp.int32, (8, LANES), axis) for axis in (0, 1))
+    lines = []
+    for square in range(0, column.shape[0], LANES):
+        found = column[square : square + 8]
+        for at in range(8, LANES, 8):
+            found = jnp.where(lane < at, found, column[square + at : square + at + 8])
+        lines.append(jnp.sum(jnp.where(lane % 8 == row, found, 0), axis=0, keepdims=True))
+    return jnp.concatenate(lines, 1)
 
 
 def by_lane(p: Array) -> Array:
