@@ -38,7 +38,7 @@ class Blocks:
       rows: Tokens that stay still while the columns pass by.
       columns: Tokens of one unit: what is skipped, masked or computed as a whole.
       full: How many units are computed at once where all of them are fully visible, most first, then 1.
-      sweep: Rows that are computed at once in a full tile, for each number in `full`; all if not given.
+      sweep: Heights of the parts in which a full tile is computed, if they add up to its rows.
       grain: Side of the squares by which a tile is judged; 128 where it does not divide the tile.
       resident: Most column tokens held in VMEM at once, if its bytes allow so many.
       standing: Most row tokens held in VMEM at once, one block if fewer.
@@ -67,7 +67,8 @@ class Geometry:
     rows: int
     unit: int
     grain: tuple[int, int]  # rows and columns
-    full: tuple[tuple[int, int], ...]  # units, and rows, of a full tile that are computed at once
+    full: tuple[int, ...]  # units of a full tile that are computed at once, most first
+    sweep: tuple[int, ...]  # heights of its parts
     units: int  # in one resident chunk
     row_blocks: int
     blocks: int  # of rows in one grid step
@@ -112,12 +113,8 @@ def geometry(call: Call, still: str, blocks: Blocks) -> Geometry:
     # A few chunks more rather than padding a length that fits.
     chunks = next((n for n in range(chunks, 2 * chunks) if units % n == 0), chunks)
     units = -(-units // chunks)
-    sweep = blocks.sweep or (rows,) * len(blocks.full)
-    full = tuple(
-        (size, step if rows % step == 0 else rows)
-        for size, step in zip(blocks.full, sweep)
-        if size <= units
-    )
+    full = tuple(size for size in blocks.full if size <= units)
+    sweep = blocks.sweep if sum(blocks.sweep) == rows else (rows,)
     # Several blocks of queries would need as many running sums from chunk to chunk.
     most = 1 if still == "q" and chunks > 1 else max(1, blocks.standing // rows)
     together = max(n for n in range(1, min(most, row_blocks) + 1) if row_blocks % n == 0)
@@ -127,7 +124,7 @@ def geometry(call: Call, still: str, blocks: Blocks) -> Geometry:
 
     return Geometry(
         *(still, b, heads, call.groups, (t, s)),
-        *(rows, unit, (grain(rows), grain(unit)), full, units, row_blocks, together, chunks),
+        *(rows, unit, (grain(rows), grain(unit)), full, sweep, units, row_blocks, together, chunks),
     )
 
 
@@ -137,12 +134,10 @@ def geometry(call: Call, still: str, blocks: Blocks) -> Geometry:
 class Shape(NamedTuple):
     """One way to compute tiles.
 
-    `size` is how many units it takes at once, `sweep` how many rows at once where they are full, and
-    `pattern` the kinds of the grains where they are not.
+    `size` is how many units it takes at once, `pattern` the kinds of the grains where they are not full.
     """
 
     size: int
-    sweep: int
     pattern: Pattern = ()
 
 
@@ -214,10 +209,9 @@ def order(call: Call, g: Geometry, most_words: int = 2**16, most_patterns: int =
     xp: Any = np if static else jnp
     # Where data decide, few shapes: every one is compiled.
     sizes = g.full if static else tuple({g.full[0]: 0, g.full[-1]: 0})
-    full = [(Shape(size, sweep), 0) for size, sweep in sizes]
+    full = [(Shape(size), 0) for size in sizes]
     lists = kind.shape[0] * kind.shape[1] * g.row_blocks * g.chunks
-    shapes = [Shape(size, sweep) for size, sweep in sizes]
-    shapes += [Shape(1, g.rows)] * (most_patterns if static else 1)
+    shapes = [Shape(size) for size in (*sizes, *(1,) * (most_patterns if static else 1))]
     if lists * entry(g, shapes) > most_words:
         # One list for all, partial where they differ.
         same = (kind == kind[:1, :1]).all((0, 1), keepdims=True)
@@ -225,7 +219,7 @@ def order(call: Call, g: Geometry, most_words: int = 2**16, most_patterns: int =
     rows, columns = g.rows // g.grain[0], g.unit // g.grain[1]
     tiles: Any = kind.reshape(-1, g.row_blocks, rows, g.chunks * g.units, columns).swapaxes(2, 3)
     code, patterns = _code(tiles, most_patterns) if static else _code_of_data(tiles)
-    partial = [(Shape(1, g.rows, pattern), 1 + i) for i, pattern in enumerate(patterns)]
+    partial = [(Shape(1, pattern), 1 + i) for i, pattern in enumerate(patterns)]
     first = [way for way in partial if static and g.chunks == 1 and _can_be_first(way, code)][:1]
     ways = [*first, *full, *(way for way in partial if way not in first)]
     groups = kind.shape[0], kind.shape[1]
@@ -284,7 +278,7 @@ def _listed(
         rest = g.units - covered.shape[-1]
         code = xp.where(xp.pad(covered, ((0, 0),) * 3 + ((0, rest),)), -1, code)
     if not kept:  # nothing is visible: one empty list
-        kept, counts, lists = [Shape(1, g.rows)], [live * 0], [code * 0]
+        kept, counts, lists = [Shape(1)], [live * 0], [code * 0]
     table = xp.concatenate([xp.stack(counts, -1), *lists], -1).astype(np.int32)
     numbers = xp.where(live, np.arange(g.chunks)[None, None], -1)
     if static:

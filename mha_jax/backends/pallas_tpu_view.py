@@ -66,8 +66,8 @@ class Part:
 def parts(g: Geometry, shape: Shape, at: Any, fresh: bool = False) -> list[Part]:
     """Return the parts of a tile that begins at column `at`."""
     if not shape.pattern:
-        tops = range(0, g.rows, shape.sweep)
-        return [Part(top, shape.sweep, at, shape.size * g.unit) for top in tops]
+        tops = itertools.accumulate(g.sweep[:-1], initial=0)
+        return [Part(top, height, at, shape.size * g.unit) for top, height in zip(tops, g.sweep)]
     found, top = [], 0
     for kinds, alike in itertools.groupby(shape.pattern):
         height = g.grain[0] * len(list(alike))

@@ -328,14 +328,14 @@ def test_what_only_data_know_is_masked_as_a_whole():
 
 
 def test_a_tile_is_computed_in_parts():
-    _, g, _ = lists_of(Causal(), 512, Blocks(512, 512, full=(1,), sweep=(256,)))
-    assert parts(g, Shape(1, 256), 1024) == [Part(0, 256, 1024, 512), Part(256, 256, 1024, 512)]
-    assert parts(g, Shape(1, 512, ("P.", "FP")), 1024) == [
+    _, g, _ = lists_of(Causal(), 512, Blocks(512, 512, sweep=(128, 384)))
+    assert parts(g, Shape(1), 1024) == [Part(0, 128, 1024, 512), Part(128, 384, 1024, 512)]
+    assert parts(g, Shape(1, ("P.", "FP")), 1024) == [
         Part(0, 256, 1024, 256, "P"),
         Part(256, 256, 1024, 512, "FP"),
     ]
-    assert parts(g, Shape(1, 512, (".F", "..")), 0, True) == [Part(0, 256, 256, 256, "", True)]
-    assert parts(g, Shape(1, 512, ("PP", "PP")), 0) == [Part(0, 512, 0, 512, "PP")]
+    assert parts(g, Shape(1, (".F", "..")), 0, True) == [Part(0, 256, 256, 256, "", True)]
+    assert parts(g, Shape(1, ("PP", "PP")), 0) == [Part(0, 512, 0, 512, "PP")]
 
 
 def test_lists_are_shared_where_scalar_memory_is_short():
@@ -357,11 +357,17 @@ def test_tall_tiles_are_taken_where_data_decide_nothing(kind):
     assert SIZES[kind].lay(check(Call(x, x, x, tokens, tokens, ValidKeys())), "q").rows == 512
 
 
-@pytest.mark.parametrize(("kind", "rows"), [("v5e", 256), ("v6e", 512)])
-def test_dropout_is_computed_in_parts_of_its_own(kind, rows):
+@pytest.mark.parametrize("kind", ["v5e", "v5p", "v6e", "tpu7x"])
+def test_dropout_is_computed_in_parts_of_its_own(kind):
     x = jnp.zeros((1, 4096, 1, 4), jnp.bfloat16)
-    call = check(Call(x, x, x, dropout=Dropout(jax.random.key(0), 0.1)))
-    assert SIZES[kind].lay(call, "q").full == ((2, rows), (1, rows))
+    dropout = Dropout(jax.random.key(0), 0.1)
+    with_it, without = (check(Call(x, x, x, dropout=d)) for d in (dropout, None))
+    sweeps = [SIZES[kind].lay(call, "q").sweep for call in (with_it, without)]
+    assert sweeps[0] != sweeps[1] and {sum(sweep) for sweep in sweeps} == {1024}
+
+
+def test_a_tile_whose_rows_are_not_those_of_the_sweep_is_computed_at_once():
+    assert lists_of(Full(), 600, Blocks(512, 512, sweep=(128, 384)))[1].sweep == (384,)
 
 
 @pytest.mark.parametrize(
