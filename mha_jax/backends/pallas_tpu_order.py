@@ -36,7 +36,7 @@ class Blocks:
 
     Args:
       rows: Tokens that stay still while the columns pass by.
-      columns: Tokens of one unit: what is skipped, masked or computed as a whole.
+      columns: Tokens of one unit: a tile, which is full, empty, or has a pattern.
       full: How many units are computed at once where all of them are fully visible, most first, then 1.
       sweep: Heights of the parts in which a full tile is computed, if they add up to its rows.
       grain: Side of the squares by which a tile is judged; 128 where it does not divide the tile.
