@@ -77,11 +77,13 @@ class Sizes:
                 blocks = dataclasses.replace(blocks, sweep=self.dropout_sweep)
             return geometry(call, still, blocks)
 
+        first, *others = choices
+        pairs = visited_pairs(call, laid(first)) if others else None
+        if pairs is None:  # there is nothing to choose from, or only the data know
+            return laid(first)
+
         def cost(blocks: Blocks) -> float:
-            pairs = visited_pairs(call, laid(blocks))
-            if pairs is None:
-                return choices.index(blocks)
-            return pairs * blocks.cost
+            return visited_pairs(call, laid(blocks)) * blocks.cost  # type: ignore[operator]
 
         return laid(min(choices, key=cost))
 

@@ -191,7 +191,7 @@ def _backward_block(view: View, precision: Any) -> None:
         keep = None if plan.dropout is None else view.kept(part)
         kept = p if keep is None else jnp.where(keep, p, 0.0)
         dv_sum[part.rows] += dot(kept.astype(d_out.dtype), d_out[here], (1, 0), precision)
-        dp = dot(v[part.rows], d_out[part.columns], (1, 1), precision)
+        dp = dot(v[part.rows], d_out[here], (1, 1), precision)
         ds = slopes(view, p, x, dp, keep, part)
         if bias_side == "k":
             refs["d_bias_sum"][part.rows] += by_lane(ds)
