@@ -3,14 +3,11 @@
 import importlib
 import typing
 
-from mha_jax.attention import attend, attention_scores, dot_product_attention, explain
-from mha_jax.backends.base import Call, Output
-from mha_jax.cache import Cache
-from mha_jax.dropout import Dropout
-from mha_jax.errors import MhaError, ShapeError, UnsupportedError, WeightsError
-from mha_jax.functional import init_params, multi_head_attention
-from mha_jax.layer import MultiHeadAttention
-from mha_jax.masks import (
+from mha_jax.attention.cache import Cache
+from mha_jax.attention.call import Call, Output
+from mha_jax.attention.dropout import Dropout
+from mha_jax.attention.functions import attend, attention_scores, dot_product_attention, explain
+from mha_jax.attention.masks import (
     Causal,
     Dense,
     Full,
@@ -20,18 +17,31 @@ from mha_jax.masks import (
     ValidQueries,
     Window,
 )
-from mha_jax.summaries import scores_entropy, scores_max, scores_mean, scores_top_k
-from mha_jax.tokens import Tokens
+from mha_jax.attention.scores import scores_entropy, scores_max, scores_mean, scores_top_k
+from mha_jax.attention.tokens import Tokens
+from mha_jax.errors import MhaError, ShapeError, UnsupportedError, WeightsError
+from mha_jax.layer.functional import init_params, multi_head_attention
+from mha_jax.layer.linen import MultiHeadAttention
 
 __version__ = "0.1.0"
 
-# Sub-packages that need more than the core does, imported when first used: `mha_jax.interop.keras`.
-_LAZY = ("bench", "interop", "models", "nnx", "sharding", "visualize")
+# Rooms that are imported when first used: `mha_jax.interop.keras`, `mha_jax.nnx`.
+_ROOMS = {
+    "constraints": "mha_jax.layer.constraints",
+    "initializers": "mha_jax.layer.initializers",
+    "interop": "mha_jax.interop",
+    "models": "mha_jax.models",
+    "nnx": "mha_jax.layer.nnx",
+    "regularizers": "mha_jax.layer.regularizers",
+    "sharding": "mha_jax.sharding",
+    "train": "mha_jax.train",
+    "visualize": "mha_jax.visualize",
+}
 
 
 def __getattr__(name: str) -> typing.Any:
-    if name in _LAZY:
-        return importlib.import_module(f"mha_jax.{name}")
+    if name in _ROOMS:
+        return importlib.import_module(_ROOMS[name])
     raise AttributeError(f"module 'mha_jax' has no attribute {name!r}")
 
 

@@ -29,15 +29,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from mha_jax.backends.base import Call, Gradients, Output
-from mha_jax.partitioning import Axes, Plan, bind, whole_call
+from mha_jax.attention.call import Call, Gradients, Output
+from mha_jax.engine.attention_pass import Axes, Plan, bind, whole_call
 from mha_jax.types import Array, Params
 
 
 def specs(call: Call, axes: Axes) -> Call:
     """Return the PartitionSpec of every array of a checked call.
 
-    >>> from mha_jax.checks import check
+    >>> from mha_jax.attention.check import check
     >>> x = jnp.ones((4, 5, 2, 8))
     >>> tuple(specs(check(Call(x, x, x)), Axes(batch=("data",), heads=("model",))).q)
     ('data', None, 'model', None)
@@ -187,7 +187,7 @@ def logical_axes(params: Params) -> Any:
       The tree of `params` with a tuple of names for every array, as long as its rank. "kv_heads" are
       key-value heads where they are fewer than query heads. Axes that have no name have None.
 
-    >>> from mha_jax.functional import init_params
+    >>> from mha_jax.layer.functional import init_params
     >>> x = jnp.ones((2, 5, 16))
     >>> params = init_params(jax.random.key(0), x, x, num_heads=4, key_dim=8, use_bias=False)
     >>> logical_axes(params)["attention_output"]
@@ -224,7 +224,7 @@ def partition_specs(params: Params, rules: Mapping[str, Any]) -> Any:
     Returns:
       The tree of `params` with a PartitionSpec for every array.
 
-    >>> from mha_jax.functional import init_params
+    >>> from mha_jax.layer.functional import init_params
     >>> x = jnp.ones((2, 5, 16))
     >>> params = init_params(jax.random.key(0), x, x, num_heads=4, key_dim=8)
     >>> tuple(partition_specs(params, {"heads": "model"})["query"]["kernel"])
@@ -243,7 +243,7 @@ def with_logical_names(params: Params) -> Any:
     That function gives one tuple of names to every kernel that an initializer draws; here the output
     kernel and the biases have those of their own axes.
 
-    >>> from mha_jax.functional import init_params
+    >>> from mha_jax.layer.functional import init_params
     >>> x = jnp.ones((2, 5, 16))
     >>> params = init_params(jax.random.key(0), x, x, num_heads=4, key_dim=8)
     >>> with_logical_names(params)["query"]["bias"].names

@@ -15,7 +15,7 @@ os.environ.setdefault("TPU_WORKER_ID", "0")
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    ["mha_jax.softmax", "mha_jax.backends.reference", "mha_jax.backends.blockwise"],
+    ["mha_jax.attention.softmax", "mha_jax.backends.reference", "mha_jax.backends.blockwise"],
     "beartype.beartype",
 )
 

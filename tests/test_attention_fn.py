@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 import mha_jax as mj
-from mha_jax import attention_fn
-from mha_jax.attention_fn import SharedDropout
+from mha_jax.attention import attention_fn
+from mha_jax.attention.attention_fn import SharedDropout
 from mha_jax.errors import ShapeError, UnsupportedError
 from tests.drawn import draw_variables
 from tests.oracles import attention as oracle

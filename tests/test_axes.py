@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mha_jax import ShapeError
-from mha_jax.axes import Folding, fold_mask, foldings, resolve, unfold_scores
+from mha_jax.layer.axes import Folding, fold_mask, foldings, resolve, unfold_scores
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from mha_jax import constraints
 from mha_jax.errors import ShapeError, WeightsError
+from mha_jax.layer import constraints
 
 RNG = np.random.default_rng(0)
 WEIGHTS = np.asarray(RNG.normal(size=(7, 3, 5)), np.float32)

@@ -14,7 +14,7 @@ import mha_jax
 # What an example may use without importing it.
 NAMES = {"jax": jax, "jnp": jnp, "np": np, "mj": mha_jax}
 # Programs, whose modules need the packages of the `train` extra.
-PROGRAMS = ("mha_jax.train", "mha_jax.bench", "mha_jax.predict")
+PROGRAMS = ("mha_jax.train",)
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(mha_jax.__path__, "mha_jax.")

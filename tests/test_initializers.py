@@ -9,8 +9,8 @@ import keras
 import numpy as np
 import pytest
 
-from mha_jax import initializers
 from mha_jax.errors import ShapeError, WeightsError
+from mha_jax.layer import initializers
 
 NAMES = [
     "zeros",

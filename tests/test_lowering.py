@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mha_jax import Call, Causal, attend
 from mha_jax.backends.pallas_tpu import PallasTPU
-from mha_jax.lowering import turn
+from mha_jax.engine.lowering import turn
 
 INTERPRETED = PallasTPU(interpret=pltpu.InterpretParams())
 

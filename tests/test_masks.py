@@ -18,8 +18,8 @@ from mha_jax import (
     ValidQueries,
     Window,
 )
-from mha_jax.masks import And, Not, Or, Reach
-from mha_jax.tokens import extents
+from mha_jax.attention.masks import And, Not, Or, Reach
+from mha_jax.attention.tokens import extents
 
 B, N, T, S = 2, 3, 11, 13
 

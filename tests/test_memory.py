@@ -9,8 +9,8 @@ import pytest
 
 import mha_jax as mj
 from mha_jax import Call, Causal, Dropout, SameSegment, Tokens, ValidKeys, ValidQueries, Window
-from mha_jax.axes import Folding
 from mha_jax.backends.reference import Reference
+from mha_jax.layer.axes import Folding
 
 LONG, HEADS, SIZE = 4096, 2, 8
 DROPOUT = Dropout(jax.random.key(0), 0.1)

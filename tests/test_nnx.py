@@ -14,7 +14,7 @@ from flax import nnx
 
 import mha_jax as mj
 from mha_jax.errors import ShapeError, UnsupportedError, WeightsError
-from mha_jax.nnx import Loss, MultiHeadAttention
+from mha_jax.layer.nnx import Loss, MultiHeadAttention
 from tests.drawn import draw_variables
 
 B, T, S, D, D2, D3 = 2, 5, 7, 11, 3, 13
@@ -330,7 +330,7 @@ def test_wrong_calls():
 def test_nnx_is_not_imported_before_it_is_used():
     program = """
 import sys, mha_jax
-assert "flax.nnx" not in sys.modules and "mha_jax.nnx" not in sys.modules
-assert mha_jax.nnx.MultiHeadAttention.__module__ == "mha_jax.nnx"
+assert "flax.nnx" not in sys.modules and "mha_jax.layer.nnx" not in sys.modules
+assert mha_jax.nnx.MultiHeadAttention.__module__ == "mha_jax.layer.nnx"
 """
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 import pytest
 
-from mha_jax import regularizers
 from mha_jax.errors import ShapeError, WeightsError
+from mha_jax.layer import regularizers
 
 WEIGHTS = np.asarray(np.random.default_rng(0).normal(size=(7, 3, 5)), np.float32)
 BIAS = WEIGHTS[0]

@@ -23,7 +23,7 @@ from mha_jax import (
     init_params,
     multi_head_attention,
 )
-from mha_jax.checks import check
+from mha_jax.attention.check import check
 from mha_jax.sharding import (
     Axes,
     logical_axes,

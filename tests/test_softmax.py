@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mha_jax import softmax
+from mha_jax.attention import softmax
 
 R, T, S, V = 2, 5, 17, 3
 EPSILON = np.finfo(np.float32).eps

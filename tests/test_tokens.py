@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mha_jax import Tokens
-from mha_jax.tokens import extents, silence
+from mha_jax.attention.tokens import extents, silence
 
 ARRAYS = ("index", "pos", "segment", "valid")
 

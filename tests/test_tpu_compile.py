@@ -20,9 +20,9 @@ from mha_jax import (
     attend,
     explain,
 )
-from mha_jax.backends.base import Output
+from mha_jax.attention.call import Output
+from mha_jax.attention.check import check
 from mha_jax.backends.pallas_tpu import SIZES, PallasTPU
-from mha_jax.checks import check
 
 pytest.importorskip("libtpu", reason="libtpu is not installed: pip install libtpu")
 from tests.topologies import TOPOLOGIES, compiled, largest_array

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mha_jax.bench.tpu_schedule import read, read_dump
+from benchmarks.tpu_schedule import read, read_dump
 
 # The last bundle of the inner loop belongs to what comes after it: the compiler moved it in.
 LISTING = """

@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mha_jax import Call, Causal, Dropout
-from mha_jax.backends.base import Output
-from mha_jax.checks import check
-from mha_jax.differentiation import Tiled
+from mha_jax.attention.call import Output
+from mha_jax.attention.check import check
+from mha_jax.engine.derivative import Tiled
 from mha_jax.sharding import Sharded
 from tests.test_sharding import exchanges
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax import lax
 
-from mha_jax import softmax
-from mha_jax.backends.base import Call, Output, logits
+from mha_jax.attention import softmax
+from mha_jax.attention.call import Call, Output, logits
 
 
 @dataclasses.dataclass(frozen=True)

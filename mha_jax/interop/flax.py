@@ -18,11 +18,11 @@ from typing import Any
 
 import flax.linen as nn  # type: ignore[import-not-found]
 
-from mha_jax import initializers
-from mha_jax.attention import dot_product_attention
+from mha_jax.attention.functions import dot_product_attention
 from mha_jax.errors import WeightsError
 from mha_jax.interop import weights
-from mha_jax.layer import MultiHeadAttention
+from mha_jax.layer import initializers
+from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.types import Params
 
 _OURS = {"query": "query", "key": "key", "value": "value", "out": "attention_output"}
@@ -133,7 +133,7 @@ def import_nnx(nnx_layer: Any) -> tuple[MultiHeadAttention, dict[str, Params]]:
         it does not keep its own.
 
     Returns:
-      (module, {"params": ...}); the same tree is that of `mha_jax.nnx.MultiHeadAttention`.
+      (module, {"params": ...}); the same tree is that of `mha_jax.layer.nnx.MultiHeadAttention`.
 
     Raises:
       WeightsError: If the layer is of another class, or its weights do not fit its arguments.

@@ -15,11 +15,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax import axes
 from mha_jax.errors import WeightsError
 from mha_jax.interop import weights
 from mha_jax.interop.keras_file import Stored, read
-from mha_jax.layer import MultiHeadAttention
+from mha_jax.layer import axes
+from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.types import Array, Params
 
 _CLASSES = ("MultiHeadAttention", "GroupedQueryAttention")

@@ -23,7 +23,7 @@ import numpy as np
 
 from mha_jax.errors import ShapeError, UnsupportedError, WeightsError
 from mha_jax.interop import weights
-from mha_jax.layer import MultiHeadAttention
+from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.types import ArrayLike, Params
 
 _TARGET = "torch.nn.MultiheadAttention"

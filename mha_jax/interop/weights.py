@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax import projections
 from mha_jax.errors import UnsupportedError, WeightsError
-from mha_jax.layer import MultiHeadAttention
+from mha_jax.layer import projections
+from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.types import Array, Params
 
 # Arguments of the layer that shape training only, and their values where there is nothing to carry over.

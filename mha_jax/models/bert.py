@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax.attention import attention_scores
-from mha_jax.backends.base import Call
+from mha_jax.attention.call import Call
+from mha_jax.attention.functions import attention_scores
+from mha_jax.attention.masks import ValidKeys
+from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
-from mha_jax.layer import MultiHeadAttention
-from mha_jax.masks import ValidKeys
-from mha_jax.projections import project
-from mha_jax.tokens import Tokens
+from mha_jax.layer.linen import MultiHeadAttention
+from mha_jax.layer.projections import project
 from mha_jax.types import Array, ArrayLike, Bool, Float, Int
 
 # By the mean of squared deviations, as accurate as the tiny epsilon needs.

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax.cache import Cache
-from mha_jax.layer import MultiHeadAttention
+from mha_jax.attention.cache import Cache
+from mha_jax.layer.linen import MultiHeadAttention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mha_jax import constraints
+from mha_jax.layer import constraints
 from mha_jax.train.errors import ConfigError
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from mha_jax.attention.masks import Mask
+from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
-from mha_jax.masks import Mask
-from mha_jax.tokens import Tokens
 from mha_jax.visualize.inputs import Labels, check_labels, each_layer, numbers
 
 # Inches of a whole picture, about the width of a page.

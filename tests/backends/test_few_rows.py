@@ -6,11 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from mha_jax.backends import few_rows
-from mha_jax.backends.base import Call
-from mha_jax.backends.blockwise import Blockwise
+from mha_jax.attention.call import Call
+from mha_jax.attention.check import check
+from mha_jax.backends.blockwise import Blockwise, few_rows
 from mha_jax.backends.reference import Reference
-from mha_jax.checks import check
 from tests import oracles
 from tests.cases import CASES
 

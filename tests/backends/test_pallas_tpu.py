@@ -22,9 +22,10 @@ from mha_jax import (
     Window,
     attend,
 )
-from mha_jax.backends.base import Output
+from mha_jax.attention.call import Output
+from mha_jax.attention.check import check
 from mha_jax.backends.pallas_tpu import SIZES, PallasTPU, Sizes
-from mha_jax.backends.pallas_tpu_order import (
+from mha_jax.backends.pallas_tpu.order import (
     EMPTY,
     FULL,
     Blocks,
@@ -35,8 +36,7 @@ from mha_jax.backends.pallas_tpu_order import (
     split,
     visited_pairs,
 )
-from mha_jax.backends.pallas_tpu_view import Part, parts
-from mha_jax.checks import check
+from mha_jax.backends.pallas_tpu.view import Part, parts
 from tests import oracles
 from tests.backends.test_backends import BACKWARD, FORWARD, errors, truth
 from tests.cases import CASES, Case

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mha_jax import Call, Causal, Dropout, Tokens, attend
-from mha_jax.attention_fn import SharedDropout
-from mha_jax.backends.base import Output
-from mha_jax.checks import check
+from mha_jax.attention.attention_fn import SharedDropout
+from mha_jax.attention.call import Output
+from mha_jax.attention.check import check
 from tests.backends.test_pallas_tpu import SMALL, assert_as_good_as_reference, errors_of, run
 from tests.cases import COLUMNS, ROWS, Case
 

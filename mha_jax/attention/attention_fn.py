@@ -1,0 +1,181 @@
+"""What Flax's attention layers pass to their `attention_fn`, as parts of a call.
+
+`flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAttention` take a function in place of
+their own `dot_product_attention`. linen passes those of its keywords that `inspect.signature` shows and
+drops the others without a word, nnx passes all: so the function must show every name, and each must
+mean here what it means there, or be refused.
+
+Two answers differ by design: a query that may attend to nothing gives zeros here and the mean of all
+values in Flax, and the bits of the dropout are those of `mha_jax.attention.dropout`.
+"""
+
+import dataclasses
+import difflib
+import inspect
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from typing_extensions import TypedDict
+
+from mha_jax.attention.call import Call
+from mha_jax.attention.dropout import Dropout
+from mha_jax.attention.masks import Causal, Dense
+from mha_jax.errors import ShapeError, UnsupportedError
+from mha_jax.types import Array, DType, PRNGKey
+
+_Function = TypeVar("_Function")
+
+
+class FlaxArguments(TypedDict, total=False):
+    """The keywords of Flax's `dot_product_attention` that are not ours, with Flax's meaning.
+
+    Args:
+      broadcast_dropout: Whether all examples and heads drop the same weights; True if left out.
+      dropout_rng: Key of the dropout.
+      dropout_rate: Share of the weights to drop, unless `deterministic`.
+      deterministic: Whether nothing is dropped.
+      dtype: Of the computation; that of query, key and value together if None.
+      module: The layer in whose intermediates the weights before dropout are sown.
+      is_causal: Hide keys after the query, as `mask=Causal()`.
+      force_fp32_for_softmax: Changes nothing: the softmax is never narrower than float32.
+      einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum, promote_dtype: Refused
+        unless None.
+    """
+
+    broadcast_dropout: bool
+    dropout_rng: PRNGKey | None
+    dropout_rate: float
+    deterministic: bool
+    dtype: DType
+    module: Any
+    is_causal: bool
+    force_fp32_for_softmax: bool
+    einsum_dot_general: Any
+    qk_attn_weights_einsum: Any
+    attn_weights_value_einsum: Any
+    promote_dtype: Any
+
+
+_NAMES = tuple(FlaxArguments.__annotations__)
+_REFUSED = (
+    "einsum_dot_general",
+    "qk_attn_weights_einsum",
+    "attn_weights_value_einsum",
+    "promote_dtype",
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SharedDropout(Dropout):
+    """Dropout of the same weights in every example and head: Flax's `broadcast_dropout`.
+
+    Its bits are those of the first example and head of `Dropout`.
+
+    >>> shared = SharedDropout(jax.random.key(0), 0.5)
+    >>> keep = shared.keep(2, 3, jnp.arange(4)[None], jnp.arange(5)[None])
+    >>> keep.shape, bool((keep == keep[:1, :1]).all())
+    ((2, 3, 4, 5), True)
+    """
+
+    def row_keys(self, batch, heads, rows):
+        length = rows.shape[1]
+        first = Dropout(self.key, self.rate).row_keys(1, 1, rows.reshape(1, -1))
+        a, c = (
+            jnp.broadcast_to(word.reshape(-1, 1, length), (batch, heads, length)) for word in first
+        )
+        return a, c
+
+
+def shows_flax_arguments(function: _Function) -> _Function:
+    """Let `inspect.signature` of a function with `**flax` show the names of FlaxArguments."""
+    signature = inspect.signature(function)  # type: ignore[arg-type]
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _NAMES
+    ]
+    function.__signature__ = signature.replace(parameters=own + more)  # type: ignore[attr-defined]
+    return function
+
+
+def with_flax_arguments(call: Call, flax: FlaxArguments) -> Call:
+    """Return an unchecked call with Flax's arguments carried out.
+
+    A mask array and a bias are aligned at their last axes, as NumPy does it, and a mask of numbers is
+    True where they are not 0: so they mean what they mean in Flax.
+
+    Raises:
+      TypeError: If a name is not one of Flax's.
+      ShapeError: If the dropout is given twice, or has no key.
+      UnsupportedError: If an argument would replace the products of attention.
+    """
+    _check_names(flax)
+    mask, bias, rank = call.mask, call.bias, jnp.ndim(call.q)
+    if isinstance(mask, Dense):
+        mask = Dense(_aligned(jnp.asarray(mask.array).astype(bool), rank))
+    if flax.get("is_causal"):
+        mask = mask & Causal()
+    dtype = flax.get("dtype")
+    if dtype is None:
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = jnp.result_type(call.q, call.k, call.v)
+    return dataclasses.replace(
+        call,
+        q=jnp.asarray(call.q, dtype),
+        k=jnp.asarray(call.k, dtype),
+        v=jnp.asarray(call.v, dtype),
+        mask=mask,
+        bias=None if bias is None else _aligned(jnp.asarray(bias), rank),
+        dropout=_dropout(call, flax),
+    )
+
+
+def sow(module: Any, scores: Array) -> None:
+    """Keep scores in the intermediates of a linen or nnx module, under Flax's name."""
+    if isinstance(module, nn.Module):
+        module.sow("intermediates", "attention_weights", scores)
+        return
+    from flax import nnx
+
+    module.sow(nnx.Intermediate, "attention_weights", scores)
+
+
+def _check_names(flax: FlaxArguments) -> None:
+    for name, value in flax.items():
+        if name not in _NAMES:
+            near = difflib.get_close_matches(name, _NAMES, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise TypeError(
+                f"dot_product_attention() got an unexpected keyword argument {name!r}.{hint}"
+            )
+        if name in _REFUSED and value is not None:
+            raise UnsupportedError(
+                f"{name} would replace the products of attention, which are the backend's own: got "
+                f"{value!r}. Leave it unset in the Flax layer (its projections may keep their "
+                "dot_general), or use Flax's own dot_product_attention."
+            )
+
+
+def _dropout(call: Call, flax: FlaxArguments) -> Dropout | None:
+    rate, rng = flax.get("dropout_rate", 0.0), flax.get("dropout_rng")
+    if flax.get("deterministic", False) or rate == 0:
+        return call.dropout
+    if call.dropout is not None:
+        raise ShapeError(
+            f"dropout was given twice: with rate {call.dropout.rate} as dropout= and as "
+            f"dropout_rate={rate}. "
+            "Pass dropout=Dropout(key, rate), or Flax's dropout_rate and dropout_rng."
+        )
+    if rng is None:
+        raise ShapeError(
+            f"dropout needs a key: got dropout_rate={rate} and deterministic=False with "
+            "dropout_rng=None. Pass dropout_rng=jax.random.key(0), a new key for every step, or "
+            "deterministic=True."
+        )
+    return SharedDropout(rng, rate) if flax.get("broadcast_dropout", True) else Dropout(rng, rate)
+
+
+def _aligned(a: Array, rank: int) -> Array:
+    return a.reshape((1,) * (rank - a.ndim) + a.shape)

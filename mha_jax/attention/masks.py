@@ -1,0 +1,275 @@
+"""Masks: a lazy algebra of rules on (query token, key token) that never becomes T x S.
+
+A mask says `visible`: may this query token attend to this key token? It is written with comparison
+and bit operators only, so that NumPy arrays, tracers and values inside a kernel all work, and with
+facts that broadcast, so that it neither knows nor cares how a tile is laid out. It may also say
+`reach`: what is certain about a whole tile, from the intervals of its facts. A tile where no pair
+is visible is skipped, one where every pair is runs unmasked. `&`, `|` and `~` combine both.
+
+Every array leaf of a mask is a [#B, #N, #T, #S] boolean, and only `Dense` has one: a tile of a mask
+is `jax.tree.map(cut, mask)`. `True` means "may attend". A row that sees nothing gives zeros.
+
+To add a mask: subclass `Mask`, register it as a pytree with static fields, write `visible`.
+
+>>> mask = Causal() & ~Window(0, 0)          # the past, without oneself
+>>> mask.matrix(Tokens(3), Tokens(3)).astype(int).tolist()
+[[0, 0, 0], [1, 0, 0], [1, 1, 0]]
+"""
+
+import dataclasses
+import numbers
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from typing_extensions import dataclass_transform
+
+from mha_jax.attention.tokens import Facts, Tokens
+from mha_jax.errors import ShapeError
+from mha_jax.types import ArrayLike, Bool
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def static(**options: Any) -> Any:
+    """Declare a field that is part of a mask's type, not an array."""
+    return dataclasses.field(metadata={"static": True}, **options)
+
+
+@dataclass_transform(frozen_default=True)
+def pytree(cls: _Class) -> _Class:
+    """Make a class a frozen dataclass and a pytree."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+class Reach(NamedTuple):
+    """What is certain about a tile: `some` pair may be visible; `every` pair surely is.
+
+    Sound means: no pair is visible where `some` is False, all are where `every` is True.
+    """
+
+    some: Any
+    every: Any
+
+    def __and__(self, other: "Reach") -> "Reach":  # type: ignore[override]
+        return Reach(self.some & other.some, self.every & other.every)
+
+    def __or__(self, other: "Reach") -> "Reach":
+        return Reach(self.some | other.some, self.every | other.every)
+
+    def __invert__(self) -> "Reach":
+        return Reach(~self.every, ~self.some)
+
+
+ANYTHING = Reach(np.True_, np.False_)
+EVERYTHING = Reach(np.True_, np.True_)
+
+
+class Mask:
+    """A rule on (query token, key token)."""
+
+    def visible(self, q: Facts, k: Facts) -> Any:
+        """Return booleans that broadcast to the tile: True where the query may attend to the
+        key."""
+        raise NotImplementedError
+
+    def reach(self, q: Facts, k: Facts) -> Reach:
+        """Return what is certain about tiles whose facts are intervals; saying nothing is sound."""
+        return ANYTHING
+
+    @property
+    def hides_invalid_keys(self) -> bool:
+        """Whether keys with `valid` False can surely not be seen by any query."""
+        return False
+
+    @property
+    def hides_invalid_queries(self) -> bool:
+        """Whether queries with `valid` False surely see no key."""
+        return False
+
+    def matrix(self, q: Tokens, k: Tokens) -> Bool[np.ndarray, "*B T S"]:
+        """Return the mask as NumPy, [T, S] or [#B, #N, T, S]: to look at, not to compute with."""
+        seen = np.asarray(self.visible(q.as_queries(), k.as_keys()))
+        shape = np.broadcast_shapes(seen.shape, (1, 1, q.length, k.length))
+        seen = np.broadcast_to(seen, shape)
+        return seen[0, 0] if shape[:2] == (1, 1) else seen
+
+    def __and__(self, other: "Mask") -> "Mask":
+        if isinstance(other, Full):
+            return self
+        return other if isinstance(self, Full) else And(self, other)
+
+    def __or__(self, other: "Mask") -> "Mask":
+        return Or(self, other)
+
+    def __invert__(self) -> "Mask":
+        return Not(self)
+
+
+@pytree
+class Full(Mask):
+    """Every query sees every key."""
+
+    def visible(self, q, k):
+        return np.True_
+
+    def reach(self, q, k):
+        return EVERYTHING
+
+
+@pytree
+class Causal(Mask):
+    """A query sees the keys at its own position and before.
+
+    From the top left when T != S, as Keras; `Tokens(T, start=S - T)` aligns at the bottom right.
+    """
+
+    def visible(self, q, k):
+        return q.positions >= k.positions
+
+    def reach(self, q, k):
+        (q_low, q_high), (k_low, k_high) = q.positions, k.positions
+        return Reach(q_high >= k_low, q_low >= k_high)
+
+
+@pytree
+class Window(Mask):
+    """A query sees `left` keys before its position, its own, and `right` keys after it.
+
+    Keras's `sliding_window=w` is `Window(w - 1, w - 1)`; jax.nn's `local_window_size=(l, r)` is
+    `Window(l, r)`. A negative size excludes: `Window(-1, r)` does not see its own position.
+    """
+
+    left: int = static()
+    right: int = static()
+
+    def __post_init__(self):
+        for name, size in (("left", self.left), ("right", self.right)):
+            if not isinstance(size, numbers.Integral) or isinstance(size, bool):
+                raise ShapeError(
+                    f"Window counts keys on each side: got {name}={size!r}. Expected an integer; for no "
+                    "limit on one side pass a size larger than any sequence."
+                )
+
+    def visible(self, q, k):
+        ahead = k.positions - q.positions
+        return (ahead >= -self.left) & (ahead <= self.right)
+
+    def reach(self, q, k):
+        (q_low, q_high), (k_low, k_high) = q.positions, k.positions
+        low, high = k_low - q_high, k_high - q_low
+        some = (high >= -self.left) & (low <= self.right)
+        return Reach(
+            some & (self.left + self.right >= 0), (low >= -self.left) & (high <= self.right)
+        )
+
+
+@pytree
+class SameSegment(Mask):
+    """A query sees the keys of its own packed sequence; a negative segment is padding, never
+    seen."""
+
+    def visible(self, q, k):
+        return (q.segment == k.segment) & (k.segment >= 0)
+
+    def reach(self, q, k):
+        (q_low, q_high), (k_low, k_high) = q.segment, k.segment
+        overlap = (q_low <= k_high) & (k_low <= q_high) & (q_high >= 0) & (k_high >= 0)
+        return Reach(overlap, (q_low == k_high) & (k_low == q_high) & (q_low >= 0) & (k_low >= 0))
+
+
+@pytree
+class ValidKeys(Mask):
+    """No query sees a key whose token is not valid."""
+
+    def visible(self, q, k):
+        return np.True_ if k.valid is None else k.valid
+
+    def reach(self, q, k):
+        return EVERYTHING if k.valid is None else Reach(k.valid[1], k.valid[0])
+
+    @property
+    def hides_invalid_keys(self):
+        return True
+
+
+@pytree
+class ValidQueries(Mask):
+    """A query whose token is not valid sees nothing."""
+
+    def visible(self, q, k):
+        return np.True_ if q.valid is None else q.valid
+
+    def reach(self, q, k):
+        return EVERYTHING if q.valid is None else Reach(q.valid[1], q.valid[0])
+
+    @property
+    def hides_invalid_queries(self):
+        return True
+
+
+@pytree
+class Dense(Mask):
+    """An explicit boolean array: the only mask that costs T x S memory, and the caller pays it."""
+
+    array: Bool[ArrayLike, "#B #N #T #S"]
+
+    def visible(self, q, k):
+        return self.array
+
+
+@pytree
+class And(Mask):
+    """Visible where both are."""
+
+    a: Mask
+    b: Mask
+
+    def visible(self, q, k):
+        return self.a.visible(q, k) & self.b.visible(q, k)
+
+    def reach(self, q, k):
+        return self.a.reach(q, k) & self.b.reach(q, k)
+
+    @property
+    def hides_invalid_keys(self):
+        return self.a.hides_invalid_keys or self.b.hides_invalid_keys
+
+    @property
+    def hides_invalid_queries(self):
+        return self.a.hides_invalid_queries or self.b.hides_invalid_queries
+
+
+@pytree
+class Or(Mask):
+    """Visible where at least one is."""
+
+    a: Mask
+    b: Mask
+
+    def visible(self, q, k):
+        return self.a.visible(q, k) | self.b.visible(q, k)
+
+    def reach(self, q, k):
+        return self.a.reach(q, k) | self.b.reach(q, k)
+
+    @property
+    def hides_invalid_keys(self):
+        return self.a.hides_invalid_keys and self.b.hides_invalid_keys
+
+    @property
+    def hides_invalid_queries(self):
+        return self.a.hides_invalid_queries and self.b.hides_invalid_queries
+
+
+@pytree
+class Not(Mask):
+    """Visible where `a` is not."""
+
+    a: Mask
+
+    def visible(self, q, k):
+        return ~self.a.visible(q, k)
+
+    def reach(self, q, k):
+        return ~self.a.reach(q, k)

@@ -1,0 +1,230 @@
+"""The kernels: attention forward, backward, and the bias's gradient, tile by tile and part by part.
+
+The mathematics are those of `softmax.py` in powers of two: the factor scale * log2(e) is applied with the
+maximum already subtracted, m and l have 128 lanes, l keeps one partial sum a lane until the end, and the
+weights enter the second product in the dtype of the values.
+
+Source: Milakov & Gimelshein 2018, arXiv:1805.02867; Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mha_jax.backends.pallas_tpu.order import LANES
+from mha_jax.backends.pallas_tpu.view import LOG2E, Part, View, across
+from mha_jax.types import Array
+
+# Less than any logit, but finite, so that a row that has seen nothing subtracts it without a NaN.
+LEAST = float(np.finfo(np.float32).min) / 2
+# Less than any sum of weights, the largest of which is 1.
+TINY = 0.5
+
+
+def dot(a: Array, b: Array, axes: tuple[int, int], precision: Any) -> Array:
+    """Multiply two matrices over one axis of each, in float32."""
+    numbers = (((axes[0],), (axes[1],)), ((), ()))
+    return lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)
+
+
+def forward(view: View, precision: Any) -> None:
+    """Attend from blocks of queries to one chunk of keys; rows are queries."""
+    view.each_block(lambda view: _forward_block(view, precision), lambda: _forget(view))
+
+
+def _forget(view: View) -> None:
+    """Start with rows that have seen nothing."""
+    if view.plan.order.fresh:
+        return
+    m, l, acc = (view.refs[name] for name in ("m", "l", "acc"))
+    m[...] = jnp.full_like(m, LEAST)
+    l[...] = jnp.zeros_like(l)
+    acc[...] = jnp.zeros_like(acc)
+
+
+def staggered(parts: list[Part], start: Callable, finish: Callable) -> None:
+    """Run `finish(part, *start(part))`, the start of the next part before the end of this one.
+
+    The matrix unit computes the logits of one part while the vector unit works on the weights of
+    another: the compiler interleaves what lies side by side in the program.
+    """
+    started = start(parts[0])
+    for part, following in itertools.pairwise(parts):
+        ahead = start(following)
+        finish(part, *started)
+        started = ahead
+    finish(parts[-1], *started)
+
+
+def _forward_block(view: View, precision: Any) -> None:
+    refs, here = view.refs, view.rows
+    q, k, v = refs["q"], refs["k"], refs["v"]
+    m_ref, l_ref, acc_ref = refs["m"], refs["l"], refs["acc"]
+    dropout = view.plan.dropout
+
+    view.at_first_chunk(view.turn_rows)
+
+    def start(part):
+        x = dot(q[view.rows_of_part(part)], k[part.columns], (1, 1), precision)
+        x = view.logits(x, part)
+        largest = jnp.max(x, axis=1, keepdims=True)
+        if part.fresh:
+            m = jnp.broadcast_to(jnp.maximum(largest, LEAST), (part.height, LANES))
+            shrink = None
+        else:
+            old = m_ref[part.rows]
+            m = jnp.maximum(old, largest)
+            shrink = jnp.exp2((old - m) * view.factor)
+        m_ref[part.rows] = m
+        return x, m, shrink
+
+    def finish(part, x, m, shrink):
+        def add(ref, new):
+            before = 0 if shrink is None else ref[part.rows] * across(shrink, new.shape[1])
+            ref[part.rows] = before + new
+
+        p = jnp.exp2((x - across(m, part.width)) * view.factor)
+        add(l_ref, by_lane(p))
+        if dropout is not None:
+            p = jnp.where(view.kept(part), p, 0.0)
+        add(acc_ref, dot(p.astype(v.dtype), v[part.columns], (1, 0), precision))
+
+    view.each_tile(lambda parts: staggered(parts, start, finish))
+
+    @view.at_last_chunk
+    def _():
+        l = jnp.sum(l_ref[...], axis=1, keepdims=True)
+        # A row that saw nothing has acc = 0 and stays so, whatever it is divided by.
+        share = 1 / jnp.maximum(l, TINY)
+        if dropout is not None:
+            share = share * (1 / (1 - dropout.rate))
+        refs["out"][here] = (acc_ref[...] * share).astype(refs["out"].dtype)
+        m, l = as_line(m_ref[...]), as_line(jnp.broadcast_to(l, l_ref.shape))
+        lse = m * (view.factor / LOG2E) + jnp.log(jnp.maximum(l, TINY))
+        refs["lse"][:, here] = jnp.where(l > 0, lse, -jnp.inf)
+
+
+def as_line(column: Array) -> Array:
+    """Turn columns of 128 equal lanes into one line along the lanes.
+
+    Of every 8 rows, 8 lanes are kept, and of these the diagonal.
+    """
+    row, lane = (lax.broadcasted_iota(jnp.int32, (8, LANES), axis) for axis in (0, 1))
+    lines = []
+    for square in range(0, column.shape[0], LANES):
+        found = column[square : square + 8]
+        for at in range(8, LANES, 8):
+            found = jnp.where(lane < at, found, column[square + at : square + at + 8])
+        lines.append(jnp.sum(jnp.where(lane % 8 == row, found, 0), axis=0, keepdims=True))
+    return jnp.concatenate(lines, 1)
+
+
+def by_lane(p: Array) -> Array:
+    """Add up columns that lie in the same lane."""
+    total = p[:, :LANES]
+    for lane in range(LANES, p.shape[1], LANES):
+        total = total + p[:, lane : lane + LANES]
+    return total
+
+
+def weights(view: View, x: Array, part: Part) -> Array:
+    """Rebuild the weights of a part from `lse2`, which is lse * log2(e) and inf for unseen rows."""
+    return jnp.exp2(x * view.factor - view.vector("lse2", part))
+
+
+def slopes(view: View, p: Array, x: Array, dp: Array, keep: Array | None, part: Part) -> Array:
+    """Return the cotangent of a part's logits."""
+    if keep is not None:
+        dp = jnp.where(keep, dp * (1 / (1 - view.plan.dropout.rate)), 0.0)  # type: ignore[union-attr]
+    ds = p * (dp - view.vector("delta", part))
+    slope = view.slope(x)
+    return ds if slope is None else ds * slope
+
+
+def backward(view: View, precision: Any) -> None:
+    """Add what blocks of keys give to dq, dk and dv; rows are keys, tiles are transposed."""
+    refs = view.refs
+    bias_of_queries = view.plan.vectors.get("bias") == "q"
+
+    @view.at_first_rows
+    def _():
+        refs["dq_sum"][...] = jnp.zeros_like(refs["dq_sum"])
+        if bias_of_queries:
+            refs["d_bias"][...] = jnp.zeros_like(refs["d_bias"])
+
+    view.each_block(lambda view: _backward_block(view, precision), lambda: _clear(view))
+
+    @view.at_last_rows
+    def _():
+        refs["dq"][...] = (refs["dq_sum"][...] * view.plan.rules.scale).astype(refs["dq"].dtype)
+
+
+def _clear(view: View) -> None:
+    """Start with keys that were given nothing."""
+    for name in ("dk_sum", "dv_sum", "d_bias_sum"):
+        if name in view.refs:
+            view.refs[name][...] = jnp.zeros_like(view.refs[name])
+
+
+def _backward_block(view: View, precision: Any) -> None:
+    refs, plan, rows = view.refs, view.plan, view.rows
+    q, d_out = refs["q"], refs["d_out"]
+    k, v = refs["k"].at[rows], refs["v"].at[rows]
+    dq_sum, dk_sum, dv_sum = refs["dq_sum"], refs["dk_sum"], refs["dv_sum"]
+    bias_side = plan.vectors.get("bias")
+    last = "dk_before" not in refs
+    if not last:
+        dk_sum[...], dv_sum[...] = refs["dk_before"][rows], refs["dv_before"][rows]
+    view.turn_rows()
+
+    def start(part):
+        x = dot(k[part.rows], q[part.columns], (1, 1), precision)
+        return (view.logits(x, part),)
+
+    def finish(part, x):
+        here = part.columns
+        p = weights(view, x, part)
+        keep = None if plan.dropout is None else view.kept(part)
+        kept = p if keep is None else jnp.where(keep, p, 0.0)
+        dv_sum[part.rows] += dot(kept.astype(d_out.dtype), d_out[here], (1, 0), precision)
+        dp = dot(v[part.rows], d_out[here], (1, 1), precision)
+        ds = slopes(view, p, x, dp, keep, part)
+        if bias_side == "k":
+            refs["d_bias_sum"][part.rows] += by_lane(ds)
+        if bias_side == "q":
+            refs["d_bias"][:, here] += jnp.sum(ds, axis=0, keepdims=True)
+        ds = ds.astype(q.dtype)
+        dk_sum[part.rows] += dot(ds, q[here], (1, 0), precision)
+        dq_sum[here] += dot(ds, k[part.rows], (0, 0), precision)
+
+    view.each_tile(lambda parts: staggered(parts, start, finish))
+    share = 1.0 if plan.dropout is None else 1 / (1 - plan.dropout.rate)
+    refs["dk"][rows] = (dk_sum[...] * (plan.rules.scale if last else 1.0)).astype(refs["dk"].dtype)
+    refs["dv"][rows] = (dv_sum[...] * (share if last else 1.0)).astype(refs["dv"].dtype)
+    if bias_side == "k":
+        total = jnp.sum(refs["d_bias_sum"][...], axis=1, keepdims=True)
+        line = as_line(jnp.broadcast_to(total, (total.shape[0], LANES)))
+        refs["d_bias"][:, rows] = line
+
+
+def bias_gradient(view: View, precision: Any) -> None:
+    """Write the cotangent of the logits of a block of queries and one chunk of keys."""
+    refs = view.refs
+    q, k, v, d_out, out = (refs[name] for name in ("q", "k", "v", "d_out", "d_bias"))
+    view.turn_rows()
+    out[...] = jnp.zeros_like(out)
+
+    def start(part):
+        x = dot(q[part.rows], k[part.columns], (1, 1), precision)
+        return view.logits(x, part), dot(d_out[part.rows], v[part.columns], (1, 1), precision)
+
+    def finish(part, x, dp):
+        p = weights(view, x, part)
+        keep = None if view.plan.dropout is None else view.kept(part)
+        out[part.rows, part.columns] = slopes(view, p, x, dp, keep, part)
+
+    view.each_tile(lambda parts: staggered(parts, start, finish))

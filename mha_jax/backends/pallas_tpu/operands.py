@@ -1,0 +1,166 @@
+"""What a kernel streams beside q, k and v.
+
+Per-token data reaches a kernel as vectors along the lanes, [1, L]; those of the rows are turned once a
+block into columns of 128 equal lanes. What is T x S (a dense mask, a dense bias) is streamed by tile.
+
+B batch   T query length   S key length   N query heads   K key-value heads   G = N // K
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from mha_jax.attention.call import Call
+from mha_jax.attention.dropout import Dropout
+from mha_jax.attention.masks import Mask
+from mha_jax.attention.tokens import Tokens
+from mha_jax.backends.pallas_tpu.order import Geometry, Order, order
+from mha_jax.types import Array
+
+
+class Stream(NamedTuple):
+    """One operand of a kernel: an array and how it is cut."""
+
+    array: Array
+    spec: pl.BlockSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a kernel knows while tracing; static, but for the arrays that `streams` hands over."""
+
+    geometry: Geometry
+    order: Order
+    vectors: dict[str, str]  # name -> side, "q" or "k"
+    slabs: tuple[str, ...]
+    mask: Mask  # its leaves are names
+    q_tokens: Tokens
+    k_tokens: Tokens
+    dropout: Dropout | None
+    rules: Call  # scale and soft cap only
+    has_bias: bool
+
+    @property
+    def still_vectors(self) -> list[str]:
+        return [name for name, side in self.vectors.items() if side == self.geometry.still]
+
+
+def make_plan(
+    call: Call, g: Geometry, extra: dict[str, Array] | None = None
+) -> tuple[Plan, dict[str, Stream]]:
+    """Decide on a kernel's streams beside q, k and v.
+
+    Args:
+      call: The call.
+      g: Its tiles.
+      extra: Further vectors of the queries, [B, N, T].
+    """
+    vectors: dict[str, Array] = {}
+    slabs: dict[str, Array] = {}
+    sides: dict[str, str] = {}
+
+    def add_vector(name: str, side: str, a: Any) -> None:
+        if a.dtype == jnp.bool_:
+            a = a.astype(np.int32)
+        vectors[name], sides[name] = a, side
+
+    def add_dense(name: str, a: Array) -> str:
+        if a.dtype == jnp.bool_:
+            a = a.astype(jnp.int8)
+        t, s = g.lengths
+        if a.shape[2] == t and a.shape[3] == s and (t, s) != (1, 1) and t > 1 and s > 1:
+            slabs[name] = a
+            return name
+        if a.dtype != jnp.float32:
+            a = a.astype(np.float32 if jnp.issubdtype(a.dtype, jnp.floating) else np.int32)
+        if a.shape[3] == s and s > 1:
+            add_vector(name, "k", a[:, :, 0, :])
+        else:
+            add_vector(name, "q", jnp.broadcast_to(a[:, :, :, 0], (*a.shape[:2], t)))
+        return name
+
+    for side, tokens in (("q", call.q_tokens), ("k", call.k_tokens)):
+        for field in ("index", "pos", "segment", "valid"):
+            a = getattr(tokens, field)
+            if a is not None:
+                add_vector(f"{side}.{field}", side, jnp.asarray(a)[:, None])
+    leaves, tree = jax.tree.flatten(call.mask)
+    names = [add_dense(f"mask.{i}", leaf) for i, leaf in enumerate(leaves)]
+    if call.bias is not None:
+        add_dense("bias", call.bias)
+    if call.dropout is not None:
+        a, c = call.dropout.row_keys(g.batch, g.heads, jnp.asarray(call.q_tokens.rows))
+        add_vector("dropout.a", "q", lax.bitcast_convert_type(a, jnp.int32))
+        add_vector("dropout.c", "q", lax.bitcast_convert_type(c, jnp.int32))
+    for name, a in (extra or {}).items():
+        add_vector(name, "q", a)
+    streams = {name: _vector_stream(g, sides[name], a) for name, a in vectors.items()}
+    streams |= {name: _slab_stream(g, a) for name, a in slabs.items()}
+    dropout = call.dropout and dataclasses.replace(
+        call.dropout, key=None, batch_start=None, head_start=None
+    )
+    plan = Plan(
+        geometry=g,
+        order=order(call, g),
+        vectors=sides,
+        slabs=tuple(slabs),
+        mask=jax.tree.unflatten(tree, names),
+        q_tokens=_plain(call.q_tokens),
+        k_tokens=_plain(call.k_tokens),
+        dropout=dropout,
+        rules=Call(None, None, None, scale=call.scale, logit_cap=call.logit_cap),  # type: ignore[arg-type]
+        has_bias=call.bias is not None,
+    )
+    return plan, streams
+
+
+def _plain(tokens: Tokens) -> Tokens:
+    """Keep the start; arrays become a mark that they are streamed."""
+    return dataclasses.replace(tokens.map(lambda a: True, tokens.length, tokens.start))  # type: ignore[arg-type, return-value]
+
+
+def pad_to(x: Array, axis: int, length: int) -> Array:
+    """Pad one axis with zeros; nothing happens where the length fits."""
+    missing = length - x.shape[axis]
+    if not missing:
+        return x
+    return jnp.pad(x, [(0, missing if a == axis % x.ndim else 0) for a in range(x.ndim)])
+
+
+def _vector_stream(g: Geometry, side: str, a: Array) -> Stream:
+    """Stream [#B, #N, L] as [#B, #N, 1, L]."""
+    some_b, some_n = int(a.shape[0] > 1), int(a.shape[1] > 1)
+    a = pad_to(jnp.asarray(a), 2, g.padded[side])[:, :, None]
+    if side == g.still:
+        block = (None, None, 1, g.rows * g.blocks)
+        return Stream(
+            a,
+            pl.BlockSpec(block, lambda b, n, r, m, *_: (b * some_b, n * some_n, 0, r)),
+        )
+    block = (None, None, 1, g.chunk)
+    return Stream(
+        a,
+        pl.BlockSpec(block, lambda b, n, r, m, at, *_: (b * some_b, n * some_n, 0, at[0] + m)),
+    )
+
+
+def _slab_stream(g: Geometry, a: Array) -> Stream:
+    """Stream [#B, #N, T, S] by tile."""
+    some_b, some_n = int(a.shape[0] > 1), int(a.shape[1] > 1)
+    a = pad_to(pad_to(a, 2, g.padded["q"]), 3, g.padded["k"])
+    if g.still == "q":
+        block = (None, None, g.rows, g.chunk)
+        return Stream(
+            a,
+            pl.BlockSpec(block, lambda b, n, r, m, at, *_: (b * some_b, n * some_n, r, at[0] + m)),
+        )
+    block = (None, None, g.chunk, g.rows)
+    return Stream(
+        a,
+        pl.BlockSpec(block, lambda b, n, r, m, at, *_: (b * some_b, n * some_n, at[0] + m, r)),
+    )

@@ -1,0 +1,308 @@
+"""What a kernel reads while it works: one block of rows, one chunk of columns, one part of a tile.
+
+B batch   T query length   S key length   N query heads   K key-value heads   G = N // K
+"""
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from mha_jax.attention.call import logits_of
+from mha_jax.attention.tokens import Facts
+from mha_jax.backends.pallas_tpu.operands import Plan
+from mha_jax.backends.pallas_tpu.order import LANES, Geometry, Shape, entry
+from mha_jax.types import Array
+
+LOG2E = float(np.log2(np.e))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What is computed of a tile at once: some of the block's rows, some columns of the chunk.
+
+    Args:
+      top: First row, in the block.
+      height: Number of rows.
+      at: First column, in the chunk; known when the kernel runs.
+      width: Number of columns.
+      kinds: F or P for every grain of columns; all are fully visible if empty.
+      fresh: Whether nothing was computed for these rows before.
+    """
+
+    top: int
+    height: int
+    at: Any
+    width: int
+    kinds: str = ""
+    fresh: bool = False
+
+    @property
+    def rows(self) -> Any:
+        """Where the rows are in what holds one block."""
+        return pl.ds(self.top, self.height)
+
+    @property
+    def columns(self) -> Any:
+        """Where the columns are in the chunk."""
+        return pl.ds(aligned(self.at), self.width)
+
+    def runs(self) -> Iterator[tuple[bool, int, "Part"]]:
+        """Yield whether they are masked, their offset and themselves for columns of the same kind."""
+        grain, offset = self.width // len(self.kinds), 0
+        for kind, letters in itertools.groupby(self.kinds):
+            width = grain * len(list(letters))
+            yield kind == "P", offset, Part(self.top, self.height, self.at + offset, width)
+            offset += width
+
+
+def parts(g: Geometry, shape: Shape, at: Any, fresh: bool = False) -> list[Part]:
+    """Return the parts of a tile that begins at column `at`."""
+    if not shape.pattern:
+        tops = itertools.accumulate(g.sweep[:-1], initial=0)
+        return [Part(top, height, at, shape.size * g.unit) for top, height in zip(tops, g.sweep)]
+    found, top = [], 0
+    for kinds, alike in itertools.groupby(shape.pattern):
+        height = g.grain[0] * len(list(alike))
+        live = kinds.strip(".")
+        if live:
+            start = at + kinds.index(live) * g.grain[1]
+            width, live = len(live) * g.grain[1], live.replace(".", "P")
+            found.append(Part(top, height, start, width, live if "P" in live else "", fresh))
+        top += height
+    return found
+
+
+class View:
+    """What a kernel reads while it works on one block of rows and one chunk of columns."""
+
+    def __init__(self, plan: Plan, refs: dict[str, Any]):
+        self.plan, self.refs, self.g = plan, refs, plan.geometry
+        self.b, self.n = pl.program_id(0), pl.program_id(1)
+        self.r = pl.program_id(2) * self.g.blocks
+        self.m = pl.program_id(3) + refs["at"][0]
+        self.place: Any = 0
+
+    @property
+    def rows(self) -> Any:
+        """Where the block's rows are in what holds the rows of a grid step."""
+        return pl.ds(aligned(self.place * self.g.rows), self.g.rows)
+
+    def rows_of_part(self, part: Part) -> Any:
+        """Where a part's rows are in what holds the rows of a grid step."""
+        return pl.ds(aligned(self.place * self.g.rows + part.top), part.height)
+
+    def block(self, place: Any) -> "View":
+        """Return the view of one of the blocks of rows of this grid step."""
+        view = copy.copy(self)
+        view.place, view.r = place, self.r + place
+        return view
+
+    def each_block(self, body: Callable[["View"], None], clear: Callable[[], None]) -> None:
+        """Run `body` over the blocks of rows of this grid step, and `clear` before each of them."""
+        self.at_first_chunk(clear)
+        if self.g.blocks == 1:
+            return body(self)
+
+        def step(i, carry):
+            body(self.block(i))
+            clear()  # for the next one; here it overlaps with the end of this one
+            return carry
+
+        lax.fori_loop(0, self.g.blocks, step, None)
+
+    def at_first_chunk(self, body: Callable[[], None]) -> None:
+        """Run `body` before the first chunk of columns."""
+        _at(3, self.g.chunks, True, body)
+
+    def at_last_chunk(self, body: Callable[[], None]) -> None:
+        """Run `body` after the last chunk of columns."""
+        _at(3, self.g.chunks, False, body)
+
+    def at_first_rows(self, body: Callable[[], None]) -> None:
+        """Run `body` before the first block of rows."""
+        _at(2, self.g.steps, True, body)
+
+    def at_last_rows(self, body: Callable[[], None]) -> None:
+        """Run `body` after the last block of rows."""
+        _at(2, self.g.steps, False, body)
+
+    def turn_rows(self) -> None:
+        """Turn the vectors of the rows into columns of 128 equal lanes."""
+        for name in self.plan.still_vectors:
+            line = self.refs[name][:, self.rows]
+            self.refs[f"{name}.column"][...] = jnp.broadcast_to(line, (LANES, line.shape[1])).T
+
+    # ---- tiles ---------------------------------------------------------------------------------
+
+    def each_tile(self, tile: Callable[[list[Part]], None]) -> None:
+        """Run `tile(parts)` over the tiles of this block of rows and this chunk."""
+        g, order = self.g, self.plan.order
+
+        def run(shape: Shape, count: Any, number: Callable[[Any], Any]) -> None:
+            size = shape.size * g.unit
+
+            def step(i, carry):
+                at = aligned(number(i) * size)
+                tile(parts(g, shape, at, order.fresh and shape is order.shapes[0]))
+                return carry
+
+            # What is no loop is scheduled together with what follows.
+            step(0, None) if _is_one(count) else lax.fori_loop(0, count, step, None)
+
+        if order.fixed is not None:
+            for shape, tiles in zip(order.shapes, order.fixed):
+                run(shape, len(tiles), lambda i, first=tiles.start: first + i)
+            return
+        table = self.refs["table"]
+        group = order.group(self.b, self.n)
+        base = (group * g.row_blocks + self.r) * g.chunks + self.m
+        counts = base * entry(g, order.shapes)
+        tiles = counts + len(order.shapes)
+        for place, (shape, count) in enumerate(zip(order.shapes, order.counts)):
+            known = table[counts + place] if count is None else count
+            run(shape, known, lambda i, first=tiles: table[first + i])
+            tiles += g.units // shape.size
+
+    # ---- one part of a tile --------------------------------------------------------------------
+
+    def vector(self, name: str, part: Part) -> Array:
+        """Return per-token data that broadcasts against a part."""
+        if self.plan.vectors[name] == self.g.still:
+            return across(self.refs[f"{name}.column"][part.rows], part.width)
+        return self.refs[name][:, part.columns]
+
+    def whole(self, name: str, part: Part) -> Array:
+        return jnp.broadcast_to(self.vector(name, part), (part.height, part.width))
+
+    def slab(self, name: str, part: Part) -> Array:
+        ref = self.refs[name]
+        if self.g.still == "q":
+            return ref[part.rows, part.columns]
+        tile = ref[part.columns, part.rows]
+        if tile.dtype == jnp.int8:
+            tile = tile.astype(jnp.int32)
+        elif tile.dtype != jnp.float32:
+            tile = tile.astype(jnp.float32)
+        return tile.T
+
+    def dense(self, name: str, part: Part) -> Array:
+        return self.slab(name, part) if name in self.plan.slabs else self.whole(name, part)
+
+    def places(self, side: str, part: Part, whole: bool = True) -> Array:
+        """Return the places of tokens in the padded array."""
+        if side == self.g.still:
+            first = self.r * self.g.rows + part.top
+            place = lax.broadcasted_iota(jnp.int32, (part.height, LANES), 0) + first
+            return across(place, part.width)
+        first = self.m * self.g.chunk + part.at
+        line = lax.broadcasted_iota(jnp.int32, (1, part.width), 1) + first
+        return jnp.broadcast_to(line, (part.height, part.width)) if whole else line
+
+    def tokens_of(self, side: str, part: Part, whole: bool = True) -> Array:
+        """Return the rows of tokens: their places in the unsharded array."""
+        tokens = self.plan.q_tokens if side == "q" else self.plan.k_tokens
+        if tokens.index is not None:
+            read = self.whole if whole else self.vector
+            return read(f"{side}.index", part)
+        place = self.places(side, part, whole)
+        return place + tokens.start if tokens.start else place
+
+    def facts(self, side: str, part: Part) -> Facts:
+        tokens = self.plan.q_tokens if side == "q" else self.plan.k_tokens
+        rows = self.tokens_of(side, part)
+
+        def fact(field):
+            if getattr(tokens, field) is None:
+                return None
+            return self.whole(f"{side}.{field}", part)
+
+        positions, valid = fact("pos"), fact("valid")
+        return Facts(
+            rows,
+            rows if positions is None else positions,
+            fact("segment"),
+            None if valid is None else valid != 0,
+        )
+
+    def visible(self, part: Part) -> Array:
+        """Return which pairs of a part are visible."""
+
+        def leaf(name):
+            return self.dense(name, part).astype(jnp.int32) != 0
+
+        mask = jax.tree.map(leaf, self.plan.mask)
+        seen = mask.visible(self.facts("q", part), self.facts("k", part))
+        if self.g.padded["k"] > self.g.lengths[1]:
+            inside = self.places("k", part) < self.g.lengths[1]
+            seen = inside & jnp.broadcast_to(seen, inside.shape)
+        return jnp.broadcast_to(seen, (part.height, part.width))
+
+    @property
+    def factor(self) -> float:
+        """What turns the logits that `logits` returns into powers of two."""
+        return LOG2E * (self.plan.rules.scale if self.folds else 1.0)  # type: ignore[operator]
+
+    @property
+    def folds(self) -> bool:
+        """Whether the scale can wait until the exponent: no bias, no cap, and order is kept."""
+        rules = self.plan.rules
+        return not self.plan.has_bias and rules.logit_cap is None and rules.scale > 0  # type: ignore[operator]
+
+    def logits(self, dot: Array, part: Part) -> Array:
+        """Return the logits of a part over `factor`, -inf where hidden."""
+        x = dot
+        if not self.folds:
+            bias = self.dense("bias", part) if self.plan.has_bias else None
+            x = logits_of(self.plan.rules, dot, bias)
+        if not part.kinds:
+            return x
+        pieces = []
+        for masked, offset, run in part.runs():
+            piece = x[:, offset : offset + run.width]
+            pieces.append(jnp.where(self.visible(run), piece, -jnp.inf) if masked else piece)
+        return jnp.concatenate(pieces, 1) if len(pieces) > 1 else pieces[0]
+
+    def slope(self, x: Array) -> Array | None:
+        """Return the derivative of the soft cap at capped logits x, 0 where hidden."""
+        cap = self.plan.rules.logit_cap
+        if cap is None:
+            return None
+        ratio = x * (1 / cap)
+        return jnp.where(x == -jnp.inf, 0.0, 1 - ratio * ratio)
+
+    def kept(self, part: Part) -> Array:
+        """Return dropout's keep bits for a part."""
+        a, c = (
+            lax.bitcast_convert_type(self.vector(f"dropout.{name}", part), jnp.uint32)
+            for name in "ac"
+        )
+        return self.plan.dropout.kept(a, c, self.tokens_of("k", part, whole=False))  # type: ignore[union-attr]
+
+
+def aligned(place: Any) -> Any:
+    """Say that a place, in tokens, is a multiple of 128."""
+    return place if isinstance(place, int) else pl.multiple_of(place, LANES)
+
+
+def _is_one(count: Any) -> bool:
+    return isinstance(count, int) and count == 1
+
+
+def _at(axis: int, steps: int, first: bool, body: Callable[[], None]) -> None:
+    if steps == 1:
+        body()
+    else:
+        pl.when(pl.program_id(axis) == (0 if first else steps - 1))(body)
+
+
+def across(column: Array, size: int) -> Array:
+    """Repeat columns of 128 equal lanes to `size` lanes."""
+    return jnp.tile(column, (1, -(-size // LANES)))[:, :size]
