@@ -21,6 +21,7 @@ DType: TypeAlias = Any  # what jnp.dtype() accepts: "bfloat16", jnp.float32, np.
 Precision: TypeAlias = Any  # what jnp.einsum(precision=...) accepts
 Params: TypeAlias = Any  # {"query": {"kernel": ..., "bias": ...}, ...}
 PRNGKey: TypeAlias = jax.Array
+Size: TypeAlias = Any  # of an axis: an int, or a symbol in programs to be exported
 Initializer: TypeAlias = Callable[..., jax.Array]  # (key, shape, dtype) -> array
 
 Queries: TypeAlias = Float[Array, "B T N H"]
@@ -40,6 +41,7 @@ __all__ = [
     "Params",
     "Precision",
     "Queries",
+    "Size",
     "UInt32",
     "Values",
 ]

@@ -18,10 +18,10 @@ def attention(q, k, v, visible=True, bias=None, keep=None, rate=0.0, scale=None,
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     qh, kh, vh = _heads(q, heads), _heads(k, heads), _heads(v, heads)
     x = scale * (qh @ kh.transpose(0, 1, 3, 2))
-    if bias is not None:
-        x = x + np.asarray(bias, np.float64)
     if cap is not None:
         x = cap * np.tanh(x / cap)
+    if bias is not None:
+        x = x + np.asarray(bias, np.float64)
     x = np.where(visible, x, -np.inf)
     m = x.max(-1, keepdims=True, initial=-np.inf)
     p = np.exp(x - np.where(np.isinf(m), 0, m))
@@ -52,13 +52,11 @@ def gradients(q, k, v, d_out, d_lse=None, **options):
     dx = p * (dp - (p * dp).sum(-1, keepdims=True))
     if d_lse is not None:
         dx = dx + p * np.asarray(d_lse, np.float64)[..., None]
+    slope = 1.0
     if cap is not None:
-        x = scale * (qh @ kh.transpose(0, 1, 3, 2))
-        if options.get("bias") is not None:
-            x = x + np.asarray(options["bias"], np.float64)
-        dx = dx * (1 - np.tanh(x / cap) ** 2)
-    dq = scale * dx @ kh
-    dk = scale * dx.transpose(0, 1, 3, 2) @ qh
+        slope = 1 - np.tanh(scale * (qh @ kh.transpose(0, 1, 3, 2)) / cap) ** 2
+    dq = scale * (dx * slope) @ kh
+    dk = scale * (dx * slope).transpose(0, 1, 3, 2) @ qh
 
     def shared(x):
         b, _, s, size = x.shape

@@ -325,8 +325,8 @@ def test_dtypes(options, inputs, out):
 def test_precision_reaches_every_product():
     layer = make(precision="highest", use_gate=True, backend="reference")
     variables = draw_variables(layer, X, Y)
-    text = str(jax.make_jaxpr(lambda v: layer.apply(v, X, Y))(variables))
-    assert text.count("dot_general") == text.count("Precision.HIGHEST, Precision.HIGHEST") == 7
+    text = jax.jit(lambda v: layer.apply(v, X, Y)).lower(variables).as_text()
+    assert text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]") == 7
 
 
 # ---- attention axes ---------------------------------------------------------------------------

@@ -23,14 +23,7 @@ from mha_jax import (
     init_params,
     multi_head_attention,
 )
-from mha_jax.attention.check import check
-from mha_jax.sharding import (
-    Axes,
-    logical_axes,
-    partition_specs,
-    specs,
-    with_logical_names,
-)
+from mha_jax.sharding import logical_axes, partition_specs, with_logical_names
 
 P = PartitionSpec
 B, T, S, N, H, V = 8, 13, 17, 8, 5, 3
@@ -307,23 +300,3 @@ def test_flax_names_the_axes_of_three_dimensional_kernels():
     kernel = variables["params"]["query"]["kernel"]
     assert len(kernel.names) == kernel.value.ndim
     assert module.apply(variables, x, x).shape == (2, 5, 16)
-
-
-# ---- the specs ------------------------------------------------------------------------------------
-
-
-def test_specs_leave_axes_of_one_whole():
-    call = check(
-        Call(
-            **arrays(kv=4, bias=(1, N, 1, S)),
-            mask=Dense(flags(9, B, 1, T, S)),
-            k_tokens=Tokens(S, valid=flags(5, B, S)),
-            dropout=dropped(),
-        )
-    )
-    cut = specs(call, Axes(batch=("x",), heads=("y",), keys=("y",)))
-    assert (cut.q, cut.k) == (P("x", None, "y", None),) * 2
-    assert cut.bias == P(None, "y", None, None)
-    assert cut.mask.array == P("x", None, None, None)
-    assert cut.k_tokens.valid == P("x", None)
-    assert cut.dropout.key == cut.dropout.batch_start == P()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mha_jax import Tokens
-from mha_jax.attention.tokens import extents, silence
+from mha_jax.attention.tokens import extents, zero_invalid
 
 ARRAYS = ("index", "pos", "segment", "valid")
 
@@ -94,23 +94,23 @@ def test_extents_keep_what_is_not_known():
     assert extents(Tokens(5).facts(), 2).segment is None
 
 
-def test_silence_zeroes_what_is_not_valid_and_its_gradient():
+def test_zero_invalid_zeroes_what_is_not_valid_and_its_gradient():
     valid = np.array([[True, False, True]])
     x = jnp.array([[[1.0, 2.0], [jnp.nan, jnp.inf], [3.0, 4.0]]])
     tokens = Tokens(3, valid=valid)
-    out, vjp = jax.vjp(lambda x: silence(x, tokens), x)
+    out, vjp = jax.vjp(lambda x: zero_invalid(x, tokens), x)
     np.testing.assert_array_equal(out, [[[1, 2], [0, 0], [3, 4]]])
     (dx,) = vjp(jnp.full_like(out, 5))
     np.testing.assert_array_equal(dx, [[[5, 5], [0, 0], [5, 5]]])
 
 
-def test_silence_without_validity_returns_the_same_array():
+def test_zero_invalid_without_validity_returns_the_same_array():
     x = jnp.ones((1, 3, 2))
-    assert silence(x, Tokens(3)) is x
+    assert zero_invalid(x, Tokens(3)) is x
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_silence_keeps_the_dtype(dtype):
-    out = silence(jnp.ones((1, 2, 3, 4), dtype), Tokens(2, valid=np.array([[True, False]])))
+def test_zero_invalid_keeps_the_dtype(dtype):
+    out = zero_invalid(jnp.ones((1, 2, 3, 4), dtype), Tokens(2, valid=np.array([[True, False]])))
     assert out.dtype == dtype
     np.testing.assert_array_equal(out[:, 1], 0)

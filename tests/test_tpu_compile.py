@@ -22,7 +22,8 @@ from mha_jax import (
 )
 from mha_jax.attention.call import Output
 from mha_jax.attention.check import check
-from mha_jax.backends.pallas_tpu import SIZES, PallasTPU
+from mha_jax.backends.pallas_tpu import PallasTPU
+from mha_jax.backends.pallas_tpu.sizes import SIZES
 
 pytest.importorskip("libtpu", reason="libtpu is not installed: pip install libtpu")
 from tests.topologies import TOPOLOGIES, compiled, largest_array
@@ -58,8 +59,8 @@ class Compiled:
 
         def both_passes(qkv, d_out, arrays):
             call = check(Call(**qkv, **self.options(**arrays)))
-            output = backend.forward(call)
-            return output, backend.cotangent(call, output, Output(d_out, jnp.ones_like(output.lse)))
+            state = backend.forward(call)
+            return state, backend.cotangent(call, state, Output(d_out, jnp.ones_like(state.l)))
 
         d_out = shape_of(b, t, n, v, dtype=self.dtype)
         return compiled(self.kind, both_passes, qkv, d_out, self.arrays)
@@ -154,7 +155,8 @@ def test_lengths_that_fit_need_no_padding():
     def forward(q, k, v):
         return PallasTPU(SIZES["v5e"]).forward(check(Call(q, k, v))).out
 
-    assert compiled("v5e", forward, x, x, x).memory_analysis().temp_size_in_bytes < 2**16
+    # Statistics of 4096 rows are there; one padded copy of q would be 2**20 bytes.
+    assert compiled("v5e", forward, x, x, x).memory_analysis().temp_size_in_bytes <= 2**16
 
 
 # ---- as users meet it ------------------------------------------------------------------------------

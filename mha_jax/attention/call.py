@@ -1,14 +1,21 @@
-"""Call, Output and Backend: the only signature inside the library.
+"""Call, Problem and their results: what one attention is, from the request to the answer.
 
 B batch   T query length   S key length   N query heads   K key-value heads, N = G * K
 H query-key head size   V value head size
 
-The logits of a call are `cap(scale * q . k + bias)`, masked, then softmax, then dropout. A query head n
-reads the key-value head n // G.
+`Call` is what a user asks. `check` turns it into a `Problem`, the only signature below: four-dimensional
+arrays, tokens, and the `Logits` that turn q . k into logits,
+
+    logits = cap(scale * q . k) + bias,    cap(x) = c tanh(x / c)
+
+masked, then softmax, then dropout. A query head n reads the key-value head n // G.
+
+A row of logits is summed up by its maximum m and by l, the sum of exp(logits - m), never by the log of the
+sum alone: weights are exp(x - m) / l, right at any size of the logits. What users see is lse = m + log(l).
 """
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,45 +23,104 @@ import jax.numpy as jnp
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Full, Mask, static
 from mha_jax.attention.tokens import Tokens
-from mha_jax.types import Array, Float, Keys, Precision, Queries, Values
+from mha_jax.types import Array, ArrayLike, Float, Keys, Precision, Queries, Values
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Everything that one attention call is.
+    """A request for attention, as the user writes it; `check` refuses what cannot be right.
 
     Args:
-      q: Queries [B, T, N, H].
-      k: Keys [B, S, K, H]; K divides N.
-      v: Values [B, S, K, V].
+      q: Queries [*B, T, N, H].
+      k: Keys [*B, S, K, H]; K divides N.
+      v: Values [*B, S, K, V].
       q_tokens: Tokens of the queries; plain ones if None.
       k_tokens: Tokens of the keys; plain ones if None.
       mask: Which query may attend to which key.
-      bias: Added to the scaled logits, broadcasting; differentiable.
+      bias: Added to the scaled and capped logits, [T, S] or [*B, N, T, S], axes of 1 broadcast;
+        differentiable.
       dropout: Dropout on the weights, or None.
-      scale: Factor on q . k, a Python number; 1 / sqrt(H) if None.
-      logit_cap: The logits become `logit_cap * tanh(logits / logit_cap)`, or None.
+      scale: Factor on q . k, 1 / sqrt(H) if None. A Python number or a concrete array is part of the
+        program; a traced one is multiplied into q.
+      logit_cap: The scaled products become `logit_cap * tanh(x / logit_cap)`, or None.
       precision: What `jnp.einsum` takes; None is the platform's default.
       heads_first: Keys and values lie as [B, K, S, H] and [B, K, S, V] in memory, those of a `Cache`
         for example; here they are views. It changes what is fast, nothing else.
 
     >>> x = jnp.ones((1, 5, 2, 4))
-    >>> Call(x, x, x).groups
-    1
+    >>> Call(x, x, x).mask
+    Full()
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    q_tokens: Any = None
+    k_tokens: Any = None
+    mask: Any = dataclasses.field(default_factory=Full)
+    bias: Any = None
+    dropout: Any = None
+    scale: Any = static(default=None)
+    logit_cap: Any = static(default=None)
+    precision: Precision = static(default=None)
+    heads_first: bool = static(default=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """How q . k becomes a logit, but for bias and mask: the part that every backend writes out itself.
+
+    >>> Logits(scale=0.5, cap=None).capped(jnp.float32(3))
+    Array(1.5, dtype=float32)
+    """
+
+    scale: float
+    cap: float | None = None
+    precision: Precision = None
+
+    def capped(self, dot: Float[Array, "*R"]) -> Float[Array, "*R"]:
+        """Scale q . k and cap it."""
+        x = dot if self.scale == 1 else dot * jnp.asarray(self.scale, dot.dtype)
+        if self.cap is None:
+            return x
+        cap = jnp.asarray(self.cap, x.dtype)
+        return cap * jnp.tanh(x / cap)
+
+    def slope(self, capped: Float[Array, "*R"]) -> Float[Array, "*R"]:
+        """Return the derivative of the cap, given its value; 1 without a cap."""
+        if self.cap is None:
+            return jnp.ones((), capped.dtype)
+        ratio = capped / jnp.asarray(self.cap, capped.dtype)
+        return 1 - ratio * ratio
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A checked call: what backends get.
+
+    Args:
+      q: Queries [B, T, N, H].
+      k: Keys [B, S, K, H].
+      v: Values [B, S, K, V].
+      q_tokens, k_tokens: The tokens of both sides, arrays [#B, length].
+      mask: A rule; its arrays are [#B, #N, #T, #S] booleans.
+      bias: Added to the capped logits, or None.
+      dropout: Dropout whose key is key data, two 32-bit words, or None.
+      logits: How q . k becomes a logit.
+      heads_first: As in `Call`.
     """
 
     q: Queries
     k: Keys
     v: Values
-    q_tokens: Tokens = None  # type: ignore[assignment]  # filled in by `check`
-    k_tokens: Tokens = None  # type: ignore[assignment]
-    mask: Mask = dataclasses.field(default_factory=Full)
-    bias: Float[Array, "#B #N #T #S"] | None = None
-    dropout: Dropout | None = None
-    scale: float = static(default=None)  # filled in by `check`
-    logit_cap: float | None = static(default=None)
-    precision: Precision = static(default=None)
+    q_tokens: Tokens
+    k_tokens: Tokens
+    mask: Mask
+    bias: Float[ArrayLike, "#B #N #T #S"] | None
+    dropout: Dropout | None
+    logits: Logits = static()
     heads_first: bool = static(default=False)
 
     @property
@@ -64,66 +130,49 @@ class Call:
 
     @property
     def accumulator(self) -> Any:
-        """The dtype of logits, softmax and lse: float64 for float64 inputs, else float32."""
+        """The dtype of logits, softmax and statistics: float64 for float64 inputs, else float32."""
         return jnp.float64 if self.q.dtype == jnp.float64 else jnp.float32
 
 
 class Output(NamedTuple):
     """What attention returns: always both, so that outputs over disjoint keys can be merged."""
 
+    out: Float[Array, "*B T N V"]
+    lse: Float[Array, "*B N T"]  # log of the sum of exp(logits); -inf where a row saw no key
+
+
+class State(NamedTuple):
+    """What a forward pass returns and its derivatives rest on: the output and every row's (max, sum)."""
+
     out: Float[Array, "B T N V"]
-    lse: Float[Array, "B N T"]  # log of the sum of exp(logits); -inf where a row saw no key
+    m: Float[Array, "B N T"]  # the largest logit; -inf where a row saw no key
+    l: Float[Array, "B N T"]  # the sum of exp(logits - m); 0 where a row saw no key
 
 
-class Gradients(NamedTuple):
-    """Cotangents of the four arrays of a call that gradients flow through."""
+class Moves(NamedTuple):
+    """A direction in the four differentiable arrays of a problem, or a cotangent of them.
 
-    q: Queries
-    k: Keys
-    v: Values
+    None means that an array does not move, or is not there.
+    """
+
+    q: Queries | None
+    k: Keys | None
+    v: Values | None
     bias: Array | None
 
 
-class Backend(Protocol):
-    """A frozen dataclass in one file; its fields are its tuning.
-
-    `forward` gets a checked call: four-dimensional arrays, tokens and scale present, no axis of
-    length 0. A backend may also bring `backward(call, output, cotangent) -> Gradients`; one that
-    does not inherits the tiled one. `plain_autodiff` says that JAX may differentiate `forward`
-    itself, whatever that costs in memory.
-    """
-
-    plain_autodiff: ClassVar[bool]
-
-    def why_not(self, call: Call, platform: str) -> str | None:
-        """Say in words why this call cannot run on `platform`, or return None."""
-        ...
-
-    def forward(self, call: Call) -> Output: ...
-
-
-def logits_of(call: Call, dot: Float[Array, "*R T S"], bias: Array | None) -> Array:
-    """Turn q . k into logits: scale, bias and soft cap, in the one order there is."""
-    x = dot if call.scale == 1 else dot * jnp.asarray(call.scale, dot.dtype)
-    if bias is not None:
-        x = x + bias.astype(x.dtype)
-    if call.logit_cap is not None:
-        cap = jnp.asarray(call.logit_cap, x.dtype)
-        x = cap * jnp.tanh(x / cap)
-    return x
-
-
-def logits(call: Call) -> Float[Array, "B N T S"]:
+def logits(problem: Problem) -> Float[Array, "B N T S"]:
     """Return every logit in the accumulator's dtype, -inf where the mask hides the key."""
-    b, t, n, h = call.q.shape
-    q = call.q.reshape(b, t, call.k.shape[2], call.groups, h)
+    b, t, n, h = problem.q.shape
     dot = jnp.einsum(
         "BTKGH,BSKH->BKGTS",
-        q,
-        call.k,
-        precision=call.precision,
-        preferred_element_type=call.accumulator,
+        problem.q.reshape(b, t, problem.k.shape[2], problem.groups, h),
+        problem.k,
+        precision=problem.logits.precision,
+        preferred_element_type=problem.accumulator,
     )
-    x = logits_of(call, dot.reshape(b, n, t, call.k.shape[1]), call.bias)
-    visible = call.mask.visible(call.q_tokens.as_queries(), call.k_tokens.as_keys())
+    x = problem.logits.capped(dot.reshape(b, n, t, problem.k.shape[1]))
+    if problem.bias is not None:
+        x = x + problem.bias.astype(x.dtype)
+    visible = problem.mask.visible(problem.q_tokens.as_queries(), problem.k_tokens.as_keys())
     return jnp.where(visible, x, -jnp.inf)

@@ -1,19 +1,19 @@
-"""`check`: every check of a call, and the one shape in which backends get it.
+"""`check`: every check of a call, which turns it into the problem that backends get.
 
 B batch   T query length   S key length   N query heads   K key-value heads
 H query-key head size   V value head size
 """
 
-import dataclasses
 import math
 import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax.attention.call import Call
+from mha_jax.attention.call import Call, Logits, Problem
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import And, Mask, Not, Or, SameSegment
 from mha_jax.attention.tokens import Tokens
@@ -21,7 +21,17 @@ from mha_jax.errors import ShapeError
 from mha_jax.types import Array
 
 
-def check(call: Call) -> Call:
+class Names(NamedTuple):
+    """What the caller calls the arguments, for the texts of errors."""
+
+    q: str = "q"
+    k: str = "k"
+    v: str = "v"
+    q_tokens: str = "q_tokens"
+    k_tokens: str = "k_tokens"
+
+
+def check(call: Call, names: Names = Names()) -> Problem:  # noqa: B008
     """Refuse a malformed call; return it with one batch axis, tokens, and a scale.
 
     Raises:
@@ -33,71 +43,87 @@ def check(call: Call) -> Call:
             "or dot_product_attention(query, key, value, ...)."
         )
     check_mask("mask", call.mask)
-    q, k, v = (_floats(name, getattr(call, name)) for name in "qkv")
+    q, k, v = _arrays(call, names)
+    lead, (t, heads, size), s = q.shape[:-3], q.shape[-3:], k.shape[-3]
+    q_tokens = _tokens(names.q_tokens, call.q_tokens, t, lead)
+    k_tokens = _tokens(names.k_tokens, call.k_tokens, s, lead)
+    if _reads_segments(call.mask) and (q_tokens.segment is None or k_tokens.segment is None):
+        raise ShapeError(
+            f"the mask holds SameSegment, but the tokens have no segments: got {names.q_tokens}.segment="
+            f"{_of(q_tokens.segment)}, {names.k_tokens}.segment={_of(k_tokens.segment)}. "
+            "Pass query_tokens=Tokens(T, segment=ids) and key_tokens=Tokens(S, segment=ids)."
+        )
+    shape = (*lead, heads, t, s)
+    scale, factor = _scale(call.scale, size)
+    return Problem(
+        q=_folded(q if factor is None else q * factor.astype(q.dtype)),
+        k=_folded(k),
+        v=_folded(v),
+        q_tokens=q_tokens,
+        k_tokens=k_tokens,
+        mask=jax.tree.map(lambda a: _mask_array(a, shape), call.mask),
+        bias=None if call.bias is None else _bias(call.bias, shape),
+        dropout=_dropout(call.dropout),
+        logits=Logits(scale, _cap(call.logit_cap), call.precision),
+        heads_first=call.heads_first,
+    )
+
+
+def _arrays(call: Call, names: Names) -> tuple[Array, Array, Array]:
+    """Return q, k and v, which fit each other."""
+    q, k, v = (_floats(name, x) for name, x in zip(names, (call.q, call.k, call.v)))
+    got = ", ".join(f"{name}.shape={x.shape}" for name, x in zip(names, (q, k, v)))
     if min(q.ndim, k.ndim, v.ndim) < 3 or not q.ndim == k.ndim == v.ndim:
         raise ShapeError(
-            f"q, k and v must have the same rank, at least 3: got q.shape={q.shape}, "
-            f"k.shape={k.shape}, v.shape={v.shape}. Expected q [*B, T, N, H], k [*B, S, K, H], "
-            "v [*B, S, K, V]: the heads are an axis of their own, before the last."
+            f"{names.q}, {names.k} and {names.v} must have the same rank, at least 3: got {got}. Expected "
+            f"{names.q} [*B, T, N, H], {names.k} [*B, S, K, H], {names.v} [*B, S, K, V]: the heads are an "
+            "axis of their own, before the last."
         )
-    lead = q.shape[:-3]
-    if k.shape[:-3] != lead or v.shape[:-3] != lead:
+    if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
         raise ShapeError(
-            f"q, k and v must have the same batch axes: got q.shape={q.shape}, k.shape={k.shape}, "
-            f"v.shape={v.shape}. Broadcast them first (jnp.broadcast_to), or use jax.vmap with in_axes."
+            f"{names.q}, {names.k} and {names.v} must have the same batch axes: got {got}. "
+            "Broadcast them first (jnp.broadcast_to), or use jax.vmap with in_axes."
         )
     if k.shape[:-1] != v.shape[:-1]:
         raise ShapeError(
-            f"k and v must have the same length and heads: got k.shape={k.shape}, v.shape={v.shape}. "
-            "Expected k [*B, S, K, H] and v [*B, S, K, V] with equal S and K. "
-            "If v comes from another sequence, pass its keys too."
+            f"{names.k} and {names.v} must have the same length and heads: got {got}. Expected {names.k} "
+            f"[*B, S, K, H] and {names.v} [*B, S, K, V] with equal S and K. "
+            f"If {names.v} comes from another sequence, pass its keys too."
         )
     if q.shape[-1] != k.shape[-1]:
         raise ShapeError(
-            f"q and k must have the same head size: got q.shape={q.shape}, k.shape={k.shape}. "
-            "Expected q [*B, T, N, H] and k [*B, S, K, H] with equal H; only v may differ."
+            f"{names.q} and {names.k} must have the same head size: got {got}. Expected {names.q} "
+            f"[*B, T, N, H] and {names.k} [*B, S, K, H] with equal H; only {names.v} may differ."
         )
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ShapeError(
             f"the key-value heads must divide the query heads: got {q.shape[-2]} query heads in "
-            f"q.shape={q.shape} and {k.shape[-2]} key-value heads in k.shape={k.shape}. "
+            f"{names.q}.shape={q.shape} and {k.shape[-2]} key-value heads in {names.k}.shape={k.shape}. "
             "The layout is [*B, length, heads, size]; transpose arrays that have heads first."
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ShapeError(
-            f"q, k and v must have one dtype: got {q.dtype}, {k.dtype}, {v.dtype}. "
-            "Cast them (x.astype(...)); the output has the dtype of v."
+            f"{names.q}, {names.k} and {names.v} must have one dtype: got {q.dtype}, {k.dtype}, {v.dtype}. "
+            f"Cast them (x.astype(...)); the output has the dtype of {names.v}."
         )
-    batch, t, s, heads = math.prod(lead), q.shape[-3], k.shape[-3], q.shape[-2]
-    q_tokens = _tokens("q_tokens", call.q_tokens, t, lead)
-    k_tokens = _tokens("k_tokens", call.k_tokens, s, lead)
-    if _reads_segments(call.mask) and (q_tokens.segment is None or k_tokens.segment is None):
-        raise ShapeError(
-            "the mask holds SameSegment, but the tokens have no segments: got q_tokens.segment="
-            f"{_of(q_tokens.segment)}, k_tokens.segment={_of(k_tokens.segment)}. "
-            "Pass query_tokens=Tokens(T, segment=ids) and key_tokens=Tokens(S, segment=ids)."
-        )
-    shape = (*lead, heads, t, s)
-    mask = jax.tree.map(lambda a: _mask_array(a, shape), call.mask)
-    dropout = call.dropout
-    if dropout is not None and not isinstance(dropout, Dropout):
+    return q, k, v
+
+
+def _folded(x: Array) -> Array:
+    """Fold the batch axes of [*B, L, N, H] into one."""
+    return x if x.ndim == 4 else x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+
+
+def _dropout(dropout: Any) -> Dropout | None:
+    """Return dropout with its key as data, None where nothing is dropped."""
+    if dropout is None:
+        return None
+    if not isinstance(dropout, Dropout):
         raise ShapeError(
             f"dropout must be a Dropout or None: got {dropout!r}. "
             "Pass dropout=Dropout(jax.random.key(0), rate)."
         )
-    return dataclasses.replace(
-        call,
-        q=q.reshape(batch, t, heads, q.shape[-1]),
-        k=k.reshape(batch, s, *k.shape[-2:]),
-        v=v.reshape(batch, s, *v.shape[-2:]),
-        q_tokens=q_tokens,
-        k_tokens=k_tokens,
-        mask=mask,
-        bias=None if call.bias is None else _bias(call.bias, shape),
-        dropout=None if dropout is None or dropout.rate == 0 else dropout,
-        scale=_number("scale", call.scale) if call.scale is not None else q.shape[-1] ** -0.5,
-        logit_cap=_cap(call.logit_cap),
-    )
+    return None if dropout.rate == 0 else dropout.of_data()
 
 
 def check_mask(name: str, mask: Any) -> None:
@@ -145,7 +171,7 @@ def _tokens(name: str, tokens: Tokens | None, length: int, lead: tuple[int, ...]
     if tokens.length != length:
         raise ShapeError(
             f"{name} must describe every token: got Tokens(length={tokens.length}) for {length} "
-            "tokens. q_tokens belongs to q (length T), k_tokens to k and v (length S)."
+            "tokens. Queries (length T) have their own, keys and values (length S) theirs."
         )
 
     def fold(field: str):
@@ -160,12 +186,11 @@ def _tokens(name: str, tokens: Tokens | None, length: int, lead: tuple[int, ...]
                 "Positions, rows and segments are integers, validity is True or False."
             )
         if field != "valid":
-            a = a.astype(np.int32)
-        try:
-            fits = np.broadcast_shapes(a.shape, (*lead, length)) == (*lead, length)
-        except ValueError:
-            fits = False
-        if not fits or a.ndim == 0 or a.shape[-1] != length:
+            a = _int32(f"{name}.{field}", a)
+        whole = (*lead, length)
+        sizes = zip(a.shape[::-1], whole[::-1])
+        fits = 0 < a.ndim <= len(whole) and all(x == 1 or x == y for x, y in sizes)
+        if not fits or a.shape[-1] != length:
             raise ShapeError(
                 f"{name}.{field} must have shape {(*lead, length)}, batch axes of 1 or left out "
                 f"broadcast: got {a.shape}."
@@ -243,18 +268,68 @@ def _broadcastable(name: str, a: Array, shape: tuple[int, ...], missing_heads: b
     return _fold_batch(a, shape[:-3], 3)
 
 
-def _number(name: str, x) -> float:
-    if not isinstance(x, numbers.Real) or isinstance(x, bool) or not math.isfinite(x):
+def _int32(name: str, a: Any) -> Any:
+    """Return integers as 32-bit ones, whose values they must have.
+
+    Raises:
+      ShapeError: If a value does not fit, or cannot be seen and might not.
+    """
+    if np.iinfo(a.dtype).bits < 32 or a.dtype == np.int32:
+        return a.astype(np.int32)
+    limits = np.iinfo(np.int32)
+    if isinstance(a, jax.core.Tracer):
         raise ShapeError(
-            f"{name} must be a finite Python number: got {x!r}. It is part of the compiled program; "
-            "multiply q by a traced or learned factor instead."
+            f"{name} must hold integers of at most 32 bits: got a traced {a.dtype}, whose values cannot be "
+            f"checked. Pass {name.rpartition('.')[2]}.astype(jnp.int32)."
+        )
+    seen = np.asarray(a)
+    if seen.size and (seen.min() < limits.min or seen.max() > limits.max):
+        raise ShapeError(
+            f"{name} must hold integers that fit 32 bits: got values from {seen.min()} to {seen.max()}. "
+            "Number them from 0 first, ids by np.unique(ids, return_inverse=True), times by subtracting "
+            "the first."
+        )
+    return a.astype(np.int32)
+
+
+def _scale(x: Any, size: int) -> tuple[float, Array | None]:
+    """Return the scale of the logits, and a traced factor that the queries take instead."""
+    if x is None:
+        # Heads of no features attend evenly, whatever their logits, all 0, are multiplied by.
+        return (size**-0.5 if size else 1.0), None
+    if (
+        isinstance(x, jax.core.Tracer)
+        and jnp.ndim(x) == 0
+        and jnp.issubdtype(x.dtype, jnp.floating)
+    ):
+        return 1.0, x
+    return _number("scale", x, "a finite number, traced or not"), None
+
+
+def _number(name: str, x: Any, wanted: str) -> float:
+    if (
+        isinstance(x, (jax.Array, np.ndarray))
+        and jnp.ndim(x) == 0
+        and not isinstance(x, jax.core.Tracer)
+    ):
+        x = x.item()
+    number = isinstance(x, numbers.Real) and not isinstance(x, bool)
+    if not number or not abs(float(x)) <= float(np.finfo(np.float32).max):
+        raise ShapeError(
+            f"{name} must be {wanted}, within float32: got {x!r}. Expected a Python number or an array of no "
+            "axes, 0.125 or 1 / jnp.sqrt(64) say."
         )
     return float(x)
 
 
-def _cap(x) -> float | None:
+def _cap(x: Any) -> float | None:
     if x is None:
         return None
-    if _number("logit_cap", x) <= 0:
+    if isinstance(x, jax.core.Tracer):
+        raise ShapeError(
+            f"logit_cap must be known while tracing: got {x!r}. It is part of the compiled program; mark it "
+            "static, jax.jit(..., static_argnames='logit_cap')."
+        )
+    if (cap := _number("logit_cap", x, "a finite number")) <= 0:
         raise ShapeError(f"logit_cap must be positive: got {x!r}. Pass None for no cap.")
-    return float(x)
+    return cap

@@ -100,21 +100,42 @@ class Dropout:
         """The smallest 32-bit hash that is kept."""
         return np.uint32(min(round(float(self.rate) * 2**32), 2**32 - 1))
 
-    def words(self) -> UInt32[Array, "2"]:
-        """Return the key as two words; longer keys (rbg) are hashed down to two."""
+    @property
+    def factor(self) -> float:
+        """What a kept weight is multiplied by: 1 / (1 - rate)."""
+        return 1 / (1 - float(self.rate))
+
+    def key_data(self) -> UInt32[Array, "2"]:
+        """Return the key as two words; longer keys (rbg) are hashed down to two.
+
+        Raises:
+          ShapeError: If `key` is not one key.
+        """
         key = self.key
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            key = jax.random.key_data(key)
-        key = jnp.asarray(key, jnp.uint32)
-        if key.shape == (2,):
-            return key
-        return jnp.stack(threefry2x32((key[0], key[1]), (key[2], key[3])))
+        kind = getattr(key, "dtype", None)
+        typed = kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key)
+        words = jax.random.key_data(key) if typed else key
+        shape = jnp.shape(words)
+        if (typed and key.ndim) or shape not in ((2,), (4,)) or words.dtype != jnp.uint32:
+            got = f"{kind}{list(jnp.shape(key))}" if kind is not None else repr(key)
+            raise ShapeError(
+                f"the key of a Dropout must be one JAX key: got {got}. Pass jax.random.key(0), or one of "
+                "those that jax.random.split returns."
+            )
+        words = jnp.asarray(words)
+        if shape == (2,):
+            return words
+        return jnp.stack(threefry2x32((words[0], words[1]), (words[2], words[3])))
+
+    def of_data(self) -> "Dropout":
+        """Return the same dropout with its key as data, which any transformation can follow."""
+        return dataclasses.replace(self, key=self.key_data())
 
     def row_keys(
         self, batch: int, heads: int, rows: Int[ArrayLike, "#B T"]
     ) -> tuple[UInt32[Array, "B N T"], UInt32[Array, "B N T"]]:
         """Return the pair of words of every row; the hash of its weights starts from them."""
-        words = self.words()
+        words = self.key_data()
         b = (jnp.arange(batch, dtype=jnp.uint32) + _word(self.batch_start))[:, None]
         n = (jnp.arange(heads, dtype=jnp.uint32) + _word(self.head_start))[None, :]
         pair = threefry2x32((words[0], words[1]), tuple(jnp.broadcast_arrays(b, n)))

@@ -14,12 +14,13 @@ import numpy as np
 from typing_extensions import Unpack
 
 from mha_jax.attention import attention_fn, softmax
-from mha_jax.attention.call import Call, Output, logits
-from mha_jax.attention.check import check
+from mha_jax.attention.call import Call, Output, Problem, logits
+from mha_jax.attention.check import Names, check
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Dense, Full, Mask
-from mha_jax.attention.tokens import Tokens, silence
-from mha_jax.engine import run as dispatch
+from mha_jax.attention.tokens import Tokens, zero_invalid
+from mha_jax.engine.choose import reasons
+from mha_jax.engine.run import run
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, ArrayLike, Float, Int, Precision
 
@@ -45,9 +46,18 @@ def attend(call: Call, backend: Any = None) -> Output:
     >>> attend(Call(x, x, x)).out.shape
     (2, 5, 3, 8)
     """
-    checked = check(call)
-    output = dispatch.run(_silenced(checked), backend)
-    return Output(*(a.reshape(*call.q.shape[:-3], *a.shape[1:]) for a in output))
+    return _attend(call, backend, Names())
+
+
+def _attend(call: Call, backend: Any, names: Names) -> Output:
+    out, m, l = run(_zero_hidden(check(call, names)), backend)
+    lead = call.q.shape[:-3]
+    return Output(_unfolded(out, lead), _unfolded(softmax.logsumexp(m, l), lead))
+
+
+def _unfolded(x: Array, lead: tuple[int, ...]) -> Array:
+    """Unfold the batch axis of an array into those of the call."""
+    return x if len(lead) == 1 else x.reshape(*lead, *x.shape[1:])
 
 
 @attention_fn.shows_flax_arguments
@@ -102,21 +112,23 @@ def dot_product_attention(
     """
     rule = Dense(mask) if isinstance(mask, (jax.Array, np.ndarray)) else mask
     call = Call(
-        *(query, key, value),  # type: ignore[arg-type]
-        *(query_tokens, key_tokens),  # type: ignore[arg-type]
+        *(query, key, value, query_tokens, key_tokens),
         mask=Full() if rule is None else rule,
-        bias=bias,  # type: ignore[arg-type]
+        bias=bias,
         dropout=dropout,
-        scale=scale,  # type: ignore[arg-type]
+        scale=scale,
         logit_cap=logit_cap,
         precision=precision,
     )
     if flax:
         call = attention_fn.with_flax_arguments(call, flax)
-    output = attend(call, backend)
+    out, lse = _attend(call, backend, _ARGUMENTS)
     if (module := flax.get("module")) is not None:
-        attention_fn.sow(module, attention_scores(call, output.lse))
-    return output.out
+        attention_fn.sow(module, attention_scores(call, lse))
+    return out
+
+
+_ARGUMENTS = Names("query", "key", "value", "query_tokens", "key_tokens")
 
 
 def attention_scores(
@@ -126,11 +138,12 @@ def attention_scores(
     rows: slice | Int[ArrayLike, "R"] | None = None,
     heads: slice | Int[ArrayLike, "M"] | None = None,
 ) -> Float[Array, "*B M R S"]:
-    """Return the attention weights before dropout, recomputed from `lse`.
+    """Return the attention weights before dropout.
 
     Args:
       call: The call whose scores are wanted.
-      lse: Its `attend(call).lse`; computed if None.
+      lse: Its `attend(call).lse`, where it is at hand: it saves a pass over the logits. Rows are normalized
+        by their own sums, so scores are right at any size of the logits.
       rows: Which queries; all if None.
       heads: Which query heads; all if None.
 
@@ -138,7 +151,7 @@ def attention_scores(
       Scores in the dtype of `call.q`; the rows sum to 1, or to 0 where a query sees no key.
 
     Raises:
-      ShapeError: If the call is malformed.
+      ShapeError: If the call is malformed, or `lse` is not of its shape.
 
     Cost: O(B M R S H) operations and O(B M R S) memory: what was asked for, nothing T x S.
 
@@ -146,26 +159,22 @@ def attention_scores(
     >>> attention_scores(Call(x, x, x), rows=slice(0, 1)).shape
     (1, 2, 1, 5)
     """
-    checked = check(call)
+    problem = _zero_hidden(check(call))
     lead = call.q.shape[:-3]
-    call = _silenced(dataclasses.replace(checked, dropout=None))
-    b, t, n, _ = call.q.shape
-    if lse is None:
-        lse = dispatch.run(call, None).lse
-    elif lse.shape != (*lead, n, t):
+    b, t, n, _ = problem.q.shape
+    if lse is not None and lse.shape != (*lead, n, t):
         raise ShapeError(
             f"lse of shape {lse.shape} is not of this call: expected {(*lead, n, t)}, [*B, N, T]. "
             "Pass attend(call).lse of the same call, or None."
         )
-    lse = lse.reshape(b, n, t)
+    near = None if lse is None else lse.reshape(b, n, t, 1)
     if heads is not None:
         heads = _chosen("heads", heads, n)
-        call, lse = _of_heads(call, heads), lse[:, heads]
+        problem, near = _of_heads(problem, heads), None if near is None else near[:, heads]
     if rows is not None:
         rows = _chosen("rows", rows, t)
-        call, lse = _of_rows(call, rows), lse[:, :, rows]
-    scores = softmax.weights(logits(call), lse[..., None]).astype(call.q.dtype)
-    return scores.reshape(*lead, *scores.shape[1:])
+        problem, near = _of_rows(problem, rows), None if near is None else near[:, :, rows]
+    return _unfolded(softmax.scores(logits(problem), near).astype(call.q.dtype), lead)
 
 
 def explain(call: Call, platform: str | None = None) -> dict[str, str]:
@@ -185,65 +194,69 @@ def explain(call: Call, platform: str | None = None) -> dict[str, str]:
     >>> explain(Call(x, x, x), platform="cpu")["blockwise"]
     'can run'
     """
-    reasons: dict[str, str] = {}
+    found: dict[str, str] = {}
 
     def trace(call):
-        reasons.update(dispatch.reasons(check(call), platform))
+        found.update(reasons(check(call), platform))
 
     jax.eval_shape(trace, call)
-    return reasons
+    return found
 
 
-def _chosen(name: str, which: Any, count: int) -> Int[np.ndarray, "M"]:
+def _chosen(name: str, which: Any, count: int) -> Int[ArrayLike, "M"]:
     """Return which of `count` heads or rows were asked for, as indices; traced ones as they are."""
     if isinstance(which, jax.core.Tracer):
-        return which  # type: ignore[return-value]
+        return which
     try:
-        return np.arange(count)[which]
-    except IndexError as error:
+        chosen = np.arange(count)[which]
+    except IndexError:
+        chosen = None
+    if chosen is None or chosen.ndim != 1:
         raise ShapeError(
-            f"{name}={which!r} do not exist: expected a slice, or integers from 0 to {count - 1}."
-        ) from error
+            f"{name}={which!r} do not exist: expected a slice, or a list or array of integers from 0 to "
+            f"{count - 1}."
+        )
+    return chosen
 
 
-def _silenced(call: Call) -> Call:
+def _zero_hidden(problem: Problem) -> Problem:
     """Zero what the mask hides by token, so that NaN and Inf there reach no output or gradient."""
-    if call.mask.hides_invalid_keys:
-        k, v = silence(call.k, call.k_tokens), silence(call.v, call.k_tokens)
-        call = dataclasses.replace(call, k=k, v=v)
-    if call.mask.hides_invalid_queries:
-        call = dataclasses.replace(call, q=silence(call.q, call.q_tokens))
-    return call
+    q, k, v = problem.q, problem.k, problem.v
+    if problem.mask.hides_invalid_keys:
+        k, v = (zero_invalid(x, problem.k_tokens) for x in (k, v))
+    if problem.mask.hides_invalid_queries:
+        q = zero_invalid(q, problem.q_tokens)
+    return dataclasses.replace(problem, q=q, k=k, v=v)
 
 
-def _of_rows(call: Call, rows: Int[np.ndarray, "R"]) -> Call:
-    """Return the call of some queries only."""
+def _of_rows(problem: Problem, rows: Int[ArrayLike, "R"]) -> Problem:
+    """Return the problem of some queries only."""
 
     def take(a):
         return a if a.shape[2] == 1 else a[:, :, rows]
 
-    tokens = call.q_tokens.map(lambda a: jnp.asarray(a)[:, rows], len(rows), 0)
+    tokens = problem.q_tokens.map(lambda a: jnp.asarray(a)[:, rows], len(rows), 0)
     return dataclasses.replace(
-        call,
-        q=call.q[:, rows],
-        q_tokens=dataclasses.replace(tokens, index=jnp.asarray(call.q_tokens.rows)[:, rows]),
-        mask=jax.tree.map(take, call.mask),
-        bias=None if call.bias is None else take(call.bias),
+        problem,
+        q=problem.q[:, rows],
+        q_tokens=dataclasses.replace(tokens, index=jnp.asarray(problem.q_tokens.rows)[:, rows]),
+        mask=jax.tree.map(take, problem.mask),
+        bias=None if problem.bias is None else take(problem.bias),
     )
 
 
-def _of_heads(call: Call, heads: Int[np.ndarray, "M"]) -> Call:
-    """Return the call of some query heads only, each with its key-value head."""
+def _of_heads(problem: Problem, heads: Int[ArrayLike, "M"]) -> Problem:
+    """Return the problem of some query heads only, each with its key-value head."""
 
     def take(a):
         return a if a.shape[1] == 1 else a[:, heads]
 
-    shared = heads // call.groups
+    shared = heads // problem.groups
     return dataclasses.replace(
-        call,
-        q=call.q[:, :, heads],
-        k=call.k[:, :, shared],
-        v=call.v[:, :, shared],
-        mask=jax.tree.map(take, call.mask),
-        bias=None if call.bias is None else take(call.bias),
+        problem,
+        q=problem.q[:, :, heads],
+        k=problem.k[:, :, shared],
+        v=problem.v[:, :, shared],
+        mask=jax.tree.map(take, problem.mask),
+        bias=None if problem.bias is None else take(problem.bias),
     )

@@ -3,6 +3,7 @@
 B batch   T query length   S key length   N query heads   R rows at a time
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mha_jax.attention.call import Call
-from mha_jax.attention.functions import attend, attention_scores
+from mha_jax.attention.functions import attention_scores
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, Float, Int
 
@@ -25,7 +26,7 @@ def scores_mean(call: Call, lse: Array | None = None) -> Float[Array, "*B T S"]:
 
     Args:
       call: The call whose scores are wanted; any leading batch axes.
-      lse: Its `attend(call).lse`; computed if None.
+      lse: As for `attention_scores`.
 
     Cost: The time of `attention_scores`; O(B T S) memory, for the result.
 
@@ -89,9 +90,8 @@ def _entropy(scores: Array) -> Array:
 
 def _by_rows(call: Call, lse: Array | None, reduce: Callable[[Array], Any], row_axis: int) -> Any:
     """Apply `reduce` to scores [*B, N, R, S], R rows at a time, and join the rows on `row_axis`."""
-    lse = attend(call).lse if lse is None else lse
-    t, s = call.q.shape[-3], call.k.shape[-3]
-    at_once = max(1, _HELD // max(1, lse.size // max(1, t) * s))
+    *lead, t, n, _ = call.q.shape
+    at_once = max(1, _HELD // max(1, math.prod(lead) * n * call.k.shape[-3]))
     if at_once >= t:
         return reduce(attention_scores(call, lse))
 

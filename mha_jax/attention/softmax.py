@@ -12,19 +12,20 @@ Source: Milakov & Gimelshein 2018, arXiv:1805.02867; Rabe & Staats 2021, arXiv:2
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
-from mha_jax.types import Array, Float
+from mha_jax.types import Array, Float, Size
 
 
 class Running(NamedTuple):
     """State of a running softmax over tiles of keys."""
 
-    acc: Float[Array, "*R T V"]
-    m: Float[Array, "*R T 1"]
-    l: Float[Array, "*R T 1"]
+    acc: Array  # [*R, T, V]
+    m: Array  # [*R, T, 1]
+    l: Array  # [*R, T, 1]
 
 
-def start(rows: tuple[int, ...], value_size: int, dtype) -> Running:
+def start(rows: tuple[Size, ...], value_size: int, dtype) -> Running:
     """Return the state of rows that have seen no key yet."""
     return Running(
         jnp.zeros((*rows, value_size), dtype),
@@ -39,7 +40,7 @@ def finite(m: Float[Array, "*R"]) -> Float[Array, "*R"]:
 
 
 def weights(x: Float[Array, "*R"], m: Float[Array, "..."]) -> Float[Array, "*R"]:
-    """Return exp(x - m), exactly 0 where the logit is -inf; m broadcasts. With m = lse: the scores."""
+    """Return exp(x - m), exactly 0 where the logit is -inf; m broadcasts."""
     return jnp.exp(x - finite(m))
 
 
@@ -48,6 +49,20 @@ def first(x: Float[Array, "*R T S"]) -> tuple[Array, Array, Array]:
     m = jnp.max(x, axis=-1, keepdims=True)
     p = weights(x, m)
     return p, m, jnp.sum(p, axis=-1, keepdims=True)
+
+
+def scores(x: Float[Array, "*R T S"], near: Array | None = None) -> Float[Array, "*R T S"]:
+    """Return the softmax of whole rows: they sum to 1, or are 0 where all logits are -inf.
+
+    Args:
+      x: Logits.
+      near: A number near every row's largest logit, [*R, T, 1], its lse say, that saves looking for it.
+    """
+    if x.shape[-1] == 0:
+        return x
+    near = jnp.max(x, axis=-1, keepdims=True) if near is None else near
+    p = weights(x, lax.stop_gradient(near))
+    return p * reciprocal(jnp.sum(p, axis=-1, keepdims=True))
 
 
 def grow(
@@ -71,6 +86,22 @@ def reciprocal(l: Float[Array, "*R"]) -> Float[Array, "*R"]:
 
 
 def logsumexp(m: Float[Array, "*R"], l: Float[Array, "*R"]) -> Float[Array, "*R"]:
-    """Return m + log(l), and -inf for rows that saw no key."""
+    """Return m + log(l), and -inf for rows that saw no key; m counts as a constant in derivatives."""
+    m = lax.stop_gradient(m)
     seen = l > 0
     return jnp.where(seen, finite(m) + jnp.log(jnp.where(seen, l, jnp.ones_like(l))), -jnp.inf)
+
+
+def shift(m: Float[Array, "*R"], l: Float[Array, "*R"]) -> tuple[Array, Array]:
+    """Return (c, r) that rebuild weights: exp(x - m) / l = exp(x - c) * r.
+
+    c is lse, rounded, and r, all but 1 unless logits are huge, what the rounding lost. So a pass over
+    tiles subtracts one number from a logit, and multiplies a row's cotangent, not its weights, by r.
+    A row that saw no key has c = inf and r = 0: its weights are 0 whatever its logits are.
+    """
+    m = lax.stop_gradient(m)
+    seen = l > 0
+    log = jnp.log(jnp.where(seen, l, jnp.ones_like(l)))
+    c = lax.stop_gradient(finite(m) + log)
+    r = jnp.exp((c - finite(m)) - log)
+    return jnp.where(seen, c, jnp.inf), jnp.where(seen, r, jnp.zeros_like(r))

@@ -62,6 +62,8 @@ class Tokens:
     def rows(self) -> Int[ArrayLike, "#B L"]:
         if self.index is not None:
             return self.index
+        if not isinstance(self.length, int):  # a symbolic length, of a program to be exported
+            return self.start + jnp.arange(self.length, dtype=jnp.int32)[None]
         return np.arange(self.start, self.start + self.length, dtype=np.int32)[None]
 
     @property
@@ -109,7 +111,7 @@ def extents(facts: Facts, size: int) -> Facts:
     return Facts(*(a if a is None else interval(a) for a in facts))
 
 
-def silence(x: jax.Array, tokens: Tokens) -> jax.Array:
+def zero_invalid(x: jax.Array, tokens: Tokens) -> jax.Array:
     """Zero the data [B, L, ...] of tokens that are not valid, so that NaN there reaches nothing."""
     if tokens.valid is None:
         return x

@@ -4,39 +4,64 @@ B batch   T query length   S key length   N query heads   K key-value heads   G 
 """
 
 import dataclasses
-from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from mha_jax.attention import softmax
-from mha_jax.attention.call import Call, Output, logits
+from mha_jax.attention.call import Moves, Output, Problem, State, logits
+from mha_jax.backends.base import Backend
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference:
+class Reference(Backend):
     """Attention by the formula. O(T S) memory."""
 
-    plain_autodiff: ClassVar[bool] = True
-
-    def why_not(self, call: Call, platform: str) -> str | None:
-        return None
-
-    def forward(self, call: Call) -> Output:
-        x = logits(call)
-        m = lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True, initial=-jnp.inf))
+    def forward(self, problem: Problem) -> State:
+        x = logits(problem)
+        m = lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
         p = softmax.weights(x, m)
         l = jnp.sum(p, axis=-1, keepdims=True)
         p = p * softmax.reciprocal(l)
         b, n, t, s = p.shape
-        if call.dropout is not None:
-            kept = call.dropout.keep(b, n, call.q_tokens.rows, call.k_tokens.rows)
-            p = jnp.where(kept, p / (1 - call.dropout.rate), 0)
+        if problem.dropout is not None:
+            kept = problem.dropout.keep(b, n, problem.q_tokens.rows, problem.k_tokens.rows)
+            p = jnp.where(kept, p * problem.dropout.factor, 0)
         out = jnp.einsum(
             "BKGTS,BSKV->BTKGV",
-            p.reshape(b, n // call.groups, call.groups, t, s),
-            call.v.astype(p.dtype),
-            precision=call.precision,
+            p.reshape(b, n // problem.groups, problem.groups, t, s),
+            problem.v.astype(p.dtype),
+            precision=problem.logits.precision,
         )
-        out = out.reshape(b, t, n, call.v.shape[-1]).astype(call.v.dtype)
-        return Output(out, softmax.logsumexp(m, l)[..., 0])
+        out = out.reshape(b, t, n, problem.v.shape[-1]).astype(problem.v.dtype)
+        return State(out, m[..., 0], l[..., 0])
+
+    def cotangent(self, problem: Problem, state: State, cotangent: Output) -> Moves:
+        function, moved = self._of_moves(problem)
+        return jax.vjp(function, moved)[1](cotangent)[0]
+
+    def tangent(self, problem: Problem, state: State, direction: Moves) -> Output:
+        function, moved = self._of_moves(problem)
+        moves = [
+            jnp.zeros_like(x) if d is None else d for x, d in zip(moved, direction) if x is not None
+        ]
+        return jax.jvp(function, (moved,), (jax.tree.unflatten(jax.tree.structure(moved), moves),))[
+            1
+        ]
+
+    def _of_moves(self, problem: Problem):
+        """Return (out, lse) as a function of what moves, and that."""
+
+        def function(moved: Moves) -> Output:
+            moving = dict(zip(Moves._fields, moved))
+            out, m, l = self.forward(dataclasses.replace(problem, **moving))
+            return Output(out, softmax.logsumexp(m, l))
+
+        return function, Moves(*(getattr(problem, name) for name in Moves._fields))
+
+    def differentiable(self) -> Backend:
+        return self
+
+    def partitionable(self) -> Backend:
+        return self

@@ -1,389 +1,343 @@
-"""A pass of a backend as one operation that is cut over the devices of a mesh.
+"""One pass of one problem as one operation, whose platform and mesh are found when it is lowered.
 
 B batch   T query length   S key length   N query heads   K key-value heads
-H query-key head size   V value head size   W words of a random key
+H query-key head size   V value head size
 
-A kernel and a loop over groups of heads are closed to XLA's partitioner, which would gather their inputs.
-`Plan` says by letters which axes of its flat arrays are those of examples and heads, and runs the pass on
-one shard; `bind` makes it one operation, `sharded_attention`, which finds its shards when it is lowered:
+Tracing a call traces no backend: the operation holds the pass by name, its arrays and their letters.  When
+it is lowered, for one platform or for several in one program,
 
-* for one device, or inside a `jax.shard_map`: the whole call, as if this module were not there;
-* for several: XLA is told the rule, and asks for the program of a shard of the sizes that it has chosen;
-* for TPU, where XLA cannot ask, and inside a `jax.shard_map` over a part of the mesh: a `jax.shard_map`
-  over the mesh that the program is lowered for, whose axes are known by their names.
+* the backend is chosen for that platform, unless the caller named one;
+* a backend that is plain XLA is lowered as it is, in a form that XLA's partitioner can cut where the
+  program is for several devices;
+* a kernel is cut by a `jax.shard_map` over the mesh lowered for, along the axes that types say explicitly,
+  that the caller named, or that have common names.
 
-Source: Xu et al. 2021, arXiv:2105.04663 and the Shardy documentation (propagation by factors).
+The tokens of one example stay on one device. Where K is no multiple of the head axis, keys and values are
+held by every device of it, and each takes the key-value head that its query heads read.
 """
 
 import dataclasses
-import inspect
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
-from jax.core import ShapedArray
-from jax.experimental.custom_partitioning import (
-    ArrayMapping,
-    SdyShardingRule,
-    custom_partitioning,
-)
-from jax.extend.core import Primitive, jaxpr_as_fun
-from jax.interpreters import batching, mlir
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
-from mha_jax.engine.lowering import ordered_effects, turn
+from mha_jax.attention.call import Moves, Output, Problem, State
+from mha_jax.backends.base import Backend
+from mha_jax.engine import mesh as meshes
+from mha_jax.engine.choose import PLATFORMS, choose, default_platform
+from mha_jax.engine.mesh import Axes, Place, Wanted, fitting
 from mha_jax.types import Array
 
-BATCH_AXES = ("data", "batch", "dp", "replica", "fsdp")
-HEAD_AXES = ("model", "heads", "tensor", "tp", "mp")
+
+class Level(NamedTuple):
+    """One `vmap`: which inputs it maps, and the size of its axis."""
+
+    mapped: tuple[bool, ...]
+    size: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Axes:
-    """Mesh axes over which a call is cut.
+class Pass:
+    """One pass of a backend over flat arrays; hashable, a parameter of the operation.
 
     Args:
-      batch: Axes that cut the batch.
-      heads: Axes that cut the query heads.
-      keys: Axes that cut the key-value heads: those of `heads`, or none where K is no multiple.
-      mapped: Axes that cut each axis that `vmap` has added, the outermost first.
+      run: `forward`, `cotangent` or `tangent` of this module.
+      backend: What runs it; None chooses by the platform lowered for.
+      wanted: Mesh axes that cut a kernel.
+      mesh: The mesh that is known while tracing, from the context or from types; None without one.
+      tree: Structure of the pass's arguments, a problem first.
+      letters: Of the axes of every input.
+      outputs: Of the axes of every output.
+      levels: One for every `vmap`, the outermost first.
     """
 
-    batch: tuple[str, ...] = ()
-    heads: tuple[str, ...] = ()
-    keys: tuple[str, ...] = ()
-    mapped: tuple[tuple[str, ...], ...] = ()
+    run: Callable[..., Any]
+    backend: Backend | None
+    wanted: Wanted
+    mesh: Any
+    tree: Any
+    letters: tuple[str, ...]
+    outputs: tuple[str, ...]
+    levels: tuple[Level, ...] = ()
 
-    def spec(self, letters: str, shape: tuple[int, ...], mapped: tuple[bool, ...] = ()) -> Any:
-        """Return the PartitionSpec of an array whose axes are `letters`; axes of 1 are not cut."""
-        of = {"B": self.batch, "N": self.heads, "K": self.keys}
-        outer = [axes for axes, there in zip(self.mapped, mapped) if there]
-        inner = [of.get(letter, ()) for letter in letters]
-        sizes = zip([*outer, *inner], shape, strict=True)
-        return PartitionSpec(*(axes if axes and size > 1 else None for axes, size in sizes))
+    def levels_of(self, index: int) -> tuple[bool, ...]:
+        """Say for every `vmap` whether it maps an input."""
+        return tuple(level.mapped[index] for level in self.levels)
 
+    def problem(self, kinds: Sequence[Any]) -> Problem:
+        """Return the problem of one example of every `vmap`, as shapes."""
+        shapes = (x.shape[sum(self.levels_of(i)) :] for i, x in enumerate(kinds))
+        leaves = [jax.ShapeDtypeStruct(shape, x.dtype) for shape, x in zip(shapes, kinds)]
+        return jax.tree.unflatten(self.tree, leaves)[0]
 
-def fitting(axes: Axes, sizes: dict[str, int], lengths: dict[str, int]) -> Axes:
-    """Return the axes that cut a call into equal shards, each of whole groups of heads.
+    def of_leaves(self, backend: Backend, axes: Axes = Axes()) -> Callable[..., list[Array]]:  # noqa: B008
+        """Return the pass as a function of flat arrays, whole or those of one shard."""
 
-    Args:
-      axes: Wanted axes.
-      sizes: Of every letter of the call.
-      lengths: Of every mesh axis.
-    """
+        run = partial(_on_shard, self.run, axes) if axes.batch or axes.heads else self.run
 
-    def count(names):
-        return math.prod(lengths[name] for name in names)
+        def function(*leaves):
+            return jax.tree.leaves(run(backend, *jax.tree.unflatten(self.tree, leaves)))
 
-    def fits(names, taken, size):
-        kept: tuple[str, ...] = ()
-        for name in names:
-            if name not in taken and size % count((*kept, name)) == 0 and lengths[name] > 1:
-                kept = (*kept, name)
-        return kept
-
-    taken = {name for names in axes.mapped for name in names}
-    batch = fits(axes.batch, taken, sizes["B"])
-    heads = fits(axes.heads, taken | set(batch), sizes["N"])
-    groups = sizes["N"] // sizes["K"]
-    while heads and sizes["K"] % count(heads) and groups % (sizes["N"] // count(heads)):
-        heads = heads[:-1]
-    keys = heads if heads and sizes["K"] % count(heads) == 0 else ()
-    return Axes(batch, heads, keys, axes.mapped)
+        for level in reversed(self.levels):
+            in_axes = tuple(0 if there else None for there in level.mapped)
+            function = jax.vmap(function, in_axes=in_axes, axis_size=level.size)
+        return function
 
 
-# ---- one shard -----------------------------------------------------------------------------------
+# ---- the three passes ---------------------------------------------------------------------------
 
 
-def _on_shard(plan: "Plan", axes: Axes, args: tuple) -> Any:
+def forward(backend: Backend, problem: Problem) -> State:
+    return backend.forward(problem)
+
+
+def cotangent(backend: Backend, problem: Problem, state: State, cotangent: Output) -> Moves:
+    return backend.cotangent(problem, state, cotangent)
+
+
+def tangent(backend: Backend, problem: Problem, state: State, direction: Moves) -> Output:
+    return backend.tangent(problem, state, direction)
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """Who runs the passes of a problem: a backend, None to choose, and how a kernel is cut."""
+
+    backend: Backend | None = None
+    wanted: Wanted = Wanted()  # noqa: RUF009
+
+    def forward(self, problem: Problem) -> State:
+        b, t, n, _ = problem.q.shape
+        statistics = ((b, n, t), jnp.dtype(problem.accumulator))
+        shapes = ((b, t, n, problem.v.shape[-1]), problem.v.dtype), statistics, statistics
+        return State(*self._bind(forward, meshes.STATE, shapes, problem))
+
+    def cotangent(self, problem: Problem, state: State, ct: Output) -> Moves:
+        moving = [
+            (x, letters) for x, letters in zip(_moving(problem), meshes.MOVES) if x is not None
+        ]
+        shapes = [(x.shape, x.dtype) for x, _ in moving]
+        letters = tuple(x for _, x in moving)
+        found = self._bind(cotangent, letters, shapes, problem, state, ct)
+        return Moves(*found, *[None] * (4 - len(found)))
+
+    def tangent(self, problem: Problem, state: State, direction: Moves) -> Output:
+        shapes = [(x.shape, x.dtype) for x in (state.out, state.l)]
+        return Output(*self._bind(tangent, meshes.OUTPUT, shapes, problem, state, direction))
+
+    def differentiable(self) -> Backend:
+        """Return a backend whose passes JAX can differentiate."""
+        return (self.backend or Backend()).differentiable()
+
+    def _bind(
+        self, run: Callable, outputs: tuple, shapes: Any, problem: Problem, *rest: Any
+    ) -> list:
+        leaves, tree = jax.tree.flatten((problem, *rest))
+        leaves = meshes.vary_alike([_as_array(x) for x in leaves])
+        letters = (*meshes.letters_of(problem), *(x for value in rest for x in _letters(value)))
+        mesh = meshes.traced_mesh(leaves[0])
+        this = Pass(run, self.backend, self.wanted, mesh, tree, letters, outputs)
+        cut = meshes.cut_by_letter(zip(letters, leaves), problem.groups)
+        types = tuple(
+            meshes.typed_like(leaves[0], x, shape, dtype, cut)
+            for x, (shape, dtype) in zip(outputs, shapes, strict=True)
+        )
+        asks = None if mesh is not None else _needs_devices()
+        return attention_pass_p.bind(*leaves, this=this, types=types, asks=asks)
+
+
+@lru_cache(maxsize=1)
+def _needs_devices() -> Any:
+    """Return a program that is never run: JAX tells the mesh of the arrays when it lowers what holds one."""
+    like = jax.ShapeDtypeStruct((), jnp.float32)
+    return jax.make_jaxpr(lambda x: jax.pure_callback(lambda x: x, like, x))(like)
+
+
+def _moving(problem: Problem) -> tuple:
+    return problem.q, problem.k, problem.v, problem.bias
+
+
+def _letters(value: Any) -> tuple[str, ...]:
+    """Return the letters of what goes into a pass beside the problem."""
+    if isinstance(value, State):
+        return meshes.STATE
+    if isinstance(value, Output):
+        return meshes.OUTPUT
+    return tuple(x for a, x in zip(value, meshes.MOVES) if a is not None)
+
+
+def _as_array(x: Any) -> Array:
+    return jnp.asarray(x, jnp.int32) if isinstance(x, int) else jnp.asarray(x)
+
+
+# ---- one shard ----------------------------------------------------------------------------------
+
+
+def _on_shard(run: Callable, axes: Axes, backend: Backend, problem: Problem, *args: Any) -> Any:
     """Run a pass of a backend on the shard of this device."""
-    call, *rest = args
-    b, _, n, _ = call.q.shape
-    if call.dropout is not None:
-        dropout = call.dropout
+    rest = list(args)
+    b, _, n, _ = problem.q.shape
+    if problem.dropout is not None:
+        dropout = problem.dropout
         dropout = dataclasses.replace(
             dropout,
-            batch_start=_int32(dropout.batch_start) + _index(axes.batch) * b,
-            head_start=_int32(dropout.head_start) + _index(axes.heads) * n,
+            batch_start=dropout.batch_start + _index(axes.batch) * b,
+            head_start=dropout.head_start + _index(axes.heads) * n,
         )
-        call = dataclasses.replace(call, dropout=dropout)
-    kv = call.k.shape[2]
-    first = None
-    if axes.heads and not axes.keys:
-        first = _index(axes.heads) * n // plan.groups
-        call = dataclasses.replace(call, k=_head(call.k, first), v=_head(call.v, first))
-        if plan.name == "tangent":
-            direction = rest[-1]
-            moves = {x: _head(a, first) for x in "kv" if (a := getattr(direction, x)) is not None}
-            rest = [*rest[:-1], direction._replace(**moves)]
-    result = getattr(plan.backend, plan.name)(call, *rest)
-    if plan.name != "cotangent":
+        problem = dataclasses.replace(problem, dropout=dropout)
+    shared = bool(axes.heads) and not axes.keys
+    kv = problem.k.shape[2]
+    # Where the devices of the head axis hold all key-value heads, each of them reads one.
+    whole = jax.lax.axis_size(axes.heads) if shared else 1
+    first = _index(axes.heads) * n // (n * whole // kv)
+    if shared:
+        problem = dataclasses.replace(problem, k=_head(problem.k, first), v=_head(problem.v, first))
+        rest = [_of_head(x, first) if isinstance(x, Moves) else x for x in rest]
+    result = run(backend, problem, *rest)
+    if not isinstance(result, Moves):
         return result
-    if first is not None:
-        dk, dv = (_whole(a, first, kv, axes.heads) for a in (result.k, result.v))
+    if shared:
+        dk, dv = (_whole(x, first, kv, axes.heads) for x in (result.k, result.v))
         result = result._replace(k=dk, v=dv)
     if result.bias is None:
         return result
-    summed = [name for x in plan.shared for name in (axes.batch if x == "B" else axes.heads)]
+    sizes = zip((axes.batch, axes.heads), result.bias.shape)
+    summed = [name for names, size in sizes if size == 1 for name in names]
     return result._replace(bias=jax.lax.psum(result.bias, summed)) if summed else result
-
-
-def _int32(x: Any) -> Array:
-    return jnp.asarray(x, jnp.int32)
 
 
 def _index(names: tuple[str, ...]) -> Array:
     return jax.lax.axis_index(names).astype(jnp.int32) if names else jnp.int32(0)
 
 
-def _head(x: Array, index: Array) -> Array:
+def _head(x: Any, index: Array) -> Any:
     """Return one key-value head of [B, S, K, H]."""
-    return jax.lax.dynamic_slice_in_dim(x, index, 1, 2)
+    return None if x is None else jax.lax.dynamic_slice_in_dim(x, index, 1, 2)
 
 
-def _whole(x: Array, index: Array, count: int, names: tuple[str, ...]) -> Array:
+def _of_head(direction: Moves, index: Array) -> Moves:
+    return direction._replace(k=_head(direction.k, index), v=_head(direction.v, index))
+
+
+def _whole(x: Any, index: Array, count: int, names: tuple[str, ...]) -> Array:
     """Sum the gradients of every device's key-value head into [B, S, K, H]."""
     zeros = jnp.zeros((*x.shape[:2], count, x.shape[3]), x.dtype)
     return jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(zeros, x, index, 2), names)
 
 
-# ---- a pass of a backend as one operation ----------------------------------------------------------
+# ---- the operation ------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """One pass of a backend over flat arrays.
-
-    `sizes` holds those of B, N and K; `inputs` and `outputs` the letters of every array; `levels` one
-    tuple a `vmap`, the outermost first, that says which inputs it maps, and the size of its axis;
-    `shared` the letters, of B and N, over which the bias broadcasts.
-    """
-
-    backend: Any
-    name: str
-    batch: tuple[str, ...] | None
-    heads: tuple[str, ...] | None
-    tree: Any
-    out_tree: Any
-    sizes: tuple[tuple[str, int], ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    shared: str = ""
-    levels: tuple[tuple[tuple[bool, ...], int], ...] = ()
-
-    @property
-    def groups(self) -> int:
-        """Query heads for each key-value head."""
-        sizes = dict(self.sizes)
-        return sizes["N"] // sizes["K"]
-
-    def on_shard(self, axes: Axes) -> Callable[..., list[Array]]:
-        """Return the pass on one shard, as a function of flat arrays."""
-
-        def function(*leaves):
-            args = jax.tree.unflatten(self.tree, leaves)
-            return jax.tree.leaves(_on_shard(self, axes, args))
-
-        for mapped, _ in reversed(self.levels):
-            function = jax.vmap(function, in_axes=tuple(0 if there else None for there in mapped))
-        return function
-
-    def mapped(self, index: int) -> tuple[bool, ...]:
-        """Say for every `vmap` whether it maps an input."""
-        return tuple(there[index] for there, _ in self.levels)
-
-    def specs(self, axes: Axes, shapes: Any, out_shapes: Any) -> tuple[tuple, list]:
-        """Return the PartitionSpecs of the inputs and of the outputs."""
-        inputs = [
-            axes.spec(letters, a.shape, self.mapped(i))
-            for i, (letters, a) in enumerate(zip(self.inputs, shapes, strict=True))
-        ]
-        everywhere = (True,) * len(self.levels)
-        outputs = [
-            axes.spec(x, a.shape, everywhere) for x, a in zip(self.outputs, out_shapes, strict=True)
-        ]
-        return tuple(inputs), outputs
-
-    def axes_of(self, spec: Any, k_spec: Any, lengths: dict[str, int]) -> Axes:
-        """Return how a call is cut whose q and k have these specs."""
-        q, k = _names(spec, self.inputs[0], self.mapped(0)), _names(k_spec, "BSKH", self.mapped(1))
-        mapped = tuple(a or b for a, b in zip(q[0], k[0]))
-        wanted = Axes(q[1]["B"] or k[1]["B"], q[1]["N"] or k[1]["K"], (), mapped)
-        return fitting(wanted, dict(self.sizes), lengths)
-
-    def axes_by_name(self, lengths: dict[str, int], names: tuple[str, ...] = ()) -> Axes:
-        """Return how a call is cut on a mesh with axes `names`, of which those in `lengths` are free.
-
-        Of axes with names of no known meaning the first cuts the batch and the others the heads, where
-        no known one does: any cut is right, and one that does not fit the inputs costs an exchange.
-        """
-        unknown = [name for name in names if name not in (*BATCH_AXES, *HEAD_AXES)]
-        batch = self.batch
-        if batch is None:
-            batch = tuple(name for name in BATCH_AXES if name in names) or tuple(unknown[:1])
-        heads = self.heads
-        if heads is None:
-            known = tuple(name for name in HEAD_AXES if name in names)
-            heads = known or tuple(name for name in unknown if name not in batch)
-        batch, heads = (tuple(name for name in x if name in lengths) for x in (batch, heads))
-        wanted = Axes(batch, heads, (), ((),) * len(self.levels))
-        return fitting(wanted, dict(self.sizes), lengths)
-
-    def rule(self, mesh: Any, inputs: Any, results: Any) -> SdyShardingRule:
-        """Return which axes of the arrays are cut together, for Shardy."""
-        count = iter(range(10**6))
-
-        def array(letters, mapped, sizes):
-            outer = [f"m{level}" for level, there in enumerate(mapped) if there]
-            inner = [x.lower() for x in letters.replace("K", "N" if self.groups == 1 else "K")]
-            names = [*outer, *inner]
-            return ArrayMapping(*(x if n > 1 else f"u{next(count)}" for x, n in zip(names, sizes)))
-
-        operands = [
-            array(x, self.mapped(i), t.shape)
-            for i, (x, t) in enumerate(zip(self.inputs, inputs, strict=True))
-        ]
-        everywhere = (True,) * len(self.levels)
-        outs = [array(x, everywhere, t.shape) for x, t in zip(self.outputs, results, strict=True)]
-        in_order = dict.fromkeys(x for a in (*operands, *outs) for x in a)
-        still = tuple(x for x in in_order if x in set("tshvw"))
-        # Releases before 0.8 cannot be told; there `partition` alone asks for whole sequences.
-        told = "need_replication_factors" in inspect.signature(SdyShardingRule).parameters
-        options: dict[str, Any] = {"need_replication_factors": still} if told else {}
-        return SdyShardingRule(tuple(operands), tuple(outs), **options)
-
-
-def _names(spec: Any, letters: str, mapped: tuple[bool, ...]) -> tuple[list, dict]:
-    """Return the mesh axes of every mapped axis, and of every letter, of a PartitionSpec."""
-    names = [() if x is None else (x,) if isinstance(x, str) else tuple(x) for x in spec]
-    names += [()] * (len(letters) + sum(mapped) - len(names))
-    outer = iter(names[: sum(mapped)])
-    return [next(outer) if there else () for there in mapped], dict(
-        zip(letters, names[sum(mapped) :])
+def _program(
+    this: Pass, kinds: Sequence[Any], types: Sequence[Any], platform: str, place: Place
+) -> Any:
+    """Return the pass as a compiled function of flat arrays, for a platform and a place."""
+    problem = this.problem(kinds)
+    backend = choose(problem, platform) if this.backend is None else this.backend
+    if not place.free:
+        return _whole_program(this, backend)
+    cuttable = backend.partitionable()
+    if cuttable is not None:
+        return _whole_program(this, cuttable)
+    sizes = {"B": problem.q.shape[0], "N": problem.q.shape[2], "K": problem.k.shape[2]}
+    sizes["mapped"] = this.levels[0].size if this.levels else 1
+    axes = fitting(this.wanted.on(place.mesh), sizes, place.lengths)
+    everywhere = (True,) * len(this.levels)
+    inputs = enumerate(zip(this.letters, kinds, strict=True))
+    outputs = zip(this.outputs, types, strict=True)
+    return _cut_program(
+        *(this, backend, axes, place),
+        tuple(axes.spec(x, a.shape, this.levels_of(i)) for i, (x, a) in inputs),
+        tuple(axes.spec(x, a.shape, everywhere) for x, a in outputs),
     )
 
 
 @lru_cache(maxsize=1024)
-def whole_call(plan: Plan) -> Callable[..., list[Array]]:
-    return jax.jit(plan.on_shard(Axes(mapped=((),) * len(plan.levels))))
+def _whole_program(this: Pass, backend: Backend) -> Callable[..., list[Array]]:
+    return jax.jit(this.of_leaves(backend))
 
 
 @lru_cache(maxsize=1024)
-def _partitioned(plan: Plan) -> Callable[..., list[Array]]:
-    """Return the pass as a function that XLA's partitioner asks how to cut."""
-
-    def decide(mesh, shapes, out_shapes):
-        shardings = [shape.sharding for shape in shapes]
-        if all(isinstance(s, NamedSharding) for s in shardings[:2]):
-            axes = plan.axes_of(shardings[0].spec, shardings[1].spec, dict(mesh.shape))
-        else:  # a sharding that no mesh describes
-            axes = plan.axes_by_name({})
-            mesh = Mesh(sorted(shardings[0].device_set, key=lambda d: d.id), ("devices",))
-        place = partial(NamedSharding, mesh)
-        inputs, outputs = plan.specs(axes, shapes, out_shapes)
-        return mesh, axes, tuple(map(place, inputs)), list(map(place, outputs))
-
-    def partition(mesh, shapes, out_shapes):
-        mesh, axes, inputs, outputs = decide(mesh, shapes, out_shapes)
-        return mesh, plan.on_shard(axes), outputs, inputs
-
-    def infer(mesh, shapes, out_shapes):
-        return decide(mesh, shapes, out_shapes)[3]
-
-    function = custom_partitioning(lambda *leaves: whole_call(plan)(*leaves))
-    function.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=plan.rule)
-    return function
+def _cut_program(
+    this: Pass, backend: Backend, axes: Axes, place: Place, inputs: tuple, outputs: tuple
+) -> Callable[..., list[Array]]:
+    shards = jax.shard_map(
+        this.of_leaves(backend, axes),
+        mesh=place.mesh,
+        in_specs=inputs,
+        out_specs=list(outputs),
+        axis_names=set(place.free),
+        check_vma=False,
+    )
+    return jax.jit(shards)
 
 
-def bind(plan: Plan, leaves: Any) -> list[Array]:
-    """The one door to the primitive. Its jaxpr shows what it runs; there no value varies over a mesh."""
-    plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
-    jaxpr = jax.make_jaxpr(_partitioned(plan))(*plain)
-    types = jaxpr.out_avals
-    if any(jax.typeof(x) != ShapedArray(x.shape, x.dtype) for x in leaves):
-        types = jax.make_jaxpr(lambda *xs: _varying(jaxpr.out_avals, xs))(*leaves).out_avals
-    return sharded_p.bind(*leaves, plan=plan, jaxpr=jaxpr, types=tuple(types))
+def _run(*leaves: Array, this: Pass, types: Any, asks: Any) -> list[Array]:
+    leaves = tuple(map(jnp.asarray, leaves))  # numbers stand here for arrays of one
+    place = meshes.place_of_arrays(leaves)
+    program = _program(this, leaves, types, default_platform(), place)
+    return meshes.run_at_once(program, leaves, types)
 
 
-def _varying(types: Any, leaves: Any) -> list[Array]:
-    """Return arrays of these types that vary over every mesh axis of a shard_map that a leaf does."""
-    nothing = sum((jnp.sum(x.reshape(-1)[:0], dtype=jnp.float32) for x in leaves), jnp.float32(0))
-    return [jnp.zeros(x.shape, x.dtype) + nothing.astype(x.dtype) for x in types]
+def _lower(ctx: Any, *values: Any, this: Pass, types: Any, asks: Any, platform: str) -> Any:
+    place = meshes.place_of_lowering(ctx.module_context.axis_context, this.mesh)
+    with meshes.types_say_nothing():
+        program = _program(this, ctx.avals_in, types, platform, place)
+        return mlir.lower_fun(program, multiple_results=True)(meshes.without_types(ctx), *values)
 
 
-@lru_cache(maxsize=1024)
-def _jitted(plan: Plan) -> Callable[..., list[Array]]:
-    return jax.jit(lambda *leaves: bind(plan, leaves))
-
-
-def _run(*leaves: Any, plan: Plan, **_: Any) -> list[Array]:
-    return _jitted(plan)(*leaves)
-
-
-def _types(*_: Any, types: Any, jaxpr: Any, **__: Any) -> tuple[list[Any], set[Any]]:
-    return list(types), {turn()} if ordered_effects(jaxpr) else set()
-
-
-def _batch(leaves: Any, dims: Any, *, plan: Plan, **_: Any) -> tuple[list, list[int]]:
+def _batch(leaves: Any, dims: Any, *, this: Pass, types: Any, asks: Any) -> tuple[list, list[int]]:
     mapped = tuple(dim is not None for dim in dims)
     (size,) = {x.shape[dim] for x, dim in zip(leaves, dims) if dim is not None}
-    leaves = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(leaves, dims)]
-    out = bind(dataclasses.replace(plan, levels=((mapped, size), *plan.levels)), leaves)
+    leaves = [x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(leaves, dims)]
+    first = next(x for x, there in zip(leaves, mapped) if there)
+    types = tuple(meshes.mapped_type(kind, first) for kind in types)
+    this = dataclasses.replace(this, levels=(Level(mapped, size), *this.levels))
+    out = attention_pass_p.bind(*leaves, this=this, types=types, asks=asks)
     return out, [0] * len(out)
 
 
-def _lower(ctx: Any, *values: Any, plan: Plan, jaxpr: Any, types: Any, ask: bool) -> Any:
-    """Lower for one device, for XLA to ask how to cut, or cut by the names of the mesh's axes."""
-    # Inside a shard_map nothing says here that values vary: a pass has no collectives, only loops, whose
-    # first values would have to vary as well.
-    ins, outs = ([ShapedArray(x.shape, x.dtype) for x in a] for a in (ctx.avals_in, types))
-    effects = ordered_effects(jaxpr)
-    tokens = mlir.TokenSet({effect: ctx.tokens_in.get(turn()) for effect in effects})
-    inner = ctx.replace(avals_in=ins, avals_out=outs, tokens_in=tokens)
-    mesh, free, taken = _free_axes(ctx.module_context.axis_context)
-    if not free:
-        function = whole_call(plan)
-    elif ask and not taken:
-        function = jaxpr_as_fun(jaxpr)
-    else:
-        axes = plan.axes_by_name({name: mesh.shape[name] for name in free}, mesh.axis_names)
-        inputs, outputs = plan.specs(axes, ins, outs)
-        function = jax.shard_map(
-            plan.on_shard(axes),
-            mesh=mesh,
-            in_specs=inputs,
-            out_specs=outputs,
-            axis_names=set(free),
-            check_vma=False,
+def _transpose(cotangents: Any, *leaves: Any, this: Pass, **_: Any) -> list[Any]:
+    """Transpose the forward pass in the values, of which the output is a linear function."""
+    free = [i for i, x in enumerate(leaves) if ad.is_undefined_primal(x)]
+    if this.run is not forward or free != [2]:
+        raise NotImplementedError(
+            "attention is linear in its values alone, and only its output is: got a transpose in other "
+            "arrays or passes. Use jax.grad or jax.vjp."
         )
-    results = mlir.lower_fun(function, multiple_results=True)(inner, *values)
-    for effect in effects:
-        ctx.set_tokens_out(mlir.TokenSet({turn(): inner.tokens_out.get(effect)}))
-    return results
+    runner = Runner(this.backend, this.wanted)
+
+    def pull(ct, *leaves):
+        (problem,) = jax.tree.unflatten(this.tree, leaves)
+        _, m, l = runner.forward(problem)
+        state = State(jnp.zeros_like(ct), m, l)
+        return jnp.asarray(runner.cotangent(problem, state, Output(ct, jnp.zeros_like(l))).v)
+
+    for level in reversed(this.levels):
+        axes = tuple(0 if there else None for there in level.mapped)
+        pull = jax.vmap(pull, (0, *axes), axis_size=level.size)
+    kind = leaves[2].aval
+    values = jnp.zeros(kind.shape, kind.dtype)
+    ct = pull(ad.instantiate_zeros(cotangents[0]), *leaves[:2], values, *leaves[3:])
+    apart = tuple(i for i, there in enumerate(this.levels_of(2)) if not there)
+    return [jnp.sum(ct, apart) if i == 2 else None for i in range(len(leaves))]
 
 
-def _free_axes(context: Any) -> tuple[Any, tuple[str, ...], bool]:
-    """Return the mesh lowered for, its axes that no shard_map has taken, and whether one has taken any."""
-    if hasattr(context, "manual_axes"):
-        mesh = getattr(context.mesh, "abstract_mesh", context.mesh)
-        taken = {*context.manual_axes, *mesh.manual_axes}
-        mesh = mesh.update_axis_types(dict.fromkeys(taken, AxisType.Manual))
-        return mesh, tuple(name for name in mesh.axis_names if name not in taken), bool(taken)
-    if getattr(context, "num_devices", 1) == 1:
-        return None, (), False
-    mesh = getattr(context, "abstract_mesh", None)
-    if mesh is None or not mesh.axis_names:
-        mesh = AbstractMesh((context.num_devices,), ("devices",))
-    return mesh, tuple(mesh.axis_names), False
-
-
-sharded_p = Primitive("sharded_attention")
-sharded_p.multiple_results = True
-sharded_p.def_impl(_run)
-sharded_p.def_effectful_abstract_eval(_types)
-batching.primitive_batchers[sharded_p] = _batch
-mlir.register_lowering(sharded_p, partial(_lower, ask=True))
-mlir.register_lowering(sharded_p, partial(_lower, ask=False), platform="tpu")
+attention_pass_p = Primitive("attention_pass")
+attention_pass_p.multiple_results = True
+attention_pass_p.def_impl(_run)
+attention_pass_p.def_abstract_eval(lambda *_, types, **__: list(types))
+batching.primitive_batchers[attention_pass_p] = _batch
+ad.primitive_transposes[attention_pass_p] = _transpose
+# By default too: platforms that nobody has named here run what needs none.
+mlir.register_lowering(attention_pass_p, partial(_lower, platform="other"))
+for _platform in PLATFORMS:
+    mlir.register_lowering(
+        attention_pass_p, partial(_lower, platform=_platform), platform=_platform
+    )

@@ -1,10 +1,17 @@
 """The one differentiation rule.
 
-`forward` saves (out, lse). The tangent of both is a linear map that rebuilds the weights from lse, tile
-by tile, and its transpose is the hand-written backward pass; JAX sees one operation and derives from it
-reverse mode, forward mode and every mixture. A backend brings `forward`, and `cotangent` and `tangent` if
-it has better ones than the tiled ones. Orders above the first differentiate the tiled passes as they are
-written, by loops of fixed length whose steps are recomputed, so that they stay O(T + S) too.
+A forward pass gives the output and every row's (m, l). With p the weights, g the cotangent of the output, and
+x the logits of q, k and bias, all rebuilt tile by tile from (m, l), and with c the slope of the soft cap,
+
+    dp = g v^T       delta = sum(g * out) - d_lse       dx = p (dp - delta)
+    dv = p^T g       dk = scale (c dx)^T q              dq = scale (c dx) k        dbias = dx
+
+is the transpose of the linear map from a direction of (q, k, v, bias) to one of (out, lse). JAX sees that map
+as one operation and derives from it reverse mode, forward mode and every mixture. Orders above the first
+differentiate the passes of `Backend.differentiable()` as they are written, by loops of fixed length whose
+steps are recomputed, so that they stay O(T + S) too.
+
+m moves nothing: it is a constant that l, the sum of exp(x - m), refers to. So l moves by l times lse's move.
 """
 
 import dataclasses
@@ -13,50 +20,47 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from mha_jax.attention.call import Backend, Call, Gradients, Output
+from mha_jax.attention.call import Moves, Output, Problem, State
+from mha_jax.engine.attention_pass import Runner
 from mha_jax.engine.linear_map import linear_map
-
-_MOVING = ("q", "k", "v", "bias")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What the derivative of a call rests on."""
+    """What the derivative of a problem rests on."""
 
-    call: Call
-    output: Output
-    backend: Any = dataclasses.field(metadata={"static": True})
-
-
-def run(backend: Backend, call: Call) -> Output:
-    """Run a checked call, differentiable to any order.
-
-    Unless JAX may differentiate its `forward`, the backend has all three passes: see `Tiled`.
-    """
-    if backend.plain_autodiff:
-        return backend.forward(call)
-    return _run(backend, call)
+    problem: Problem
+    state: State
+    runner: Runner = dataclasses.field(metadata={"static": True})
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _run(backend: Backend, call: Call) -> Output:
-    return backend.forward(call)
+def attend(runner: Runner, problem: Problem) -> State:
+    """Run a problem, differentiable to any order."""
+    return runner.forward(problem)
 
 
-def _run_jvp(backend: Backend, primals: tuple, tangents: tuple) -> tuple[Output, Output]:
-    (call,), (direction,) = primals, tangents
-    # Itself, not forward: out and lse are residuals with derivatives of their own.
-    out, lse = _run(backend, call)
-    output = Output(checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse"))
-    moves = Gradients(*(_moving(getattr(direction, name)) for name in _MOVING))
-    return output, linear_map(_tangent, _cotangent, Saved(call, output, backend), moves)
+def _attend_jvp(runner: Runner, primals: tuple, tangents: tuple) -> tuple[State, State]:
+    (problem,), (direction,) = primals, tangents
+    # Itself, not its forward pass: out and l are residuals with derivatives of their own.
+    out, m, l = attend(runner, problem)
+    # What a policy of jax.checkpoint may keep: the output, and what rebuilds the weights.
+    statistics = (checkpoint_name(x, "attention_lse") for x in (m, l))
+    state = State(checkpoint_name(out, "attention_out"), *statistics)
+    moves = Moves(*(_moving(getattr(direction, name)) for name in Moves._fields))
+    if all(move is None for move in moves):
+        return state, State(*map(jnp.zeros_like, state))
+    types = Output(jax.typeof(state.out), jax.typeof(state.l))
+    moved = linear_map(_tangent, _cotangent, Saved(problem, state, runner), moves, types)
+    return state, State(moved.out, jnp.zeros_like(state.m), state.l * moved.lse)
 
 
-_run.defjvp(_run_jvp, symbolic_zeros=True)
+attend.defjvp(_attend_jvp, symbolic_zeros=True)
 
 
 def _moving(tangent: Any) -> Any:
@@ -66,7 +70,7 @@ def _moving(tangent: Any) -> Any:
 
 
 def _differentiated_as(slow: Callable) -> Callable:
-    """Let JAX differentiate a function as if it were `slow`, which computes the same."""
+    """Use `fast` for values, and `slow`, which computes the same, for derivatives."""
 
     def decorate(fast: Callable) -> Callable:
         function = jax.custom_jvp(fast)
@@ -80,45 +84,19 @@ def _differentiated_as(slow: Callable) -> Callable:
     return decorate
 
 
-def _blockwise(**tuning: Any) -> Any:
-    """Return the tiled backend, whose module is imported when it is first needed."""
-    from mha_jax.backends.blockwise import Blockwise
-
-    return Blockwise(**tuning)
+def _differentiable_tangent(saved: Saved, direction: Moves) -> Output:
+    return saved.runner.differentiable().tangent(saved.problem, saved.state, direction)
 
 
-def _tangent_exhaustive(saved: Saved, direction: Gradients) -> Output:
-    return _blockwise(exhaustive=True).tangent(saved.call, saved.output, direction)
+def _differentiable_cotangent(saved: Saved, cotangent: Output) -> Moves:
+    return saved.runner.differentiable().cotangent(saved.problem, saved.state, cotangent)
 
 
-def _cotangent_exhaustive(saved: Saved, cotangent: Output) -> Gradients:
-    return _blockwise(exhaustive=True).cotangent(saved.call, saved.output, cotangent)
+@_differentiated_as(_differentiable_tangent)
+def _tangent(saved: Saved, direction: Moves) -> Output:
+    return saved.runner.tangent(saved.problem, saved.state, direction)
 
 
-@_differentiated_as(_tangent_exhaustive)
-def _tangent(saved: Saved, direction: Gradients) -> Output:
-    return saved.backend.tangent(saved.call, saved.output, direction)
-
-
-@_differentiated_as(_cotangent_exhaustive)
-def _cotangent(saved: Saved, cotangent: Output) -> Gradients:
-    return saved.backend.cotangent(saved.call, saved.output, cotangent)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiled:
-    """A backend that has all three passes: its own, and the tiled ones where it has none."""
-
-    backend: Any
-
-    def forward(self, call: Call) -> Output:
-        return self.backend.forward(call)
-
-    def cotangent(self, call: Call, output: Output, cotangent: Output) -> Gradients:
-        return self._pass("cotangent")(call, output, cotangent)
-
-    def tangent(self, call: Call, output: Output, direction: Gradients) -> Output:
-        return self._pass("tangent")(call, output, direction)
-
-    def _pass(self, name: str) -> Callable:
-        return getattr(self.backend if hasattr(self.backend, name) else _blockwise(), name)
+@_differentiated_as(_differentiable_cotangent)
+def _cotangent(saved: Saved, cotangent: Output) -> Moves:
+    return saved.runner.cotangent(saved.problem, saved.state, cotangent)

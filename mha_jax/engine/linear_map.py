@@ -36,6 +36,8 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from mha_jax.engine import mesh as meshes
+
 # A jitted function of flat arrays, residuals first, to be traced once for each set of shapes.
 Flat = Callable[..., list[jax.Array]]
 
@@ -45,6 +47,7 @@ def linear_map(
     transpose: Callable[[Any, Any], Any],
     residuals: Any,
     linear: Any,
+    types: Any = None,
 ) -> Any:
     """Computes `fun(residuals, linear)` as one operation with the given transpose.
 
@@ -60,6 +63,8 @@ def linear_map(
         return anything, which is dropped, and compiled away under `jit`.
       residuals: a pytree of arrays of any dtype.
       linear: a pytree of floating arrays, with `None` for what is not perturbed.
+      types: of what `fun` returns, as `jax.typeof` gives them, where they say how it lies on a mesh;
+        inside, `fun` and `transpose` are traced without such types, and XLA partitions them.
 
     Returns:
       What `fun` returns, a pytree of floating arrays.
@@ -88,11 +93,18 @@ def linear_map(
     residuals, linear = jax.tree.map(_as_array, (residuals, linear))
     residual_leaves, residual_tree = jax.tree.flatten(residuals)
     linear_leaves, linear_tree = jax.tree.flatten(linear)
-    out_tree = jax.tree.structure(jax.eval_shape(fun, residuals, linear))
+    if types is None:
+        like = meshes.vary_alike([*linear_leaves, *residual_leaves])[0]
+        kinds = jax.tree.map(lambda x: meshes.plain(jax.typeof(x)), (residuals, linear))
+        with meshes.types_say_nothing():
+            shapes = jax.eval_shape(fun, *kinds)
+        types = jax.tree.map(
+            lambda x: meshes.typed_like(like, "?" * x.ndim, x.shape, x.dtype, {}), shapes
+        )
+    out_types, out_tree = jax.tree.flatten(types)
     flat_fun = _flat(fun, residual_tree, linear_tree, out_tree)
     flat_transpose = _flat(transpose, residual_tree, out_tree, linear_tree)
-    linear_leaves = _vary_alike(linear_leaves, residual_leaves)
-    out_leaves = _bind(flat_fun, flat_transpose, residual_leaves, linear_leaves)
+    out_leaves = _bind(flat_fun, flat_transpose, residual_leaves, linear_leaves, out_types)
     return jax.tree.unflatten(out_tree, out_leaves)
 
 
@@ -137,24 +149,38 @@ def _leaves_like(tree: Any, value: Any, name: str) -> list[jax.Array]:
     return kept
 
 
-def _bind(fun: Flat, transpose: Flat, residuals: Sequence, linear: Sequence) -> list[jax.Array]:
-    """The one door to the primitive: traces `fun`, so that the equation shows what it runs."""
-    jaxpr = jax.make_jaxpr(fun)(*residuals, *linear)
+def _bind(
+    fun: Flat, transpose: Flat, residuals: Sequence, linear: Sequence, types: Sequence
+) -> list[jax.Array]:
+    """The one door to the primitive: traces `fun` once, to see that it returns what it should."""
+    # The cotangent of a linear input that is the same on all devices is summed over them.
+    linear = meshes.vary_alike([*linear, *residuals])[: len(linear)]
+    kinds = [meshes.plain(jax.typeof(x)) for x in (*residuals, *linear)]
+    with meshes.types_say_nothing():
+        jaxpr = jax.make_jaxpr(fun)(*kinds)
     if any(isinstance(const, jax.core.Tracer) for const in jaxpr.consts):
         raise TypeError(
             f"{_name(fun)} closes over a traced value, which a linear_map cannot follow: "
             "pass it in `residuals`."
         )
-    params = {"fun": fun, "transpose": transpose, "jaxpr": jaxpr, "num_residuals": len(residuals)}
-    return linear_map_p.bind(*residuals, *linear, **params)
+    for found, wanted in zip(jaxpr.out_avals, types):
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            raise TypeError(
+                f"{_name(fun)} returned a cotangent {found.dtype}{list(found.shape)} for a linear input "
+                f"{wanted.dtype}{list(wanted.shape)}: a transpose must keep shapes and dtypes."
+            )
+    params = {"fun": fun, "transpose": transpose, "num_residuals": len(residuals)}
+    # The jaxpr is there to be seen: JAX looks into it for what a program needs.
+    return linear_map_p.bind(*residuals, *linear, **params, types=tuple(types), jaxpr=jaxpr)
 
 
-def _run(*args: jax.Array, fun: Flat, **_: Any) -> list[jax.Array]:
-    return fun(*args)
+def _run(*args: jax.Array, fun: Flat, types: Sequence, **_: Any) -> list[jax.Array]:
+    return meshes.run_at_once(fun, args, types)
 
 
-def _out_types(*_: Any, jaxpr: Any, **__: Any) -> tuple[list[Any], Any]:
-    return jaxpr.out_avals, jaxpr.effects
+def _lower(ctx: Any, *values: Any, fun: Flat, **_: Any) -> Any:
+    with meshes.types_say_nothing():
+        return mlir.lower_fun(fun, multiple_results=True)(meshes.without_types(ctx), *values)
 
 
 def _jvp(primals: Sequence, tangents: Sequence, **params: Any) -> tuple[list, list]:
@@ -168,7 +194,8 @@ def _jvp(primals: Sequence, tangents: Sequence, **params: Any) -> tuple[list, li
     moved = tuple(i for i, t in enumerate(residual_tangents) if type(t) is not ad.Zero)
     if moved:
         fun, transpose = _derivative(params["fun"], len(primals), moved)
-        terms.append(_bind(fun, transpose, primals, [residual_tangents[i] for i in moved]))
+        directions = [residual_tangents[i] for i in moved]
+        terms.append(_bind(fun, transpose, primals, directions, params["types"]))
     return out, terms[0] if len(terms) == 1 else list(map(jnp.add, *terms))
 
 
@@ -200,15 +227,8 @@ def _derivative(fun: Flat, num_primals: int, moved: tuple[int, ...]) -> tuple[Fl
 def _transpose(cotangents: Sequence, *args: Any, **params: Any) -> list[Any]:
     residuals, linear = _split(args, params["num_residuals"])
     cotangents = list(map(ad.instantiate_zeros, cotangents))
-    out = _bind(params["transpose"], params["fun"], residuals, cotangents)
-    for cotangent, value in zip(out, linear):
-        expected = value.aval if ad.is_undefined_primal(value) else value
-        if (cotangent.shape, cotangent.dtype) != (expected.shape, expected.dtype):
-            raise TypeError(
-                f"{_name(params['transpose'])} returned a cotangent {cotangent.dtype}"
-                f"{list(cotangent.shape)} for a linear input {expected.dtype}"
-                f"{list(expected.shape)}: a transpose must keep shapes and dtypes."
-            )
+    types = [x.aval if ad.is_undefined_primal(x) else jax.typeof(x) for x in linear]
+    out = _bind(params["transpose"], params["fun"], residuals, cotangents, types)
     # A linear input with a value here is a zero that stands for no tangent: none is asked for.
     out = [ct if ad.is_undefined_primal(value) else None for ct, value in zip(out, linear)]
     return [None] * len(residuals) + out
@@ -226,10 +246,11 @@ def _batch(args: Sequence, dims: Sequence, **params: Any) -> tuple[list, list[in
         else jnp.moveaxis(value, dim, 0)
         for value, dim in zip(linear, linear_dims)
     ]
-    residual_dims, num_out = tuple(residual_dims), len(params["jaxpr"].out_avals)
+    residual_dims, num_out = tuple(residual_dims), len(params["types"])
     fun = _mapped(params["fun"], residual_dims, len(linear), size)
     transpose = _mapped(params["transpose"], residual_dims, num_out, size)
-    return _bind(fun, transpose, residuals, linear), [0] * num_out
+    types = [meshes.mapped_type(kind, linear[0]) for kind in params["types"]]
+    return _bind(fun, transpose, residuals, linear, types), [0] * num_out
 
 
 @lru_cache(maxsize=256)
@@ -238,32 +259,11 @@ def _mapped(fun: Flat, residual_dims: tuple[int | None, ...], num_linear: int, s
     return jax.jit(_named(jax.vmap(fun, in_axes=axes, axis_size=size), _name(fun)))
 
 
-def _vary_alike(linear: list, residuals: list) -> list:
-    """In `jax.shard_map`, lets linear inputs vary over every mesh axis that any argument does.
-
-    The cotangent of an input that is the same on all devices is then summed over them, outside of
-    `transpose`. Adding the sum of no elements says this on every release, and compiles to nothing.
-    """
-    if len({_mesh_axes(x) for x in linear + residuals}) <= 1:
-        return linear
-    fixed = [jax.lax.stop_gradient(x) for x in residuals if jnp.issubdtype(x.dtype, jnp.floating)]
-    nothing = jnp.float32(0)
-    for x in linear + fixed:
-        nothing = nothing + jnp.sum(x.reshape(-1)[:0], dtype=jnp.float32)
-    return [x + nothing.astype(x.dtype) for x in linear]
-
-
-def _mesh_axes(x: jax.Array) -> Any:
-    """What the type of a value says about the mesh axes it varies over, by any release's name."""
-    aval = jax.typeof(x) if hasattr(jax, "typeof") else None
-    return getattr(aval, "manual_axis_type", getattr(aval, "vma", None))
-
-
 linear_map_p = Primitive("linear_map")
 linear_map_p.multiple_results = True
 linear_map_p.def_impl(_run)
-linear_map_p.def_effectful_abstract_eval(_out_types)
-mlir.register_lowering(linear_map_p, mlir.lower_fun(_run, multiple_results=True))
+linear_map_p.def_abstract_eval(lambda *_, types, **__: list(types))
+mlir.register_lowering(linear_map_p, _lower)
 ad.primitive_jvps[linear_map_p] = _jvp
 ad.primitive_transposes[linear_map_p] = _transpose
 batching.primitive_batchers[linear_map_p] = _batch

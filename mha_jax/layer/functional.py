@@ -19,7 +19,7 @@ from mha_jax.attention.check import check_mask, mask_array
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.functions import attend, attention_scores
 from mha_jax.attention.masks import Causal, Dense, Full, Mask, ValidKeys, ValidQueries, Window
-from mha_jax.attention.tokens import Tokens, silence
+from mha_jax.attention.tokens import Tokens, zero_invalid
 from mha_jax.errors import ShapeError
 from mha_jax.layer import axes, projections
 from mha_jax.types import Array, ArrayLike, DType, Float, Params, Precision, PRNGKey
@@ -185,9 +185,9 @@ def multi_head_attention(
         y = projections.project(name, params, x, precision)
         return y if tap is None else tap(name, y)
 
-    x_q = silence(q_fold.fold(query.astype(dtype)), seen_queries)
-    x_v = silence(k_fold.fold(value.astype(dtype)), seen_keys)
-    x_k = silence(k_fold.fold(key.astype(dtype)), seen_keys)
+    x_q = zero_invalid(q_fold.fold(query.astype(dtype)), seen_queries)
+    x_v = zero_invalid(k_fold.fold(value.astype(dtype)), seen_keys)
+    x_k = zero_invalid(k_fold.fold(key.astype(dtype)), seen_keys)
     call = Call(
         q=project("query", x_q),
         k=project("key", x_k),

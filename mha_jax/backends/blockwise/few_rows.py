@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from mha_jax.attention import softmax
-from mha_jax.attention.call import Call, Output, logits_of
+from mha_jax.attention.call import Problem, State
 
 _MOST_ROWS = 32
 _FEWEST_KEYS = 512
 _FEWEST_NUMBERS = 2**21
 
 
-def worthwhile(call: Call) -> bool:
-    """Whether a call has so few rows, T N of them, and so many keys that this is the faster way.
+def worthwhile(problem: Problem) -> bool:
+    """Whether a problem has so few rows, T N of them, and so many keys that this is the faster way.
 
     Time over that of the tiled pass, two CPU cores, float32, N8 H64, B, T and S:
 
@@ -34,47 +34,51 @@ def worthwhile(call: Call) -> bool:
 
     Tiles that need not turn their keys, those of a `Cache`, are faster still.
     """
-    _, t, n, _ = call.q.shape
-    many = call.k.shape[1] > _FEWEST_KEYS or call.k.size >= _FEWEST_NUMBERS
-    return not call.heads_first and t * n <= _MOST_ROWS and many
+    b, t, n, _ = problem.q.shape
+    if not all(isinstance(size, int) for size in (b, t, problem.k.shape[1])):
+        return False
+    many = problem.k.shape[1] > _FEWEST_KEYS or problem.k.size >= _FEWEST_NUMBERS
+    return not problem.heads_first and t * n <= _MOST_ROWS and many
 
 
-def forward(call: Call) -> Output:
+def forward(problem: Problem) -> State:
     """Attend with all logits of the few rows at once. O(B N T S) memory, for small T N."""
-    b, t, n, h = call.q.shape
-    s, kv, v = call.v.shape[1:]
-    dtype, groups = call.accumulator, call.groups
-    one_hot = jnp.eye(kv, dtype=call.q.dtype)
-    q = call.q.reshape(b, t, kv, groups, h)
+    b, t, n, h = problem.q.shape
+    s, kv, v = problem.v.shape[1:]
+    dtype, groups = problem.accumulator, problem.groups
+    one_hot = jnp.eye(kv, dtype=problem.q.dtype)
+    q = problem.q.reshape(b, t, kv, groups, h)
     q = jnp.einsum("BTKGH,KJ->BJHTGK", q, one_hot).reshape(b, kv * h, t * n)
     x = jnp.einsum(
         "BSC,BCM->BSM",
-        call.k.reshape(b, s, kv * h),
+        problem.k.reshape(b, s, kv * h),
         q,
-        precision=call.precision,
+        precision=problem.logits.precision,
         preferred_element_type=dtype,
     )
-    x = logits_of(call, x.reshape(b, s, t, groups, kv), _keys_first(call, call.bias))
-    q_facts = jax.tree.map(lambda a: a[:, None, :, None, None], call.q_tokens.facts())
-    k_facts = jax.tree.map(lambda a: a[:, :, None, None, None], call.k_tokens.facts())
-    mask = jax.tree.map(lambda a: _keys_first(call, a), call.mask)
+    x = problem.logits.capped(x.reshape(b, s, t, groups, kv))
+    if problem.bias is not None:
+        x = x + _keys_first(problem, problem.bias).astype(x.dtype)
+    q_facts = jax.tree.map(lambda a: a[:, None, :, None, None], problem.q_tokens.facts())
+    k_facts = jax.tree.map(lambda a: a[:, :, None, None, None], problem.k_tokens.facts())
+    mask = jax.tree.map(lambda a: _keys_first(problem, a), problem.mask)
     x = jnp.where(mask.visible(q_facts, k_facts), x, -jnp.inf)
     m = jnp.max(x, axis=1, keepdims=True)
     p = softmax.weights(x, m)
     l = jnp.sum(p, axis=1, keepdims=True)
     inverse = softmax.reciprocal(l)[:, 0]
-    if call.dropout is not None:
-        words = call.dropout.row_keys(b, n, call.q_tokens.rows)
-        a, c = (_keys_first(call, word[..., None]) for word in words)
-        columns = call.k_tokens.rows[:, :, None, None, None]
-        p = jnp.where(call.dropout.kept(a, c, columns), p, 0)
-        inverse = inverse * jnp.asarray(1 / (1 - call.dropout.rate), dtype)
+    if problem.dropout is not None:
+        words = problem.dropout.row_keys(b, n, problem.q_tokens.rows)
+        a, c = (_keys_first(problem, word[..., None]) for word in words)
+        columns = problem.k_tokens.rows[:, :, None, None, None]
+        p = jnp.where(problem.dropout.kept(a, c, columns), p, 0)
+        inverse = inverse * jnp.asarray(problem.dropout.factor, dtype)
     parts = _parts(s)
     p = p.reshape(b, parts, s // parts, t, groups, kv, 1)
-    out = p * call.v.astype(dtype).reshape(b, parts, s // parts, 1, 1, kv, v)
+    out = p * problem.v.astype(dtype).reshape(b, parts, s // parts, 1, 1, kv, v)
     out = (out.sum(2).sum(1) * inverse[..., None]).swapaxes(2, 3)
-    lse = softmax.logsumexp(m, l)[:, 0].transpose(0, 3, 2, 1).reshape(b, n, t)
-    return Output(out.reshape(b, t, n, v).astype(call.v.dtype), lse)
+    m, l = (x[:, 0].transpose(0, 3, 2, 1).reshape(b, n, t) for x in (m, l))
+    return State(out.reshape(b, t, n, v).astype(problem.v.dtype), m, l)
 
 
 def _parts(length: int) -> int:
@@ -85,10 +89,8 @@ def _parts(length: int) -> int:
     return next(parts for parts in range(64, 0, -1) if length % parts == 0)
 
 
-def _keys_first(call: Call, dense: Any) -> Any:
+def _keys_first(problem: Problem, dense: Any) -> Any:
     """Turn [#B, #N, #T, #S] into [#B, #S, #T, #G, #K]."""
-    if dense is None:
-        return None
     b, n, t, s = dense.shape
-    heads = (1, 1) if n == 1 else (n // call.groups, call.groups)
+    heads = (1, 1) if n == 1 else (n // problem.groups, problem.groups)
     return dense.reshape(b, *heads, t, s).transpose(0, 4, 3, 2, 1)

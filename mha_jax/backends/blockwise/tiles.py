@@ -1,13 +1,14 @@
-"""A call cut into tiles: heads first, padded, with the lists of tiles that can be seen.
+"""A problem cut into tiles: heads first, padded, with the lists of tiles that can be seen.
 
 B batch   T query length   S key length   N query heads   K key-value heads   G = N // K
-H query-key head size   V value head size   c pairs of an example and a key-value head in one tile
-g groups of c pairs: g c = B K   t, s lengths in whole tiles
+H query-key head size   V value head size   t, s lengths in whole tiles
+g groups and *lead, the examples and heads of a group: see `layout`
 
-The G query heads of a pair read the same keys, so they are rows of one tile, [c, r, block_k] with
-r = G * block_q; flipped, [c, block_k, r]. Facts and masks come with all their axes, [c, G, block_q,
-block_k], and are merged: XLA on CPU copies what has an axis of length 1 in its middle. Padded keys
-have row -1, which no query sees; padded queries are cut off at the end.
+The G query heads of a key-value head read the same keys, so they are rows of one tile, [*lead, r, block_k]
+with r = G block_q. The backward pass computes tiles transposed, [*lead, block_k, r]: `ByQueries` and `ByKeys`
+are the two ways to lay what broadcasts against a tile. Facts and masks come with all their axes, and are
+merged: XLA on CPU copies what has an axis of length 1 in its middle. Padded keys are hidden; padded queries
+have no weights, and are cut off at the end.
 """
 
 import dataclasses
@@ -20,41 +21,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mha_jax.attention.call import Call, logits_of
-from mha_jax.attention.masks import EVERYTHING, Mask, Reach, pytree
-from mha_jax.attention.tokens import Facts, extents
-from mha_jax.types import Array
-
-
-@pytree
-class RealKeys(Mask):
-    """Keys that are no padding of a tile. Tiles add it; callers never see it."""
-
-    def visible(self, q, k):
-        return k.rows >= 0
-
-    def reach(self, q, k):
-        return Reach(k.rows[1] >= 0, k.rows[0] >= 0)
+from mha_jax.attention.call import Problem
+from mha_jax.attention.tokens import Facts
+from mha_jax.backends import visits
+from mha_jax.backends.blockwise.layout import Apart, Grouped
+from mha_jax.types import Array, Size
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Sizes of the tiles of one call.
+    """Sizes of the tiles of one problem.
 
     Args:
       block_q, block_k: Query rows (of every head of a pair) and keys of a tile.
-      pairs: Pairs that one tile holds.
+      layout: How examples and heads lie side by side.
       exhaustive: Visit every tile, masked, by loops of fixed length that recompute their steps: what
         reverse mode can differentiate.
     """
 
-    block_q: int
-    block_k: int
-    pairs: int
+    block_q: Size
+    block_k: Size
+    layout: Grouped | Apart
     exhaustive: bool = False
 
 
-class Order(NamedTuple):
+class Visits(NamedTuple):
     """For every group and line of tiles, the blocks to visit.
 
     `live` of them, [#groups, lines], from `first` on, [#groups, lines]; or, where those of some line
@@ -72,168 +63,164 @@ class Order(NamedTuple):
     single: bool
 
 
-class Tiles:
-    """The tiles of a call. A line is a group's row of tiles, or its column of tiles."""
+class Place(NamedTuple):
+    """Where a tile is: its group, its block of queries, its block of keys."""
 
-    def __init__(self, call: Call, tiling: Tiling):
-        b, t, n, _ = call.q.shape
-        s, kv = call.k.shape[1:3]
-        self.tiling, self.dtype, self.scale = tiling, call.accumulator, call.scale
+    group: Any
+    q: Any
+    k: Any
+
+
+class Tiles:
+    """The tiles of a problem. A line is a group's row of tiles, or its column of tiles."""
+
+    def __init__(self, problem: Problem, tiling: Tiling):
+        b, t, n, _ = problem.q.shape
+        s, kv = problem.k.shape[1:3]
+        self.tiling, self.layout, self.dtype = tiling, tiling.layout, problem.accumulator
+        self.scale = problem.logits.scale
         # A power of two goes into q, once for each row instead of each logit: it rounds nothing.
-        if math.frexp(call.scale)[0] == 0.5:
-            q = call.q * jnp.asarray(call.scale, call.q.dtype)
-            call = dataclasses.replace(call, q=q, scale=1.0)
-        self.call, self.batch, self.kv_heads, self.groups = call, b, kv, n // kv
-        self.rows, self.columns = -(-t // tiling.block_q), -(-s // tiling.block_k)
-        self.t, self.s = self.rows * tiling.block_q, self.columns * tiling.block_k
-        self.q, self.k, self.v = self.queries(call.q), self.keys(call.k), self.keys(call.v)
-        self.q_facts = _pad_facts(call.q_tokens.facts(), self.t)
-        self.k_facts = _pad_facts(call.k_tokens.facts(), self.s)
-        self.mask = call.mask if self.s == s else call.mask & RealKeys()
-        self.dense = jax.tree.map(self.pad_dense, self.mask)
-        self.bias = None if call.bias is None else self.pad_dense(call.bias)
+        if abs(math.frexp(self.scale)[0]) == 0.5 and self.scale != 1:
+            q = problem.q * jnp.asarray(self.scale, problem.q.dtype)
+            logits = dataclasses.replace(problem.logits, scale=1.0)
+            problem = dataclasses.replace(problem, q=q, logits=logits)
+        self.problem, self.rules = problem, problem.logits
+        self.batch, self.kv_heads, self.groups = b, kv, n // kv
+        self.q_blocks, self.k_blocks = _blocks(t, tiling.block_q), _blocks(s, tiling.block_k)
+        self.t, self.s = self.q_blocks * tiling.block_q, self.k_blocks * tiling.block_k
+        self.q, self.k, self.v = self.queries(problem.q), self.keys(problem.k), self.keys(problem.v)
+        self.q_facts = _pad_facts(problem.q_tokens.facts(), self.t)
+        self.k_facts = _pad_facts(problem.k_tokens.facts(), self.s)
+        self.mask = jax.tree.map(self.pad_dense, problem.mask)
+        self.bias = None if problem.bias is None else self.pad_dense(jnp.asarray(problem.bias))
         self.row_keys = None
-        if call.dropout is not None:
-            words = call.dropout.row_keys(b, n, self.q_facts.rows)
-            self.row_keys = tuple(self._grouped(w.reshape(-1, self.groups * self.t)) for w in words)
+        if problem.dropout is not None:
+            words = problem.dropout.row_keys(b, n, self.q_facts.rows)
+            self.row_keys = tuple(self._rows(w) for w in words)
 
     # ---- layout -------------------------------------------------------------------------------
 
     def queries(self, x: Array) -> Array:
-        """Turn [B, T, N, H] into [g, c, G t, H], padded."""
-        x = jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, self.t - x.shape[1]), (0, 0)))
-        return self._grouped(x.reshape(-1, self.groups * self.t, x.shape[-1]))
+        """Turn [B, T, N, H] into [g, *lead, G t, H], padded."""
+        return self._rows(_pad(x.transpose(0, 2, 1, 3), 2, self.t))
 
-    def statistics(self, x: Array) -> Array:
-        """Turn [B, N, T] into [g, c, G t], padded."""
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, self.t - x.shape[2])))
-        return self._grouped(x.reshape(-1, self.groups * self.t))
+    def statistics(self, x: Array, padding: float = 0.0) -> Array:
+        """Turn [B, N, T] into [g, *lead, G t], padded."""
+        return self._rows(_pad(x, 2, self.t, padding))
 
     def keys(self, x: Array) -> Array:
-        """Turn [B, S, K, H] into [g, c, s, H], padded."""
-        x = jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, self.s - x.shape[1]), (0, 0)))
-        return self._grouped(x.reshape(-1, self.s, x.shape[-1]))
+        """Turn [B, S, K, H] into [g, *lead, s, H], padded."""
+        return self.layout.split(_pad(x.transpose(0, 2, 1, 3), 2, self.s))
 
-    def _grouped(self, x: Array) -> Array:
-        return x.reshape(-1, self.tiling.pairs, *x.shape[1:])
+    def _rows(self, x: Array) -> Array:
+        """Turn [B, N, t, ...] into [g, *lead, G t, ...]."""
+        rows = (self.batch, self.kv_heads, self.groups * self.t, *x.shape[3:])
+        return self.layout.split(x.reshape(rows))
 
     def queries_back(self, x: Array) -> Array:
-        """Turn lines [g rows, c, r, H] back into [B, T, N, H]."""
+        """Turn lines [g q_blocks, *lead, r, H] back into [B, T, N, H]."""
         return self._rows_back(x).swapaxes(1, 2)
 
     def statistics_back(self, x: Array) -> Array:
-        """Turn lines of statistics [g rows, c, r, 1] back into [B, N, T]."""
+        """Turn lines of statistics [g q_blocks, *lead, r, 1] back into [B, N, T]."""
         return self._rows_back(x)[..., 0]
 
-    def turned_back(self, x: Array) -> Array:
-        """Turn [g, c, H, G t] back into [B, T, N, H]."""
-        x = x.reshape(self.batch * self.kv_heads, x.shape[2], -1).swapaxes(1, 2)
-        return self._heads_first(x).swapaxes(1, 2)
+    def transposed_back(self, x: Array) -> Array:
+        """Turn [g, *lead, H, G t] back into [B, T, N, H]."""
+        return self._heads_back(self.layout.join(x.swapaxes(-1, -2))).swapaxes(1, 2)
 
     def keys_back(self, x: Array) -> Array:
-        """Turn lines [g columns, c, block_k, H] back into [B, S, K, H]."""
-        x = _lines_inward(x, self.columns, at=2)
-        x = x.reshape(self.batch, self.kv_heads, self.s, x.shape[-1])
-        return x[:, :, : self.call.k.shape[1]].transpose(0, 2, 1, 3)
+        """Turn lines [g k_blocks, *lead, block_k, H] back into [B, S, K, H]."""
+        x = self._lines_inward(x, self.k_blocks, at=-2)
+        x = self.layout.join(x.reshape(*x.shape[:-3], self.s, x.shape[-1]))
+        return x[:, :, : self.problem.k.shape[1]].transpose(0, 2, 1, 3)
 
     def _rows_back(self, x: Array) -> Array:
-        """Turn lines [g rows, c, r, H] back into [B, N, T, H]."""
-        x = x.reshape(*x.shape[:2], self.groups, -1, x.shape[-1])
-        return self._heads_first(_lines_inward(x, self.rows, at=3))
+        """Turn lines [g q_blocks, *lead, r, H] back into [B, N, T, H]."""
+        x = x.reshape(*x.shape[:-2], self.groups, self.tiling.block_q, x.shape[-1])
+        x = self._lines_inward(x, self.q_blocks, at=-2)
+        return self._heads_back(self.layout.join(x.reshape(*x.shape[:-4], -1, x.shape[-1])))
 
-    def _heads_first(self, x: Array) -> Array:
-        """Turn what holds pairs, G, t and H in this order into [B, N, T, H], without padding."""
+    def _heads_back(self, x: Array) -> Array:
+        """Turn [B, K, G t, H] into [B, N, T, H], without padding."""
         x = x.reshape(self.batch, self.kv_heads * self.groups, self.t, x.shape[-1])
-        return x[:, :, : self.call.q.shape[1]]
+        return x[:, :, : self.problem.q.shape[1]]
+
+    def _lines_inward(self, x: Array, lines: int, at: int) -> Array:
+        """Turn [g lines, ...] into [g, ...] with the lines before the axis `at`."""
+        x = x.reshape(self.layout.groups, lines, *x.shape[1:])
+        return jnp.moveaxis(x, 1, at - 1)
 
     def pad_dense(self, dense: Array) -> Array:
         """Pad [#B, #N, #T, #S] to whole tiles."""
-        wanted = {2: self.t, 3: self.s}
-        widths = [(0, 0), (0, 0)] + [
-            (0, wanted[axis] - dense.shape[axis]) if dense.shape[axis] > 1 else (0, 0)
-            for axis in (2, 3)
-        ]
-        return jnp.pad(dense, widths) if any(after for _, after in widths) else dense
+        for axis, length in ((2, self.t), (3, self.s)):
+            dense = dense if dense.shape[axis] == 1 else _pad(dense, axis, length)
+        return dense
 
     # ---- one tile -----------------------------------------------------------------------------
 
-    def row_of(self, x: Array, group: Any, i: Any) -> Array:
-        """Cut [g, c, G t, ...] to block `i` of a group's rows: [c, r, ...]."""
-        x = x.reshape(*x.shape[:2], self.groups, self.t, *x.shape[3:])
-        x = _cut(x, {0: (group, 1), 3: (i, self.tiling.block_q)})
-        return x.reshape(x.shape[1], -1, *x.shape[4:])
+    def rows_of(self, x: Array, at: Place) -> Array:
+        """Cut [g, *lead, G t, ...] to a tile's rows: [*lead, r, ...]."""
+        first = 1 + len(self.layout.lead)
+        rest = x.shape[first + 1 :]
+        x = x.reshape(*x.shape[:first], self.groups, self.t, *rest)
+        x = _cut(x, {0: (at.group, 1), first + 1: (at.q, self.tiling.block_q)})[0]
+        return x.reshape(*x.shape[: first - 1], -1, *rest)
 
-    def keys_of(self, x: Array, group: Any, j: Any) -> Array:
-        """Cut [g, c, s, ...] to block `j` of a group's keys: [c, block_k, ...]."""
-        return _cut(x, {0: (group, 1), 2: (j, self.tiling.block_k)})[0]
+    def keys_of(self, x: Array, at: Place) -> Array:
+        """Cut [g, *lead, s, ...] to a tile's keys: [*lead, block_k, ...]."""
+        axis = 1 + len(self.layout.lead)
+        return _cut(x, {0: (at.group, 1), axis: (at.k, self.tiling.block_k)})[0]
 
     def dot(self, spec: str, a: Array, b: Array) -> Array:
         """Multiply tiles, summing in the accumulator's dtype."""
-        precision = self.call.precision
+        precision = self.rules.precision
         return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=self.dtype)
 
-    def logits(self, dot: Array, group: Any, i: Any, j: Any, masked: bool, flip: bool) -> Array:
-        """Turn a tile of q . k into logits, -inf where hidden if `masked`."""
-        bias = None if self.bias is None else self.dense_of(self.bias, group, i, j, flip)
-        x = logits_of(self.call, dot, bias)
-        return jnp.where(self.visible(group, i, j, flip), x, -jnp.inf) if masked else x
+    def dense_of(self, dense: Array, at: Place) -> Array:
+        """Cut [#B, #N, #T, #S] to [*#lead, #G, #block_q, #block_k]."""
+        return self.layout.take(self._by_kv_head(_cut(dense, self._blocks_of(dense, at))), at.group)
 
-    def visible(self, group: Any, i: Any, j: Any, flip: bool) -> Array:
-        """Return which pairs of a tile are visible, broadcasting to the tile."""
-        bq, bk = self.tiling.block_q, self.tiling.block_k
-        q = jax.tree.map(lambda a: _as_rows(self._fact(a, group, i, bq), flip), self.q_facts)
-        k = jax.tree.map(lambda a: _as_columns(self._fact(a, group, j, bk), flip), self.k_facts)
-        mask = jax.tree.map(lambda a: self._dense_of(a, group, i, j, flip), self.dense)
-        return self.merged(mask.visible(q, k), flip)
+    def q_fact(self, a: Any, at: Place) -> Array:
+        """Cut facts [#B, t] to a tile's [*#lead, block_q]."""
+        return self._fact(a, at, at.q, self.tiling.block_q)
 
-    def kept(self, group: Any, i: Any, j: Any, flip: bool) -> Array:
-        """Return a tile of keep bits."""
-        a, c = (self.row_of(w, group, i) for w in self.row_keys)  # type: ignore[union-attr]
-        a, c = (x[:, None] if flip else x[..., None] for x in (a, c))
-        columns = self._fact(self.k_facts.rows, group, j, self.tiling.block_k)
-        columns = columns[:, :, None] if flip else columns[:, None, :]
-        return self.call.dropout.kept(a, c, columns)  # type: ignore[union-attr]
+    def k_fact(self, a: Any, at: Place) -> Array:
+        """Cut facts [#B, s] to a tile's [*#lead, block_k]."""
+        return self._fact(a, at, at.k, self.tiling.block_k)
 
-    def merged(self, tile: Array, flip: bool) -> Array:
-        """Merge [#c, #G, #block_q, #block_k] to [#c, #r, #block_k], or the same flipped."""
-        if tile.ndim == 0:  # a rule that says the same of every pair
-            return tile
-        at = 2 if flip else 1
-        heads, rows = tile.shape[at : at + 2]
-        size = self.tiling.block_q
-        if heads * rows > 1 and (heads, rows) != (self.groups, size):
-            whole = (*tile.shape[:at], self.groups, size, *tile.shape[at + 2 :])
-            tile = jnp.broadcast_to(tile, whole)
-        return tile.reshape(*tile.shape[:at], -1, *tile.shape[at + 2 :])
+    def _fact(self, a: Any, at: Place, index: Any, size: Size) -> Array:
+        return self.layout.take(_cut(jnp.asarray(a), {1: (index, size)})[:, None], at.group)
 
-    def dense_of(self, dense: Array, group: Any, i: Any, j: Any, flip: bool = False) -> Array:
-        """Cut [#B, #N, #T, #S] to a tile."""
-        return self.merged(self._dense_of(dense, group, i, j, flip), flip)
+    def real_keys(self, at: Place) -> Array | None:
+        """Return which of a tile's keys are no padding, [block_k]; None where all are."""
+        if self.s == self.problem.k.shape[1]:
+            return None
+        places = jnp.arange(self.tiling.block_k, dtype=jnp.uint32) + _start(
+            at.k, self.tiling.block_k
+        )
+        return places < jnp.uint32(self.problem.k.shape[1])
 
-    def _dense_of(self, dense: Array, group: Any, i: Any, j: Any, flip: bool) -> Array:
-        """Cut [#B, #N, #T, #S] to [#c, #G, #block_q, #block_k], with the keys second under `flip`."""
-        blocks = {2: (i, self.tiling.block_q), 3: (j, self.tiling.block_k)}
-        dense = _cut(dense, {axis: at for axis, at in blocks.items() if dense.shape[axis] > 1})
-        tile = self._of_group(self._by_kv_head(dense), group)
-        return tile.transpose(0, 3, 1, 2) if flip else tile
+    def add_dense(self, whole: Array, tile: Array, at: Place) -> Array:
+        """Add a tile [*lead, r, block_k] into [#B, #N, #T, #S], summed where that broadcasts."""
+        lead = len(self.layout.lead)
+        tile = tile.reshape(*tile.shape[:lead], self.groups, self.tiling.block_q, tile.shape[-1])
+        slab = self._by_kv_head(_cut(whole, self._blocks_of(whole, at)))
+        axes = tuple(axis for axis in (-3, -2, -1) if slab.shape[axis] == 1)
+        slab = self.layout.add(slab, jnp.sum(tile, axes, keepdims=True), at.group)
+        slab = slab.reshape(*whole.shape[:2], *slab.shape[3:])
+        return _put(whole, slab, self._blocks_of(whole, at))
 
-    def add_dense(self, whole: Array, tile: Array, group: Any, i: Any, j: Any) -> Array:
-        """Add a tile into [#B, #N, #T, #S], summed where that broadcasts."""
-        tile = tile.reshape(-1, self.groups, self.tiling.block_q, self.tiling.block_k)
-        shape, whole = whole.shape, self._by_kv_head(whole)
-        summed = tuple(axis for axis in (1, 2, 3) if whole.shape[axis + 1] == 1)
-        tile = jnp.sum(tile, summed, keepdims=True)
-        blocks = {3: (i, self.tiling.block_q), 4: (j, self.tiling.block_k)}
-        blocks = {axis: at for axis, at in blocks.items() if whole.shape[axis] > 1}
-        slab = _cut(whole, blocks).at[self._pairs(whole, group)].add(tile)
-        start = _corner(whole.ndim, blocks)
-        return lax.dynamic_update_slice(whole, slab, start).reshape(shape)
+    def add_transposed(self, whole: Array, tile: Array, at: Place) -> Array:
+        """Add a tile [*lead, H, r] into [g, *lead, H, G t]."""
+        heads = whole.reshape(*whole.shape[:-1], self.groups, self.t)
+        tile = tile.reshape(1, *tile.shape[:-1], self.groups, -1)
+        blocks = {0: (at.group, 1), heads.ndim - 1: (at.q, self.tiling.block_q)}
+        return _put(heads, _cut(heads, blocks) + tile, blocks).reshape(whole.shape)
 
-    def add_turned(self, whole: Array, tile: Array, group: Any, i: Any) -> Array:
-        """Add a tile [c, H, r] at block `i` of a group of [g, c, H, G t]."""
-        heads = (*whole.shape[:3], self.groups, self.t)
-        tile = tile.reshape(1, *tile.shape[:2], self.groups, -1)
-        return _add(whole.reshape(heads), tile, {0: group, 4: i}).reshape(whole.shape)
+    def _blocks_of(self, dense: Array, at: Place) -> dict[int, tuple[Any, Size]]:
+        blocks = {2: (at.q, self.tiling.block_q), 3: (at.k, self.tiling.block_k)}
+        return {axis: block for axis, block in blocks.items() if dense.shape[axis] != 1}
 
     def _by_kv_head(self, dense: Array) -> Array:
         """Split the heads: [#B, #N, ...] to [#B, #K, #G, ...]."""
@@ -241,58 +228,33 @@ class Tiles:
             return dense[:, :, None]
         return dense.reshape(dense.shape[0], self.kv_heads, self.groups, *dense.shape[2:])
 
-    def _pairs(self, x: Array, group: Any) -> tuple[Array, Array]:
-        """Return where a group's pairs are in [#B, #K, ...]."""
-        count = self.tiling.pairs
-        pairs = jnp.asarray(group, jnp.uint32) * count + numbers(count)
-        b = pairs // self.kv_heads if x.shape[0] > 1 else jnp.zeros_like(pairs)
-        k = pairs % self.kv_heads if x.shape[1] > 1 else jnp.zeros_like(pairs)
-        return b, k
-
-    def _of_group(self, x: Array, group: Any) -> Array:
-        """Take a group's pairs out of [#B, #K, ...]: [#c, ...]."""
-        return x[0] if x.shape[:2] == (1, 1) else x[self._pairs(x, group)]
-
-    def _fact(self, a: Any, group: Any, index: Any, size: int) -> Array:
-        """Cut facts [#B, L] to a tile's [#c, size]."""
-        return self._of_group(_cut(jnp.asarray(a), {1: (index, size)})[:, None], group)
-
     # ---- which tiles, in which order ------------------------------------------------------------
 
-    def order(self, by_rows: bool) -> Order:
+    def visits(self, by_rows: bool) -> Visits:
         """Return the key blocks of every row of tiles, or the query blocks of every column."""
-        q = jax.tree.map(lambda a: a[:, None, :, None], extents(self.q_facts, self.tiling.block_q))
-        k = jax.tree.map(lambda a: a[:, None, None, :], extents(self.k_facts, self.tiling.block_k))
-        reach = EVERYTHING if self.tiling.exhaustive else self.mask.reach(q, k)
-        some, every = self._by_group(reach.some, "any"), self._by_group(reach.every, "all")
-        xp = jnp if isinstance(some, jax.Array) or isinstance(every, jax.Array) else np
-        some = some if by_rows else some.swapaxes(-1, -2)
-        every = every if by_rows else every.swapaxes(-1, -2)
+        exhaustive = self.tiling.exhaustive
+        single = (self.k_blocks if by_rows else self.q_blocks) == 1 and not exhaustive
+        if exhaustive or not all(isinstance(size, int) for size in (self.t, self.s)):
+            lines, blocks = (self.q_blocks, self.k_blocks)[:: 1 if by_rows else -1]
+            every = np.full((1, lines), blocks, np.uint32)
+            return Visits(np.zeros_like(every), every, None, True, single)
+        kind = visits.kinds(self.problem, self.tiling.block_q, self.tiling.block_k)
+        kind = kind if by_rows else kind.swapaxes(2, 3)
+        live = self.layout.reduced(kind != visits.EMPTY, "any")
+        every = self.layout.reduced(kind == visits.FULL, "all")
+        xp = visits.array_module(kind)
         # A line of one block visits it, whatever is seen of it: no loop, no state before it.
-        single = some.shape[-1] == 1 and not self.tiling.exhaustive
-        masked = xp is jnp or self.tiling.exhaustive or bool(np.any((single | some) & ~every))
-        live = some.sum(-1).astype(np.uint32)
-        blocks = xp.argsort(~some, axis=-1, stable=True).astype(np.uint32)
+        masked = xp is jnp or bool(np.any((single | live) & ~every))
+        count, blocks = visits.listed(live)
+        count, blocks = count.astype(np.uint32), blocks.astype(np.uint32)
         first = blocks[..., :1]
         at = np.arange(blocks.shape[-1], dtype=np.uint32)
-        if xp is np and np.all((blocks == first + at) | (at >= live[..., None])):
+        if xp is np and np.all((blocks == first + at) | (at >= count[..., None])):
             blocks = None
-        return Order(first[..., 0], live, blocks, masked, single)
+        return Visits(first[..., 0], count, blocks, masked, single)
 
-    def _by_group(self, certain: Any, reduce: str) -> Any:
-        """Reduce [#B, #N, rows, columns] to [#groups, rows, columns]."""
-        xp = jnp if isinstance(certain, jax.Array) else np
-        shape = np.broadcast_shapes(certain.shape, (1, 1, self.rows, self.columns))
-        certain = xp.broadcast_to(certain, shape)
-        if shape[:2] == (1, 1):
-            return certain[0]
-        heads = self.kv_heads * self.groups
-        certain = xp.broadcast_to(certain, (self.batch, heads, *shape[2:]))
-        certain = certain.reshape(self.q.shape[0], -1, *shape[2:])
-        return getattr(certain, reduce)(axis=1)
-
-    def over(self, order: Order, group: Any, line: Any, body: Callable, carry: Any) -> Any:
-        """Run `body(block, masked, carry)` over the blocks of a line of tiles that can be seen."""
+    def over(self, order: Visits, group: Any, line: Any, body: Callable, carry: Any) -> Any:
+        """Run `body(block, carry)` over the blocks of a line of tiles that can be seen."""
 
         def of_line(a):
             if isinstance(a, np.ndarray) and np.ptp(a) == 0:
@@ -300,17 +262,112 @@ class Tiles:
             return jnp.asarray(a)[group if a.shape[0] > 1 else 0, line]
 
         if order.single:
-            return body(0, order.masked, carry)
+            return body(0, carry)
         first, live = of_line(order.first), of_line(order.live)
         blocks = None if order.blocks is None else of_line(order.blocks)
 
         def step(n, carry):
-            return body(first + n if blocks is None else blocks[n], order.masked, carry)
+            return body(first + n if blocks is None else blocks[n], carry)
 
         if self.tiling.exhaustive:
             again = jax.checkpoint(lambda carry, n: (step(n, carry), None))
             return lax.scan(again, carry, numbers(int(live)))[0]
         return lax.fori_loop(np.uint32(0), live, step, carry)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByQueries:
+    """What broadcasts against tiles whose rows are queries: [*lead, r, block_k]."""
+
+    tiles: Tiles
+    masked: bool
+
+    def logits(self, capped: Array, at: Place) -> Array:
+        """Turn capped products of a tile into logits, -inf where hidden."""
+        tiles = self.tiles
+        x = capped
+        if tiles.bias is not None:
+            x = x + self.dense(tiles.bias, at).astype(x.dtype)
+        return jnp.where(self.visible(at), x, -jnp.inf) if self.masked else x
+
+    def visible(self, at: Place) -> Any:
+        """Return which pairs of a tile are visible, broadcasting to the tile."""
+        tiles = self.tiles
+        q = jax.tree.map(lambda a: self._of_queries(tiles.q_fact(a, at)), tiles.q_facts)
+        k = jax.tree.map(lambda a: self._of_keys(tiles.k_fact(a, at)), tiles.k_facts)
+        mask = jax.tree.map(lambda a: self._lay(tiles.dense_of(a, at)), tiles.mask)
+        seen = self._merged(mask.visible(q, k))
+        real = tiles.real_keys(at)
+        return seen if real is None else seen & self._against(real)
+
+    def kept(self, at: Place) -> Array:
+        """Return a tile of keep bits."""
+        tiles = self.tiles
+        a, c = (self._rows(tiles.rows_of(w, at)) for w in tiles.row_keys)  # type: ignore[union-attr]
+        columns = self._columns(tiles.k_fact(tiles.k_facts.rows, at))
+        return tiles.problem.dropout.kept(a, c, columns)  # type: ignore[union-attr]
+
+    def dense(self, dense: Array, at: Place) -> Array:
+        """Cut [#B, #N, #T, #S] to what broadcasts against a tile."""
+        return self._merged(self._lay(self.tiles.dense_of(dense, at)))
+
+    def _lay(self, tile: Array) -> Array:
+        return tile
+
+    def _of_queries(self, fact: Array) -> Array:
+        return fact[..., None, :, None]
+
+    def _of_keys(self, fact: Array) -> Array:
+        return fact[..., None, None, :]
+
+    def _rows(self, x: Array) -> Array:
+        return x[..., None]
+
+    def _columns(self, x: Array) -> Array:
+        return x[..., None, :]
+
+    def _against(self, real: Array) -> Array:
+        lead = (1,) * len(self.tiles.layout.lead)
+        return self._columns(real.reshape(*lead, -1))
+
+    def _merged(self, tile: Any) -> Any:
+        """Merge [*#lead, #G, #block_q, #block_k] to [*#lead, #r, #block_k]."""
+        if tile.ndim == 0:  # a rule that says the same of every pair
+            return tile
+        lead, (heads, rows, columns) = tile.shape[:-3], tile.shape[-3:]
+        groups, size = self.tiles.groups, self.tiles.tiling.block_q
+        if (heads, rows) not in ((1, 1), (groups, size)):
+            tile = jnp.broadcast_to(tile, (*lead, groups, size, columns))
+        return tile.reshape(*lead, -1, columns)
+
+
+class ByKeys(ByQueries):
+    """The same against transposed tiles: [*lead, block_k, r]."""
+
+    def _lay(self, tile: Array) -> Array:
+        return jnp.moveaxis(tile, -1, -3)
+
+    def _of_queries(self, fact: Array) -> Array:
+        return fact[..., None, None, :]
+
+    def _of_keys(self, fact: Array) -> Array:
+        return fact[..., :, None, None]
+
+    def _rows(self, x: Array) -> Array:
+        return x[..., None, :]
+
+    def _columns(self, x: Array) -> Array:
+        return x[..., None]
+
+    def _merged(self, tile: Any) -> Any:
+        """Merge [*#lead, #block_k, #G, #block_q] to [*#lead, #block_k, #r]."""
+        if tile.ndim == 0:
+            return tile
+        lead, (columns, heads, rows) = tile.shape[:-3], tile.shape[-3:]
+        groups, size = self.tiles.groups, self.tiles.tiling.block_q
+        if (heads, rows) not in ((1, 1), (groups, size)):
+            tile = jnp.broadcast_to(tile, (*lead, columns, groups, size))
+        return tile.reshape(*lead, columns, -1)
 
 
 def scan(step: Callable, carry: Any, groups: int, lines: int) -> tuple[Any, Any]:
@@ -331,49 +388,52 @@ def numbers(count: int) -> Array:
     return jnp.arange(count, dtype=jnp.uint32)
 
 
-def _cut(x: Array, blocks: dict[int, tuple[Any, int]]) -> Array:
+def _blocks(length: Size, size: Size) -> int:
+    """Return how many blocks hold a length; one where the length is a symbol."""
+    return -(-length // size) if isinstance(length, int) else 1
+
+
+def _pad(x: Array, axis: int, length: Size, value: float = 0.0) -> Array:
+    if x.shape[axis] == length:
+        return x
+    widths = [(0, length - x.shape[axis]) if a == axis else (0, 0) for a in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _start(index: Any, size: Size) -> Array:
+    return jnp.asarray(index * size, jnp.uint32)
+
+
+def _cut(x: Array, blocks: dict[int, tuple[Any, Size]]) -> Array:
     """Cut `x`, along every axis named, to the block of that number and size."""
+    blocks = {axis: block for axis, block in blocks.items() if x.shape[axis] != block[1]}
+    if not blocks:
+        return x
     sizes = [blocks[axis][1] if axis in blocks else n for axis, n in enumerate(x.shape)]
     return lax.dynamic_slice(x, _corner(x.ndim, blocks), sizes)
 
 
-def _add(whole: Array, tile: Array, at: dict[int, Any]) -> Array:
-    """Add a tile to `whole`: along every axis named, at the block of that number."""
-    blocks = {axis: (index, tile.shape[axis]) for axis, index in at.items()}
-    added = _cut(whole, blocks) + tile
-    return lax.dynamic_update_slice(whole, added, _corner(whole.ndim, blocks))
+def _put(whole: Array, block: Array, blocks: dict[int, tuple[Any, Size]]) -> Array:
+    """Put a block where `_cut` took it."""
+    blocks = {axis: at for axis, at in blocks.items() if whole.shape[axis] != at[1]}
+    if not blocks:
+        return block
+    return lax.dynamic_update_slice(whole, block, _corner(whole.ndim, blocks))
 
 
-def _corner(rank: int, blocks: dict[int, tuple[Any, int]]) -> list[Array]:
+def _corner(rank: int, blocks: dict[int, tuple[Any, Size]]) -> list[Array]:
     """Return where a block begins."""
-    first = {axis: index * size for axis, (index, size) in blocks.items()}
-    return [jnp.asarray(first.get(axis, 0), jnp.uint32) for axis in range(rank)]
+    first = {axis: _start(index, size) for axis, (index, size) in blocks.items()}
+    return [first[axis] if axis in first else _start(0, 0) for axis in range(rank)]
 
 
-def _lines_inward(x: Array, lines: int, at: int) -> Array:
-    """Turn [g lines, c, ...] into [g, c, ..., lines, ...], the lines before what was axis `at`."""
-    x = x.reshape(-1, lines, *x.shape[1:])
-    return x if lines == 1 else jnp.moveaxis(x, 1, at)
+def _pad_facts(facts: Facts, length: Size) -> Facts:
+    """Pad [#B, L] facts to `length` with what the last token has."""
 
-
-def _as_rows(a: Array, flip: bool) -> Array:
-    """Shape a tile's query facts [#c, block_q] to broadcast with the tile."""
-    return a[:, None, None, :] if flip else a[:, None, :, None]
-
-
-def _as_columns(a: Array, flip: bool) -> Array:
-    """Shape a tile's key facts [#c, block_k] to broadcast with the tile."""
-    return a[:, :, None, None] if flip else a[:, None, None, :]
-
-
-def _pad_facts(facts: Facts, length: int) -> Facts:
-    """Pad [#B, L] facts to `length`: padding has row -1, and else what the last token has."""
-
-    def pad(a, **how):
-        width = ((0, 0), (0, length - a.shape[1]))
-        if not width[1][1]:
+    def pad(a):
+        if a is None or a.shape[1] == length:
             return a
-        return (np if isinstance(a, np.ndarray) else jnp).pad(a, width, **how)
+        widths = ((0, 0), (0, length - a.shape[1]))
+        return (np if isinstance(a, np.ndarray) else jnp).pad(a, widths, mode="edge")
 
-    rest = (a if a is None else pad(a, mode="edge") for a in facts[1:])
-    return Facts(pad(facts.rows, constant_values=-1), *rest)
+    return Facts(*map(pad, facts))

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mha_jax.backends.pallas_tpu.order import LANES
-from mha_jax.backends.pallas_tpu.view import LOG2E, Part, View, across
+from mha_jax.backends.pallas_tpu.patterns import LANES
+from mha_jax.backends.pallas_tpu.view import Part, View, across
 from mha_jax.types import Array
 
 # Less than any logit, but finite, so that a row that has seen nothing subtracts it without a NaN.
@@ -40,7 +40,7 @@ def _forget(view: View) -> None:
     """Start with rows that have seen nothing."""
     if view.plan.order.fresh:
         return
-    m, l, acc = (view.refs[name] for name in ("m", "l", "acc"))
+    m, l, acc = (view.refs[name] for name in ("m_sum", "l_sum", "acc"))
     m[...] = jnp.full_like(m, LEAST)
     l[...] = jnp.zeros_like(l)
     acc[...] = jnp.zeros_like(acc)
@@ -63,13 +63,13 @@ def staggered(parts: list[Part], start: Callable, finish: Callable) -> None:
 def _forward_block(view: View, precision: Any) -> None:
     refs, here = view.refs, view.rows
     q, k, v = refs["q"], refs["k"], refs["v"]
-    m_ref, l_ref, acc_ref = refs["m"], refs["l"], refs["acc"]
+    m_ref, l_ref, acc_ref = refs["m_sum"], refs["l_sum"], refs["acc"]
     dropout = view.plan.dropout
 
-    view.at_first_chunk(view.turn_rows)
+    view.at_first_chunk(view.transpose_rows)
 
     def start(part):
-        x = dot(q[view.rows_of_part(part)], k[part.columns], (1, 1), precision)
+        x = view.capped(dot(q[view.rows_of_part(part)], k[part.columns], (1, 1), precision))
         x = view.logits(x, part)
         largest = jnp.max(x, axis=1, keepdims=True)
         if part.fresh:
@@ -101,11 +101,11 @@ def _forward_block(view: View, precision: Any) -> None:
         # A row that saw nothing has acc = 0 and stays so, whatever it is divided by.
         share = 1 / jnp.maximum(l, TINY)
         if dropout is not None:
-            share = share * (1 / (1 - dropout.rate))
+            share = share * dropout.factor
         refs["out"][here] = (acc_ref[...] * share).astype(refs["out"].dtype)
         m, l = as_line(m_ref[...]), as_line(jnp.broadcast_to(l, l_ref.shape))
-        lse = m * (view.factor / LOG2E) + jnp.log(jnp.maximum(l, TINY))
-        refs["lse"][:, here] = jnp.where(l > 0, lse, -jnp.inf)
+        refs["m"][:, here] = jnp.where(l > 0, m, -jnp.inf)
+        refs["l"][:, here] = l
 
 
 def as_line(column: Array) -> Array:
@@ -132,17 +132,15 @@ def by_lane(p: Array) -> Array:
 
 
 def weights(view: View, x: Array, part: Part) -> Array:
-    """Rebuild the weights of a part from `lse2`, which is lse * log2(e) and inf for unseen rows."""
-    return jnp.exp2(x * view.factor - view.vector("lse2", part))
+    """Rebuild the weights of a part, but for what `softmax.shift` leaves to the rows' cotangents."""
+    return jnp.exp2((x - view.vector("shift", part)) * view.factor)
 
 
-def slopes(view: View, p: Array, x: Array, dp: Array, keep: Array | None, part: Part) -> Array:
+def slopes(view: View, p: Array, dp: Array, keep: Array | None, part: Part) -> Array:
     """Return the cotangent of a part's logits."""
     if keep is not None:
-        dp = jnp.where(keep, dp * (1 / (1 - view.plan.dropout.rate)), 0.0)  # type: ignore[union-attr]
-    ds = p * (dp - view.vector("delta", part))
-    slope = view.slope(x)
-    return ds if slope is None else ds * slope
+        dp = jnp.where(keep, dp * view.plan.dropout.factor, 0.0)  # type: ignore[union-attr]
+    return p * (dp - view.vector("delta", part))
 
 
 def backward(view: View, precision: Any) -> None:
@@ -179,30 +177,30 @@ def _backward_block(view: View, precision: Any) -> None:
     last = "dk_before" not in refs
     if not last:
         dk_sum[...], dv_sum[...] = refs["dk_before"][rows], refs["dv_before"][rows]
-    view.turn_rows()
+    view.transpose_rows()
 
     def start(part):
-        x = dot(k[part.rows], q[part.columns], (1, 1), precision)
-        return (view.logits(x, part),)
+        capped = view.capped(dot(k[part.rows], q[part.columns], (1, 1), precision))
+        return view.logits(capped, part), view.slope(capped)
 
-    def finish(part, x):
+    def finish(part, x, slope):
         here = part.columns
         p = weights(view, x, part)
         keep = None if plan.dropout is None else view.kept(part)
         kept = p if keep is None else jnp.where(keep, p, 0.0)
         dv_sum[part.rows] += dot(kept.astype(d_out.dtype), d_out[here], (1, 0), precision)
         dp = dot(v[part.rows], d_out[here], (1, 1), precision)
-        ds = slopes(view, p, x, dp, keep, part)
+        ds = slopes(view, p, dp, keep, part)
         if bias_side == "k":
             refs["d_bias_sum"][part.rows] += by_lane(ds)
         if bias_side == "q":
             refs["d_bias"][:, here] += jnp.sum(ds, axis=0, keepdims=True)
-        ds = ds.astype(q.dtype)
+        ds = (ds if slope is None else ds * slope).astype(q.dtype)
         dk_sum[part.rows] += dot(ds, q[here], (1, 0), precision)
         dq_sum[here] += dot(ds, k[part.rows], (0, 0), precision)
 
     view.each_tile(lambda parts: staggered(parts, start, finish))
-    share = 1.0 if plan.dropout is None else 1 / (1 - plan.dropout.rate)
+    share = 1.0 if plan.dropout is None else plan.dropout.factor
     refs["dk"][rows] = (dk_sum[...] * (plan.rules.scale if last else 1.0)).astype(refs["dk"].dtype)
     refs["dv"][rows] = (dv_sum[...] * (share if last else 1.0)).astype(refs["dv"].dtype)
     if bias_side == "k":
@@ -215,16 +213,16 @@ def bias_gradient(view: View, precision: Any) -> None:
     """Write the cotangent of the logits of a block of queries and one chunk of keys."""
     refs = view.refs
     q, k, v, d_out, out = (refs[name] for name in ("q", "k", "v", "d_out", "d_bias"))
-    view.turn_rows()
+    view.transpose_rows()
     out[...] = jnp.zeros_like(out)
 
     def start(part):
-        x = dot(q[part.rows], k[part.columns], (1, 1), precision)
-        return view.logits(x, part), dot(d_out[part.rows], v[part.columns], (1, 1), precision)
+        capped = view.capped(dot(q[part.rows], k[part.columns], (1, 1), precision))
+        return view.logits(capped, part), dot(d_out[part.rows], v[part.columns], (1, 1), precision)
 
     def finish(part, x, dp):
         p = weights(view, x, part)
         keep = None if view.plan.dropout is None else view.kept(part)
-        out[part.rows, part.columns] = slopes(view, p, x, dp, keep, part)
+        out[part.rows, part.columns] = slopes(view, p, dp, keep, part)
 
     view.each_tile(lambda parts: staggered(parts, start, finish))

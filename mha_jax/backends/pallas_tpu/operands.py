@@ -7,6 +7,7 @@ B batch   T query length   S key length   N query heads   K key-value heads   G 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +16,11 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mha_jax.attention.call import Call
+from mha_jax.attention.call import Logits, Problem
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Tokens
-from mha_jax.backends.pallas_tpu.order import Geometry, Order, order
+from mha_jax.backends.pallas_tpu.patterns import Geometry, Order, order
 from mha_jax.types import Array
 
 
@@ -42,21 +43,21 @@ class Plan:
     q_tokens: Tokens
     k_tokens: Tokens
     dropout: Dropout | None
-    rules: Call  # scale and soft cap only
+    rules: Logits
     has_bias: bool
 
     @property
-    def still_vectors(self) -> list[str]:
-        return [name for name, side in self.vectors.items() if side == self.geometry.still]
+    def outer_vectors(self) -> list[str]:
+        return [name for name, side in self.vectors.items() if side == self.geometry.outer]
 
 
 def make_plan(
-    call: Call, g: Geometry, extra: dict[str, Array] | None = None
+    problem: Problem, g: Geometry, extra: dict[str, Array] | None = None
 ) -> tuple[Plan, dict[str, Stream]]:
     """Decide on a kernel's streams beside q, k and v.
 
     Args:
-      call: The call.
+      problem: The problem.
       g: Its tiles.
       extra: Further vectors of the queries, [B, N, T].
     """
@@ -84,37 +85,40 @@ def make_plan(
             add_vector(name, "q", jnp.broadcast_to(a[:, :, :, 0], (*a.shape[:2], t)))
         return name
 
-    for side, tokens in (("q", call.q_tokens), ("k", call.k_tokens)):
+    for side, tokens in (("q", problem.q_tokens), ("k", problem.k_tokens)):
         for field in ("index", "pos", "segment", "valid"):
             a = getattr(tokens, field)
             if a is not None:
                 add_vector(f"{side}.{field}", side, jnp.asarray(a)[:, None])
-    leaves, tree = jax.tree.flatten(call.mask)
+    leaves, tree = jax.tree.flatten(problem.mask)
     names = [add_dense(f"mask.{i}", leaf) for i, leaf in enumerate(leaves)]
-    if call.bias is not None:
-        add_dense("bias", call.bias)
-    if call.dropout is not None:
-        a, c = call.dropout.row_keys(g.batch, g.heads, jnp.asarray(call.q_tokens.rows))
+    if problem.bias is not None:
+        add_dense("bias", jnp.asarray(problem.bias))
+    if problem.dropout is not None:
+        a, c = problem.dropout.row_keys(g.batch, g.heads, jnp.asarray(problem.q_tokens.rows))
         add_vector("dropout.a", "q", lax.bitcast_convert_type(a, jnp.int32))
         add_vector("dropout.c", "q", lax.bitcast_convert_type(c, jnp.int32))
     for name, a in (extra or {}).items():
         add_vector(name, "q", a)
-    streams = {name: _vector_stream(g, sides[name], a) for name, a in vectors.items()}
+    padding = {"shift": np.inf}  # queries that only pad have no weights
+    streams = {
+        name: _vector_stream(g, sides[name], a, padding.get(name, 0)) for name, a in vectors.items()
+    }
     streams |= {name: _slab_stream(g, a) for name, a in slabs.items()}
-    dropout = call.dropout and dataclasses.replace(
-        call.dropout, key=None, batch_start=None, head_start=None
+    dropout = problem.dropout and dataclasses.replace(
+        problem.dropout, key=None, batch_start=None, head_start=None
     )
     plan = Plan(
         geometry=g,
-        order=order(call, g),
+        order=order(problem, g),
         vectors=sides,
         slabs=tuple(slabs),
         mask=jax.tree.unflatten(tree, names),
-        q_tokens=_plain(call.q_tokens),
-        k_tokens=_plain(call.k_tokens),
+        q_tokens=_plain(problem.q_tokens),
+        k_tokens=_plain(problem.k_tokens),
         dropout=dropout,
-        rules=Call(None, None, None, scale=call.scale, logit_cap=call.logit_cap),  # type: ignore[arg-type]
-        has_bias=call.bias is not None,
+        rules=problem.logits,
+        has_bias=problem.bias is not None,
     )
     return plan, streams
 
@@ -124,19 +128,20 @@ def _plain(tokens: Tokens) -> Tokens:
     return dataclasses.replace(tokens.map(lambda a: True, tokens.length, tokens.start))  # type: ignore[arg-type, return-value]
 
 
-def pad_to(x: Array, axis: int, length: int) -> Array:
-    """Pad one axis with zeros; nothing happens where the length fits."""
+def pad_to(x: Array, axis: int, length: int, value: float = 0.0) -> Array:
+    """Pad one axis; nothing happens where the length fits."""
     missing = length - x.shape[axis]
     if not missing:
         return x
-    return jnp.pad(x, [(0, missing if a == axis % x.ndim else 0) for a in range(x.ndim)])
+    widths = [(0, missing if a == axis % x.ndim else 0) for a in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
 
 
-def _vector_stream(g: Geometry, side: str, a: Array) -> Stream:
+def _vector_stream(g: Geometry, side: str, a: Array, padding: float) -> Stream:
     """Stream [#B, #N, L] as [#B, #N, 1, L]."""
     some_b, some_n = int(a.shape[0] > 1), int(a.shape[1] > 1)
-    a = pad_to(jnp.asarray(a), 2, g.padded[side])[:, :, None]
-    if side == g.still:
+    a = pad_to(jnp.asarray(a), 2, g.padded[side], padding)[:, :, None]
+    if side == g.outer:
         block = (None, None, 1, g.rows * g.blocks)
         return Stream(
             a,
@@ -153,7 +158,7 @@ def _slab_stream(g: Geometry, a: Array) -> Stream:
     """Stream [#B, #N, T, S] by tile."""
     some_b, some_n = int(a.shape[0] > 1), int(a.shape[1] > 1)
     a = pad_to(pad_to(a, 2, g.padded["q"]), 3, g.padded["k"])
-    if g.still == "q":
+    if g.outer == "q":
         block = (None, None, g.rows, g.chunk)
         return Stream(
             a,
@@ -164,3 +169,84 @@ def _slab_stream(g: Geometry, a: Array) -> Stream:
         a,
         pl.BlockSpec(block, lambda b, n, r, m, at, *_: (b * some_b, n * some_n, at[0] + m, r)),
     )
+
+
+# ---- the sides of the logits -------------------------------------------------------------------
+
+
+def folds(problem: "Problem | Plan") -> bool:
+    """Return whether the scale can wait until the exponent: no bias, no cap, and order is kept."""
+    rules = problem.rules if isinstance(problem, Plan) else problem.logits
+    has_bias = problem.has_bias if isinstance(problem, Plan) else problem.bias is not None
+    return not has_bias and rules.cap is None and rules.scale > 0
+
+
+def _heads_first(x: Array, length: int) -> Array:
+    return pad_to(x.swapaxes(1, 2), 2, length)
+
+
+def outer_stream(g: Geometry, x: Array, groups: int) -> Stream:
+    """Stream [B, L, N, H] block of rows by block of rows."""
+    x = _heads_first(x, g.rows * g.row_blocks)
+    block = (None, None, g.rows * g.blocks, x.shape[-1])
+    return Stream(x, pl.BlockSpec(block, lambda b, n, r, m, *_: (b, _shared(n, groups), r, 0)))
+
+
+def inner_stream(g: Geometry, x: Array, groups: int, chunk: Callable) -> Stream:
+    """Stream [B, L, N, H] chunk by chunk."""
+    x = _heads_first(x, g.chunk * g.chunks)
+    block = (None, None, g.chunk, x.shape[-1])
+
+    def index(b, n, r, m, *prefetched):
+        return b, _shared(n, groups), chunk(b, n, r, m, *prefetched), 0
+
+    return Stream(x, pl.BlockSpec(block, index))
+
+
+def _shared(n: Any, groups: int) -> Any:
+    """Return the key-value head of a query head."""
+    return n if groups == 1 else lax.div(n, groups)
+
+
+def chunk(b: Any, n: Any, r: Any, m: Any, at: Any, *_: Any) -> Any:
+    return at[0] + m
+
+
+def source(plan: Plan) -> Callable:
+    """Return the index map that stays where it is when a chunk has no tiles."""
+    g, order = plan.geometry, plan.order
+    if g.chunks == 1:
+        return chunk
+
+    def index(b, n, r, m, at, table, held):
+        return held[(order.group(b, n) * g.row_blocks + r) * g.chunks + m]
+
+    return index
+
+
+def outer_output(g: Geometry, size: int, dtype: Any) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+    shape = (g.batch, g.heads, g.rows * g.row_blocks, size)
+    block = (None, None, g.rows * g.blocks, size)
+    return jax.ShapeDtypeStruct(shape, dtype), pl.BlockSpec(
+        block, lambda b, n, r, m, *_: (b, n, r, 0)
+    )
+
+
+def vector_output(g: Geometry) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+    shape = (g.batch, g.heads, 1, g.rows * g.row_blocks)
+    spec = pl.BlockSpec((None, None, 1, g.rows * g.blocks), lambda b, n, r, m, *_: (b, n, 0, r))
+    return jax.ShapeDtypeStruct(shape, jnp.float32), spec
+
+
+def resident_output(
+    g: Geometry, size: int, dtype: Any
+) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+    shape = (g.batch, g.heads, g.chunk, size)
+    spec = pl.BlockSpec((None, None, g.chunk, size), lambda b, n, r, m, *_: (b, n, 0, 0))
+    return jax.ShapeDtypeStruct(shape, dtype), spec
+
+
+def resident_vector(g: Geometry) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+    shape = (g.batch, g.heads, 1, g.chunk)
+    spec = pl.BlockSpec((None, None, 1, g.chunk), lambda b, n, r, m, *_: (b, n, 0, 0))
+    return jax.ShapeDtypeStruct(shape, jnp.float32), spec

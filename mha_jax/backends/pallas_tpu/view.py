@@ -15,10 +15,9 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mha_jax.attention.call import logits_of
 from mha_jax.attention.tokens import Facts
-from mha_jax.backends.pallas_tpu.operands import Plan
-from mha_jax.backends.pallas_tpu.order import LANES, Geometry, Shape, entry
+from mha_jax.backends.pallas_tpu.operands import Plan, folds
+from mha_jax.backends.pallas_tpu.patterns import LANES, Geometry, Shape, entry
 from mha_jax.types import Array
 
 LOG2E = float(np.log2(np.e))
@@ -134,9 +133,9 @@ class View:
         """Run `body` after the last block of rows."""
         _at(2, self.g.steps, False, body)
 
-    def turn_rows(self) -> None:
+    def transpose_rows(self) -> None:
         """Turn the vectors of the rows into columns of 128 equal lanes."""
-        for name in self.plan.still_vectors:
+        for name in self.plan.outer_vectors:
             line = self.refs[name][:, self.rows]
             self.refs[f"{name}.column"][...] = jnp.broadcast_to(line, (LANES, line.shape[1])).T
 
@@ -175,7 +174,7 @@ class View:
 
     def vector(self, name: str, part: Part) -> Array:
         """Return per-token data that broadcasts against a part."""
-        if self.plan.vectors[name] == self.g.still:
+        if self.plan.vectors[name] == self.g.outer:
             return across(self.refs[f"{name}.column"][part.rows], part.width)
         return self.refs[name][:, part.columns]
 
@@ -184,7 +183,7 @@ class View:
 
     def slab(self, name: str, part: Part) -> Array:
         ref = self.refs[name]
-        if self.g.still == "q":
+        if self.g.outer == "q":
             return ref[part.rows, part.columns]
         tile = ref[part.columns, part.rows]
         if tile.dtype == jnp.int8:
@@ -198,7 +197,7 @@ class View:
 
     def places(self, side: str, part: Part, whole: bool = True) -> Array:
         """Return the places of tokens in the padded array."""
-        if side == self.g.still:
+        if side == self.g.outer:
             first = self.r * self.g.rows + part.top
             place = lax.broadcasted_iota(jnp.int32, (part.height, LANES), 0) + first
             return across(place, part.width)
@@ -248,20 +247,15 @@ class View:
     @property
     def factor(self) -> float:
         """What turns the logits that `logits` returns into powers of two."""
-        return LOG2E * (self.plan.rules.scale if self.folds else 1.0)  # type: ignore[operator]
+        return LOG2E * (self.plan.rules.scale if folds(self.plan) else 1.0)
 
-    @property
-    def folds(self) -> bool:
-        """Whether the scale can wait until the exponent: no bias, no cap, and order is kept."""
-        rules = self.plan.rules
-        return not self.plan.has_bias and rules.logit_cap is None and rules.scale > 0  # type: ignore[operator]
+    def capped(self, dot: Array) -> Array:
+        """Return scaled and capped products; as they are where the exponent takes the scale."""
+        return dot if folds(self.plan) else self.plan.rules.capped(dot)
 
-    def logits(self, dot: Array, part: Part) -> Array:
+    def logits(self, capped: Array, part: Part) -> Array:
         """Return the logits of a part over `factor`, -inf where hidden."""
-        x = dot
-        if not self.folds:
-            bias = self.dense("bias", part) if self.plan.has_bias else None
-            x = logits_of(self.plan.rules, dot, bias)
+        x = capped + self.dense("bias", part).astype(capped.dtype) if self.plan.has_bias else capped
         if not part.kinds:
             return x
         pieces = []
@@ -270,13 +264,9 @@ class View:
             pieces.append(jnp.where(self.visible(run), piece, -jnp.inf) if masked else piece)
         return jnp.concatenate(pieces, 1) if len(pieces) > 1 else pieces[0]
 
-    def slope(self, x: Array) -> Array | None:
-        """Return the derivative of the soft cap at capped logits x, 0 where hidden."""
-        cap = self.plan.rules.logit_cap
-        if cap is None:
-            return None
-        ratio = x * (1 / cap)
-        return jnp.where(x == -jnp.inf, 0.0, 1 - ratio * ratio)
+    def slope(self, capped: Array) -> Array | None:
+        """Return the derivative of the soft cap at capped products; None without a cap."""
+        return None if self.plan.rules.cap is None else self.plan.rules.slope(capped)
 
     def kept(self, part: Part) -> Array:
         """Return dropout's keep bits for a part."""

@@ -1,8 +1,8 @@
 """Which tiles a kernel visits, and which parts of a tile it computes.
 
-Every kernel keeps one side of the logits still, a block of *rows*, and lets the other pass by, *columns*
-in units. The forward pass and the gradient of the bias keep queries still, the backward pass keeps keys:
-its tiles are transposed. Facts, masks and dropout broadcast, so they do not care.
+Every kernel has an outer side of the logits, a block of *rows*, and an inner one that passes by, *columns* in
+units. Queries are outer in the forward pass and in the gradient of the bias, keys in the backward pass: its
+tiles are transposed. Facts, masks and dropout broadcast, so they do not care.
 
 A mask is judged by *grains*, the small squares of a tile: full, partial or empty. A tile with grains of
 several kinds has a *pattern*; tiles with one pattern share one program, that leaves out what is empty and
@@ -14,17 +14,16 @@ B batch   T query length   S key length   N query heads   K key-value heads   G 
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mha_jax.attention.call import Call
-from mha_jax.attention.tokens import extents
+from mha_jax.attention.call import Problem
+from mha_jax.backends import visits
+from mha_jax.backends.visits import EMPTY, FULL, PARTIAL
 from mha_jax.types import Array
 
 LANES = 128
-FULL, PARTIAL, EMPTY = 0, 1, 2
 KINDS = "FP."
 # One string for every row of grains, one letter of KINDS for every grain in it.
 Pattern = tuple[str, ...]
@@ -35,13 +34,13 @@ class Blocks:
     """Sizes of one kernel's tiles, in tokens: multiples of 128.
 
     Args:
-      rows: Tokens that stay still while the columns pass by.
+      rows: Tokens of the outer side.
       columns: Tokens of one unit: a tile, which is full, empty, or has a pattern.
       full: How many units are computed at once where all of them are fully visible, most first, then 1.
       sweep: Heights of the parts in which a full tile is computed, if they add up to its rows.
       grain: Side of the squares by which a tile is judged; 128 where it does not divide the tile.
       resident: Most column tokens held in VMEM at once, if its bytes allow so many.
-      standing: Most row tokens held in VMEM at once, one block if fewer.
+      outer_resident: Most row tokens held in VMEM at once, one block if fewer.
       cost: Bundles that a pair of tokens takes, over those of the first tiles in the same table.
     """
 
@@ -51,15 +50,15 @@ class Blocks:
     sweep: tuple[int, ...] = ()
     grain: int = 256
     resident: int = 2**15
-    standing: int = 0
+    outer_resident: int = 0
     cost: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The tiles of one call; everything is static."""
+    """The tiles of one problem; everything is static."""
 
-    still: str  # which side the rows are: "q" or "k"
+    outer: str  # which side the rows are: "q" or "k"
     batch: int
     heads: int
     groups: int
@@ -88,7 +87,7 @@ class Geometry:
     def padded(self) -> dict[str, int]:
         """Padded lengths of the queries and of the keys."""
         still, moving = self.rows * self.row_blocks, self.chunk * self.chunks
-        return {"q": still, "k": moving} if self.still == "q" else {"q": moving, "k": still}
+        return {"q": still, "k": moving} if self.outer == "q" else {"q": moving, "k": still}
 
 
 def split(length: int, most: int) -> tuple[int, int]:
@@ -102,13 +101,13 @@ def split(length: int, most: int) -> tuple[int, int]:
     return block, -(-length // block)
 
 
-def geometry(call: Call, still: str, blocks: Blocks) -> Geometry:
-    """Lay tiles over a call."""
-    b, t, heads, _ = call.q.shape
-    s = call.k.shape[1]
-    length, moving = (t, s) if still == "q" else (s, t)
+def geometry(problem: Problem, outer: str, blocks: Blocks) -> Geometry:
+    """Lay tiles over a problem."""
+    b, t, heads, _ = problem.q.shape
+    s = problem.k.shape[1]
+    length, passing = (t, s) if outer == "q" else (s, t)
     rows, row_blocks = split(length, blocks.rows)
-    unit, units = split(moving, blocks.columns)
+    unit, units = split(passing, blocks.columns)
     chunks = -(-units * unit // blocks.resident)
     # A few chunks more rather than padding a length that fits.
     chunks = next((n for n in range(chunks, 2 * chunks) if units % n == 0), chunks)
@@ -116,14 +115,14 @@ def geometry(call: Call, still: str, blocks: Blocks) -> Geometry:
     full = tuple(size for size in blocks.full if size <= units)
     sweep = blocks.sweep if sum(blocks.sweep) == rows else (rows,)
     # Several blocks of queries would need as many running sums from chunk to chunk.
-    most = 1 if still == "q" and chunks > 1 else max(1, blocks.standing // rows)
+    most = 1 if outer == "q" and chunks > 1 else max(1, blocks.outer_resident // rows)
     together = max(n for n in range(1, min(most, row_blocks) + 1) if row_blocks % n == 0)
 
     def grain(side: int) -> int:
         return blocks.grain if side % blocks.grain == 0 else LANES
 
     return Geometry(
-        *(still, b, heads, call.groups, (t, s)),
+        *(outer, b, heads, problem.groups, (t, s)),
         *(rows, unit, (grain(rows), grain(unit)), full, sweep, units, row_blocks, together, chunks),
     )
 
@@ -165,46 +164,39 @@ class Order(NamedTuple):
         return b * (some_n if some_b > 1 else 0) + n * (1 if some_n > 1 else 0)
 
 
-def kinds(call: Call, g: Geometry) -> Any:
+def kinds(problem: Problem, g: Geometry) -> Any:
     """Return FULL, PARTIAL or EMPTY for [#B, #N, row grains, column grains]: NumPy where static."""
-    grain_q, grain_k = g.grain if g.still == "q" else g.grain[::-1]
-    q = jax.tree.map(lambda a: a[:, None, :, None], extents(call.q_tokens.facts(), grain_q))
-    k = jax.tree.map(lambda a: a[:, None, None, :], extents(call.k_tokens.facts(), grain_k))
-    some, every = call.mask.reach(q, k)
-    count_q, count_k = -(-g.lengths[0] // grain_q), -(-g.lengths[1] // grain_k)
-    xp = jnp if isinstance(some, jax.Array) or isinstance(every, jax.Array) else np
-    kind = xp.where(some, xp.where(every, FULL, PARTIAL), EMPTY)
-    shape = np.broadcast_shapes(kind.shape, (1, 1, count_q, count_k))
-    # Padded keys are hidden by the kernel: the grain that holds the last key is never full.
-    ends = np.where(np.arange(count_k) * grain_k + grain_k > g.lengths[1], PARTIAL, FULL)
-    kind = xp.maximum(xp.broadcast_to(kind, shape), ends[None, None, None]).astype(np.int32)
+    grain_q, grain_k = g.grain if g.outer == "q" else g.grain[::-1]
+    kind = visits.kinds(problem, grain_q, grain_k)
+    xp = visits.array_module(kind)
+    count_q, count_k = kind.shape[2:]
     # What padded queries see is never read: let it be what the last one of their tile sees.
-    alike = -count_q % ((g.rows if g.still == "q" else g.unit) // grain_q)
+    alike = -count_q % ((g.rows if g.outer == "q" else g.unit) // grain_q)
     kind = xp.pad(kind, ((0, 0), (0, 0), (0, alike), (0, 0)), mode="edge")
     missing = (g.padded["q"] // grain_q - count_q - alike, g.padded["k"] // grain_k - count_k)
     widths = ((0, 0), (0, 0), (0, missing[0]), (0, missing[1]))
     kind = xp.pad(kind, widths, constant_values=EMPTY)
-    return kind if g.still == "q" else kind.swapaxes(2, 3)
+    return kind if g.outer == "q" else kind.swapaxes(2, 3)
 
 
-def visited_pairs(call: Call, g: Geometry) -> int | None:
+def visited_pairs(problem: Problem, g: Geometry) -> int | None:
     """Return the pairs of tokens in the grains that are visited; None where only the data know."""
-    kind = kinds(call, g)
+    kind = kinds(problem, g)
     if not isinstance(kind, np.ndarray):
         return None
     return int((kind != EMPTY).sum()) * g.grain[0] * g.grain[1] // (kind.shape[0] * kind.shape[1])
 
 
-def order(call: Call, g: Geometry, most_words: int = 2**16, most_patterns: int = 4) -> Order:
-    """List the tiles of a call.
+def order(problem: Problem, g: Geometry, most_words: int = 2**16, most_patterns: int = 4) -> Order:
+    """List the tiles of a problem.
 
     Args:
-      call: The call.
+      problem: The problem.
       g: Its geometry.
       most_words: Scalar memory for the lists; where they need more, all examples and heads share one.
       most_patterns: How many patterns have a program of their own; where there are more, all share one.
     """
-    kind = kinds(call, g)
+    kind = kinds(problem, g)
     static = isinstance(kind, np.ndarray)
     xp: Any = np if static else jnp
     # Where data decide, few shapes: every one is compiled.
@@ -272,8 +264,9 @@ def _listed(
         if static and not chosen.any():
             continue
         kept.append(shape)
-        counts.append(chosen.sum(-1))
-        lists.append(xp.argsort(~chosen, axis=-1, stable=True))
+        count_of_line, tiles = visits.listed(chosen)
+        counts.append(count_of_line)
+        lists.append(tiles)
         covered = xp.repeat(chosen, shape.size, axis=-1)
         rest = g.units - covered.shape[-1]
         code = xp.where(xp.pad(covered, ((0, 0),) * 3 + ((0, rest),)), -1, code)

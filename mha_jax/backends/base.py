@@ -1,0 +1,52 @@
+"""Backend: what runs a problem, and what it inherits."""
+
+import dataclasses
+
+from mha_jax.attention.call import Moves, Output, Problem, State
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A way to compute attention: a frozen dataclass whose fields are its tuning.
+
+    Write `forward`; `why_not` where it cannot run everything, and `cotangent` and `tangent` where it has
+    better ones than the tiled ones that it inherits. All three are linear-time programs of a problem's
+    arrays: no axis of a problem has length 0, and its tokens and logits are complete.
+
+    >>> from mha_jax.backends.reference import Reference
+    >>> class Doubled(Reference):
+    ...     def forward(self, problem):
+    ...         out, m, l = super().forward(problem)
+    ...         return State(2 * out, m, l)
+    >>> x = jnp.ones((1, 2, 1, 4))
+    >>> print(mj.dot_product_attention(x, x, x, backend=Doubled())[0, 0, 0, 0])
+    2.0
+    """
+
+    def why_not(self, problem: Problem, platform: str) -> str | None:
+        """Say in words why this problem cannot run on `platform`, or return None."""
+        return None
+
+    def forward(self, problem: Problem) -> State:
+        """Return the output and the statistics of every row."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no forward pass: write `forward(problem)`"
+        )
+
+    def cotangent(self, problem: Problem, state: State, cotangent: Output) -> Moves:
+        """Return the cotangents of q, k, v and bias, given those of out and lse."""
+        return self.differentiable().cotangent(problem, state, cotangent)
+
+    def tangent(self, problem: Problem, state: State, direction: Moves) -> Output:
+        """Return the tangents of out and lse along a direction."""
+        return self.differentiable().tangent(problem, state, direction)
+
+    def differentiable(self) -> "Backend":
+        """Return a backend whose `cotangent` and `tangent` JAX can differentiate: the tiled one."""
+        from mha_jax.backends.blockwise import Blockwise
+
+        return Blockwise(exhaustive=True)
+
+    def partitionable(self) -> "Backend | None":
+        """Return this backend in a form that XLA can cut over devices, or None: then shards run alone."""
+        return None

@@ -1,0 +1,303 @@
+"""The two passes: their operands, the launch of their kernels, and what is left to do outside.
+
+B batch   T query length   S key length   N query heads   K key-value heads   G = N // K
+H query-key head size   V value head size
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from mha_jax.attention import softmax
+from mha_jax.attention.call import Moves, Output, Problem, State
+from mha_jax.backends.pallas_tpu import kernels
+from mha_jax.backends.pallas_tpu import operands as ops
+from mha_jax.backends.pallas_tpu.operands import Plan, Stream, folds, make_plan
+from mha_jax.backends.pallas_tpu.patterns import LANES
+from mha_jax.backends.pallas_tpu.sizes import Tuning
+from mha_jax.backends.pallas_tpu.view import View
+from mha_jax.types import Array
+
+
+def forward(tuning: Tuning, problem: Problem) -> State:
+    """Attend; return the output and every row's (m, l)."""
+    dtype = problem.v.dtype
+    problem = _computable(problem)
+    g = tuning.sizes.lay(problem, "q")
+    plan, streams = make_plan(problem, g)
+    size_v = problem.v.shape[-1]
+    inputs = {
+        "q": ops.outer_stream(g, problem.q, 1),
+        "k": ops.inner_stream(g, problem.k, g.groups, ops.source(plan)),
+        "v": ops.inner_stream(g, problem.v, g.groups, ops.source(plan)),
+        **streams,
+    }
+    outputs = {
+        "out": ops.outer_output(g, size_v, dtype),
+        "m": ops.vector_output(g),
+        "l": ops.vector_output(g),
+    }
+    scratch = {
+        "m_sum": ((g.rows, LANES), jnp.float32),
+        "l_sum": ((g.rows, LANES), jnp.float32),
+        "acc": ((g.rows, size_v), jnp.float32),
+    }
+    run = _Kernel("attention_forward", kernels.forward, plan, g.chunks, _precision(problem))
+    out, m, l = run(tuning, inputs, outputs, scratch, 0)
+    t = g.lengths[0]
+    m, l = m[:, :, 0, :t], l[:, :, 0, :t]
+    if (scale := _folded_scale(plan)) != 1:
+        # The kernel's m is before the scale; l shall belong to m scaled and rounded.
+        m, rest = _product(softmax.finite(m), scale)
+        m, l = jnp.where(l > 0, m, -jnp.inf), l * jnp.exp(rest)
+    return State(out[:, :, :t].swapaxes(1, 2), m, l)
+
+
+def _folded_scale(plan: Plan) -> float:
+    """Return what turns the kernel's own logits into logits."""
+    return plan.rules.scale if folds(plan) else 1.0
+
+
+def _product(x: Array, number: float) -> tuple[Array, Array]:
+    """Return x * number rounded, and what rounding lost: their sum is the product, exactly.
+
+    Source: Dekker 1971, "A floating-point technique for extending the available precision", sec. 5; halves
+    are cut off by their bits, so that no compiler can reassociate them away.
+    """
+    factor = jnp.asarray(number, jnp.float32)
+    product = x * factor
+    x_high, factor_high = _upper_half(x), _upper_half(factor)
+    x_low, factor_low = x - x_high, factor - factor_high
+    rest = x_high * factor_high - product
+    rest = rest + x_high * factor_low + x_low * factor_high
+    return product, rest + x_low * factor_low
+
+
+def _upper_half(x: Array) -> Array:
+    """Return a float32 with the lower 12 bits of its significand cut off."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0xFFFFF000)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+# ---- backward ----------------------------------------------------------------------------------
+
+
+def cotangent(tuning: Tuning, problem: Problem, state: State, cotangent: Output) -> Moves:
+    """Return the cotangents of q, k, v and bias."""
+    given, problem = problem, _computable(problem)
+    shift, ratio = _shift(problem, state)
+    # What rebuilt weights lack to be weights, their rows' cotangents take.
+    d_out = cotangent.out.astype(jnp.float32) * ratio.swapaxes(1, 2)[..., None]
+    delta = jnp.sum(d_out * state.out.astype(jnp.float32), -1).swapaxes(1, 2)
+    extra = {"shift": shift, "delta": delta - cotangent.lse * ratio}
+    d_out = d_out.astype(problem.v.dtype)
+    dq, dk, dv, d_bias = _backward(tuning, problem, given.q.dtype, d_out, extra)
+    if given.bias is not None:
+        if d_bias is None:
+            d_bias = _dense_bias_gradient(tuning, problem, d_out, extra)
+        d_bias = d_bias.astype(given.bias.dtype)
+    return Moves(
+        dq.astype(given.q.dtype),
+        dk.astype(given.k.dtype),
+        dv.astype(given.v.dtype),
+        d_bias,
+    )
+
+
+def _shift(problem: Problem, state: State) -> tuple[Array, Array]:
+    """Return `softmax.shift` with the shift before the scale, as the kernel's own logits are."""
+    shift, ratio = softmax.shift(state.m, state.l)
+    scale = problem.logits.scale
+    if not folds(problem) or scale == 1:
+        return shift, ratio
+    seen = state.l > 0
+    finite = jnp.where(seen, shift, 0)
+    own = finite / jnp.asarray(scale, jnp.float32)
+    back, rest = _product(own, scale)
+    ratio = ratio * jnp.exp((back - finite) + rest)
+    return jnp.where(seen, own, jnp.inf), ratio
+
+
+def _backward(
+    tuning: Tuning, problem: Problem, dtype: Any, d_out: Array, extra: dict[str, Array]
+) -> tuple[Array, Array, Array, Array | None]:
+    """Return dq, dk, dv, and the gradient of a bias that is O(T + S)."""
+    g = tuning.sizes.lay(problem, "k")
+    plan, streams = make_plan(problem, g, extra)
+    size_h, size_v = problem.q.shape[-1], problem.v.shape[-1]
+    t, s = g.lengths
+    inputs = {
+        "q": ops.inner_stream(g, problem.q, 1, ops.chunk),
+        "k": ops.outer_stream(g, problem.k, g.groups),
+        "v": ops.outer_stream(g, problem.v, g.groups),
+        "d_out": ops.inner_stream(g, d_out, 1, ops.chunk),
+        **streams,
+    }
+    alone = g.chunks == 1 and g.groups == 1
+    outputs = {
+        "dq": ops.resident_output(g, size_h, dtype),
+        "dk": ops.outer_output(g, size_h, dtype if alone else jnp.float32),
+        "dv": ops.outer_output(g, size_v, dtype if alone else jnp.float32),
+    }
+    scratch = {
+        "dq_sum": ((g.chunk, size_h), jnp.float32),
+        "dk_sum": ((g.rows, size_h), jnp.float32),
+        "dv_sum": ((g.rows, size_v), jnp.float32),
+    }
+    bias_side = plan.vectors.get("bias")
+    if bias_side is not None:
+        outputs["d_bias"] = ops.vector_output(g) if bias_side == "k" else ops.resident_vector(g)
+    if bias_side == "k":
+        scratch["d_bias_sum"] = ((g.rows, LANES), jnp.float32)
+    run = _Kernel("attention_backward", kernels.backward, plan, 1, _precision(problem))
+    if g.chunks == 1:
+        dq, dk, dv, *rest = run(tuning, inputs, outputs, scratch, 0)
+    else:
+        dq, dk, dv, *rest = _by_chunk(run, tuning, problem, g, inputs, outputs, scratch)
+    if g.groups > 1:
+        dk, dv = (x.reshape(g.batch, -1, g.groups, *x.shape[2:]).sum(2) for x in (dk, dv))
+    d_bias = None
+    if rest:
+        line = rest[0][:, :, 0]
+        line = line[:, :, :s] if bias_side == "k" else line[:, :, :t]
+        dense = line[:, :, None, :] if bias_side == "k" else line[:, :, :, None]
+        d_bias = _reduce_to(dense, problem.bias.shape)  # type: ignore[union-attr]
+    back = (dq[:, :, :t], dk[:, :, :s], dv[:, :, :s])
+    return *(x.swapaxes(1, 2) for x in back), d_bias  # type: ignore[return-value]
+
+
+def _by_chunk(run, tuning, problem, g, inputs, outputs, scratch):
+    """Go through the queries chunk by chunk where not all of them fit into VMEM."""
+    sums = {name: jnp.zeros(outputs[name][0].shape, jnp.float32) for name in ("dk", "dv")}
+
+    def step(sums, chunk):
+        spec = {name: outputs[name][1] for name in sums}
+        before = {f"{name}_before": Stream(x, spec[name]) for name, x in sums.items()}
+        dq, dk, dv, *rest = run(tuning, {**inputs, **before}, outputs, scratch, chunk)
+        return {"dk": dk, "dv": dv}, (dq, *rest)
+
+    sums, (dq, *rest) = lax.scan(step, sums, jnp.arange(g.chunks, dtype=jnp.int32))
+    dq = jnp.moveaxis(dq, 0, 2).reshape(g.batch, g.heads, -1, dq.shape[-1])
+    share = 1.0 if problem.dropout is None else problem.dropout.factor
+    if rest and rest[0].shape[-1] == g.chunk and _bias_side(problem) == "q":
+        rest = [jnp.moveaxis(rest[0], 0, 3).reshape(g.batch, g.heads, 1, -1)]
+    elif rest:
+        rest = [rest[0].sum(0)]
+    return dq, sums["dk"] * problem.logits.scale, sums["dv"] * share, *rest
+
+
+def _bias_side(problem: Problem) -> str:
+    return "k" if problem.bias.shape[3] > 1 else "q"  # type: ignore[union-attr]
+
+
+def _dense_bias_gradient(
+    tuning: Tuning, problem: Problem, d_out: Array, extra: dict[str, Array]
+) -> Array:
+    """Return the gradient of a bias that is itself T x S."""
+    g = tuning.sizes.lay(problem, "q", writes_slab=True)
+    plan, streams = make_plan(problem, g, extra)
+    inputs = {
+        "q": ops.outer_stream(g, problem.q, 1),
+        "k": ops.inner_stream(g, problem.k, g.groups, ops.chunk),
+        "v": ops.inner_stream(g, problem.v, g.groups, ops.chunk),
+        "d_out": ops.outer_stream(g, d_out, 1),
+        **streams,
+    }
+    shape = (g.batch, g.heads, g.padded["q"], g.padded["k"])
+    block = pl.BlockSpec((None, None, g.rows, g.chunk), lambda b, n, r, m, *_: (b, n, r, m))
+    outputs = {"d_bias": (jax.ShapeDtypeStruct(shape, jnp.float32), block)}
+    run = _Kernel("attention_bias", kernels.bias_gradient, plan, g.chunks, _precision(problem))
+    (d_logits,) = run(tuning, inputs, outputs, {}, 0)
+    t, s = g.lengths
+    return _reduce_to(d_logits[:, :, :t, :s], problem.bias.shape)  # type: ignore[union-attr]
+
+
+def _reduce_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """Sum over the axes that broadcast."""
+    axes = tuple(axis for axis, (have, want) in enumerate(zip(x.shape, shape)) if have != want)
+    return jnp.sum(x, axes, keepdims=True)
+
+
+# ---- the launch --------------------------------------------------------------------------------
+
+
+def _computable(problem: Problem) -> Problem:
+    """Return a problem that the kernels can compute: float16 is widened, exactly."""
+    if problem.q.dtype != jnp.float16:
+        return problem
+    wide = {name: getattr(problem, name).astype(jnp.float32) for name in "qkv"}
+    bias = problem.bias
+    if bias is not None and bias.dtype == jnp.float16:
+        wide["bias"] = bias.astype(jnp.float32)
+    return dataclasses.replace(problem, **wide)
+
+
+def _precision(problem: Problem) -> Any:
+    """Return the products' precision: float32 means float32 unless the caller says otherwise."""
+    if problem.q.dtype == jnp.bfloat16:
+        return None
+    asked = problem.logits.precision
+    asked = asked[0] if isinstance(asked, tuple) else asked
+    fast = asked in (lax.Precision.DEFAULT, "default", "fastest", "bfloat16")
+    return lax.Precision.DEFAULT if fast else lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """A kernel with its plan, ready to be given operands by name."""
+
+    name: str
+    body: Callable[[View, Any], None]
+    plan: Plan
+    chunks: int
+    precision: Any
+
+    def __call__(
+        self,
+        tuning: Tuning,
+        inputs: dict[str, Stream],
+        outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
+        scratch: dict[str, tuple[tuple[int, ...], Any]],
+        chunk: Array | int,
+    ) -> list[Array]:
+        """Run the kernel from column chunk `chunk` on."""
+        g, order = self.plan.geometry, self.plan.order
+        columns = {
+            f"{name}.column": ((g.rows, LANES), inputs[name].array.dtype)
+            for name in self.plan.outer_vectors
+        }
+        scratch = {**scratch, **columns}
+        names = ("at", "table", "source", *inputs, *outputs, *scratch)
+        plan = dataclasses.replace(self.plan, order=order._replace(table=None, source=None))
+
+        def kernel(*refs):
+            self.body(View(plan, dict(zip(names, refs))), self.precision)
+
+        spec = pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(g.batch, g.heads, g.steps, self.chunks),
+            in_specs=[stream.spec for stream in inputs.values()],
+            out_specs=[spec for _, spec in outputs.values()],
+            scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch.values()],
+        )
+        launch = pl.pallas_call(
+            kernel,
+            out_shape=[shape for shape, _ in outputs.values()],
+            grid_spec=spec,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+                vmem_limit_bytes=tuning.sizes.vmem,
+            ),
+            interpret=tuning.interpret,
+            name=self.name,
+        )
+        at = jnp.asarray(chunk, jnp.int32).reshape(1)
+        prefetched = (at, jnp.asarray(order.table), jnp.asarray(order.source))
+        return launch(*prefetched, *(stream.array for stream in inputs.values()))

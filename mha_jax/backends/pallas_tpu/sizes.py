@@ -1,0 +1,136 @@
+"""What each kind of TPU core is given: sizes of tiles, and of what is held in VMEM.
+
+B batch   T query length   S key length   N query heads   H query-key head size
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from mha_jax.attention.call import Problem
+from mha_jax.backends.pallas_tpu.patterns import LANES, Blocks, Geometry, geometry, visited_pairs
+
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What one kind of TPU core is given.
+
+    Args:
+      forward, backward: Tiles of the two passes: the first fit every problem; others are taken where the
+        mask does not depend on data and the pairs that they visit, times their cost, are fewer.
+      vmem: Bytes of VMEM that a kernel may use.
+      resident: Bytes of the columns held at once: keys and values, or queries and their cotangents.
+      outer_resident: Bytes of the rows held at once, with what is computed for them.
+      dropout_sweep: Heights of the parts of a full tile with dropout, if others than without.
+    """
+
+    forward: tuple[Blocks, ...]
+    backward: tuple[Blocks, ...]
+    vmem: int
+    resident: int
+    outer_resident: int
+    dropout_sweep: tuple[int, ...] = ()
+
+    def lay(self, problem: Problem, outer: str, writes_slab: bool = False) -> Geometry:
+        """Lay tiles over a problem: queries are outer in the forward pass, keys in the backward pass.
+
+        Columns and rows are held as many at once as their bytes allow.
+        """
+        forward = outer == "q" and not writes_slab
+        choices = self.forward if forward else self.backward
+        token = (problem.q.shape[-1] + problem.v.shape[-1]) * problem.q.dtype.itemsize * 2
+        shape = (problem.q.shape[1], problem.k.shape[1])
+        dense = [a for a in (*jax.tree.leaves(problem.mask), problem.bias) if a is not None]
+        slabs = sum(a.dtype.itemsize for a in dense if a.shape[2:] == shape)
+        if slabs or writes_slab or problem.q.dtype.itemsize > 2:
+            choices = choices[:1]
+        column = token + choices[0].rows * 2 * (slabs + 4 * writes_slab)
+        resident = self.resident // column // LANES * LANES
+        # Backward, a row of k and v brings float32 sums in and out.
+        outer_resident = (
+            0 if slabs or writes_slab else self.outer_resident // (token if forward else 5 * token)
+        )
+
+        def laid(blocks: Blocks) -> Geometry:
+            most = max(min(blocks.resident, resident), blocks.columns)
+            blocks = dataclasses.replace(blocks, resident=most, outer_resident=outer_resident)
+            if problem.q.dtype.itemsize > 2:
+                # A float32 product is six of bfloat16: one tile at a time keeps the program small.
+                blocks = dataclasses.replace(blocks, full=(1,), sweep=())
+            elif forward and problem.dropout is not None and self.dropout_sweep:
+                blocks = dataclasses.replace(blocks, sweep=self.dropout_sweep)
+            return geometry(problem, outer, blocks)
+
+        first, *others = choices
+        pairs = visited_pairs(problem, laid(first)) if others else None
+        if pairs is None:  # there is nothing to choose from, or only the data know
+            return laid(first)
+
+        def cost(blocks: Blocks) -> float:
+            return visited_pairs(problem, laid(blocks)) * blocks.cost  # type: ignore[operator]
+
+        return laid(min(choices, key=cost))
+
+
+def _medium(forward: tuple[Blocks, ...], backward: tuple[Blocks, ...], **options: Any) -> Sizes:
+    memory = {"vmem": 56 * MIB, "resident": 12 * MIB, "outer_resident": 12 * MIB}
+    return Sizes(forward, backward, **memory, **options)
+
+
+def _large(forward: tuple[Blocks, ...], backward: tuple[Blocks, ...], **options: Any) -> Sizes:
+    memory = {"vmem": 100 * MIB, "resident": 24 * MIB, "outer_resident": 24 * MIB}
+    return Sizes(forward, backward, **memory, **options)
+
+
+# By device kind, chosen by thousands of bundles for B 1, N 1, T 4096, H 128, bfloat16 (python -m
+# benchmarks tpu), by the rows of a tile and the heights of the parts of a full one, 2048 columns wide.
+# The compiler's schedules jump by a few per cent with nothing to explain it: heights are found by trying.
+#
+#     rows   heights          v5e: full causal window dropout      v6e: full causal window dropout
+#     512    512                   64.6   37.8   22.6    99.3            44.5   29.3   19.7    83.6
+#     1024   1024                  65.2   36.5   20.9    98.7            41.1   23.8   14.8    81.4
+#     1024   512, 512              64.6   35.3   20.9    94.5            38.7   22.7   14.8    77.9
+#     1024   256 each              65.8   36.4   20.9    90.8            41.4   23.7   14.8    81.8
+#     1024   256, 320, 256, 192                          89.6
+#     1024   192, 512, 320                                                                    76.0
+#
+#     backward                v5e: full causal                     v6e: full causal
+#     512    512                  141.8   81.3                           88.3   50.7
+#     1024   1024                 147.9   81.9                           85.9   49.0
+_SHORT = Blocks(512, 512, full=(4, 1))
+_TALL = Blocks(1024, 1024, full=(2, 1), sweep=(512, 512), cost=0.93)
+_TALL_BACKWARD = Blocks(1024, 1024, full=(2, 1), cost=0.97)
+_V4 = Blocks(512, 512, full=(2, 1)), Blocks(256, 512)
+SIZES = {
+    "v4": Sizes(_V4[:1], _V4[1:], vmem=16 * MIB, resident=3 * MIB, outer_resident=MIB),
+    "v5e": _large((_SHORT, _TALL), (_SHORT,), dropout_sweep=(256, 320, 256, 192)),
+    "v5p": _medium((_SHORT, _TALL), (_SHORT,), dropout_sweep=(256, 320, 256, 192)),
+    "v6e": _large((_SHORT, _TALL), (_SHORT, _TALL_BACKWARD), dropout_sweep=(192, 512, 320)),
+    "tpu7x": _medium((_SHORT, _TALL), (_SHORT, _TALL_BACKWARD), dropout_sweep=(192, 512, 320)),
+}
+# The smallest core: what a program is compiled for when nothing says which TPU will run it.
+ANY = "v4"
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What the passes are given beside a problem: sizes, and whether kernels are interpreted."""
+
+    sizes: Sizes
+    interpret: Any = False
+
+
+def of_this_process() -> Sizes:
+    """Return the sizes for the TPU of this process; those of any TPU where it has none."""
+    return SIZES[_KINDS.get(jax.devices()[0].device_kind, ANY)]

@@ -1,0 +1,328 @@
+"""What a mesh means to a problem: which of its axes cut the batch and the heads, and what types say.
+
+B batch   T query length   S key length   N query heads   K key-value heads
+H query-key head size   V value head size   W words of a random key
+
+Attention is independent for every example and every head, so a shard of B and of N is a problem of its own.
+Every axis of every array has a letter; mesh axes belong to letters.
+
+Source: Shoeybi et al. 2019, arXiv:1909.08053 (heads over devices); Xu et al. 2021, arXiv:2105.04663 and the
+Shardy documentation (propagation of shardings by factors).
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.core import ShapedArray
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from mha_jax.attention.call import Problem
+from mha_jax.types import Array
+
+BATCH_AXES = ("data", "batch", "dp", "replica", "fsdp")
+HEAD_AXES = ("model", "heads", "tensor", "tp", "mp")
+
+STATE = ("BTNV", "BNT", "BNT")
+OUTPUT = ("BTNV", "BNT")
+MOVES = ("BTNH", "BSKH", "BSKV", "BNTS")
+
+
+def letters_of(problem: Problem) -> tuple[str, ...]:
+    """Return the letters of the axes of every array of a problem, in the order of its leaves."""
+
+    def each(value: Any, letters: str) -> list[str]:
+        return [letters] * len(jax.tree.leaves(value))
+
+    return (
+        *MOVES[:3],
+        *each(problem.q_tokens, "BT"),
+        *each(problem.k_tokens, "BS"),
+        *each(problem.mask, "BNTS"),
+        *each(problem.bias, "BNTS"),
+        *(() if problem.dropout is None else ("W", "", "")),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Mesh axes over which a problem is cut.
+
+    Args:
+      batch: Axes that cut the batch.
+      heads: Axes that cut the query heads.
+      keys: Axes that cut the key-value heads: those of `heads`, or none where K is no multiple.
+      mapped: Axes that cut the outermost axis that `vmap` has added.
+    """
+
+    batch: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    mapped: tuple[str, ...] = ()
+
+    def spec(
+        self, letters: str, shape: tuple[int, ...], levels: tuple[bool, ...] = ()
+    ) -> PartitionSpec:
+        """Return the PartitionSpec of an array whose last axes are `letters`; axes of 1 are not cut.
+
+        Args:
+          letters: Of its own axes.
+          shape: Of all its axes, those that `vmap` has added first.
+          levels: For every `vmap`, the outermost first, whether it maps this array.
+
+        >>> tuple(Axes(batch=("data",), heads=("model",)).spec("BNTS", (4, 1, 5, 5)))
+        ('data', None, None, None)
+        """
+        of = {"B": self.batch, "N": self.heads, "K": self.keys}
+        outer = [self.mapped if level == 0 else () for level, there in enumerate(levels) if there]
+        inner = [of.get(letter, ()) for letter in letters]
+        sizes = zip([*outer, *inner], shape, strict=True)
+        return PartitionSpec(*(axes if axes and size > 1 else None for axes, size in sizes))
+
+
+def fitting(axes: Axes, sizes: dict[str, int], lengths: dict[str, int]) -> Axes:
+    """Return the axes that cut a problem into equal shards, each of whole groups of heads.
+
+    Axes of the batch that do not fit it cut the axis that `vmap` has added.
+
+    Args:
+      axes: Wanted axes.
+      sizes: Of B, N and K, and of "mapped", that axis.
+      lengths: Of every mesh axis that may be used.
+    """
+
+    def count(names):
+        return math.prod(lengths[name] for name in names)
+
+    def fits(names, taken, size):
+        kept: tuple[str, ...] = ()
+        for name in names:
+            free = lengths.get(name, 1) > 1 and name not in taken
+            if free and size % count((*kept, name)) == 0:
+                kept = (*kept, name)
+        return kept
+
+    batch = fits(axes.batch, (), sizes["B"])
+    mapped = fits(axes.batch, batch, sizes["mapped"])
+    heads = fits(axes.heads, (*batch, *mapped), sizes["N"])
+    groups = sizes["N"] // sizes["K"]
+    while heads and sizes["K"] % count(heads) and groups % (sizes["N"] // count(heads)):
+        heads = heads[:-1]
+    return Axes(batch, heads, heads if sizes["K"] % count(heads) == 0 else (), mapped)
+
+
+class Wanted(NamedTuple):
+    """Names of the mesh axes that shall cut the batch and the heads; None for the common names."""
+
+    batch: tuple[str, ...] | None = None
+    heads: tuple[str, ...] | None = None
+
+    def on(self, mesh: Any) -> Axes:
+        """Return what the axes of a mesh cut: of names without a known meaning nothing."""
+
+        def known(given, common):
+            return tuple(x for x in (common if given is None else given) if x in mesh.axis_names)
+
+        return Axes(known(self.batch, BATCH_AXES), known(self.heads, HEAD_AXES))
+
+
+# ---- what types say -----------------------------------------------------------------------------
+
+
+def explicit_axes(mesh: AbstractMesh) -> tuple[str, ...]:
+    """Return the axes of a mesh whose sharding stands in types."""
+    kinds = zip(mesh.axis_names, mesh.axis_types)
+    return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+
+
+def names_of(spec: PartitionSpec, rank: int) -> list[tuple[str, ...]]:
+    """Return the mesh axes that cut every axis of an array."""
+    names = [() if x is None else (x,) if isinstance(x, str) else tuple(x) for x in spec]
+    return names + [()] * (rank - len(names))
+
+
+def cut_by_letter(
+    arrays: Iterable[tuple[str, Array]], groups: int = 0
+) -> dict[str, tuple[str, ...]]:
+    """Return the explicit mesh axes of every letter, as the types of arrays say, the first one first.
+
+    With one query head a key-value head (`groups` is 1), N and K are one letter.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for letters, x in arrays:
+        names = names_of(jax.typeof(x).sharding.spec, len(letters))
+        for letter, axes in zip(letters, names):
+            if axes and not found.get(letter):
+                found[letter] = axes
+    if groups == 1:
+        found["N"] = found.get("N") or found.get("K", ())
+    return found
+
+
+def typed_like(x: Array, letters: str, shape: tuple[int, ...], dtype: Any, cut: dict) -> Any:
+    """Return the type of an array that lies on the devices of `x`, cut along its letters."""
+    kind = jax.typeof(x)
+    used: set[str] = set()
+    spec: list[Any] = []
+    for letter, size in zip(letters, shape, strict=True):
+        axes = tuple(name for name in cut.get(letter, ()) if name not in used) if size != 1 else ()
+        used |= set(axes)
+        spec.append(axes or None)
+    sharding = NamedSharding(kind.sharding.mesh, PartitionSpec(*spec))
+    return kind.update(shape=tuple(shape), dtype=dtype, weak_type=False, sharding=sharding)
+
+
+def plain(kind: Any) -> Any:
+    """Return a type without what it says of a mesh."""
+    return ShapedArray(kind.shape, kind.dtype)
+
+
+@contextlib.contextmanager
+def types_say_nothing() -> Iterator[None]:
+    """Trace as on Auto axes: what is traced has its own types outside, and XLA partitions inside."""
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = explicit_axes(mesh)
+    if not explicit:
+        yield
+        return
+    auto = mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))
+    with jax.sharding.use_abstract_mesh(auto):
+        yield
+
+
+def varying(x: Array) -> frozenset[str]:
+    """Return the manual mesh axes, those of a `jax.shard_map`, over which a value varies."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)  # jax 0.9 and later
+    return kind.vma if manual is None else manual.varying
+
+
+def vary_alike(leaves: Sequence[Array]) -> list[Array]:
+    """Let values vary over every manual mesh axis that one of them does.
+
+    The cotangent of a value that is the same on all devices is then summed over them.
+    """
+    own = [varying(x) for x in leaves]
+    names = frozenset().union(*own)
+    return [x if mine == names else _vary(x, names - mine) for x, mine in zip(leaves, own)]
+
+
+def _vary(x: Array, names: frozenset[str]) -> Array:
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, tuple(names), to="varying")
+    return jax.lax.pvary(x, tuple(names))  # type: ignore[attr-defined]  # before jax 0.9
+
+
+# ---- what is lowered for ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a program will run: a mesh and those of its axes that no `jax.shard_map` has taken."""
+
+    mesh: Any = None
+    free: tuple[str, ...] = ()
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Lengths of the free axes."""
+        return {name: self.mesh.shape[name] for name in self.free}
+
+
+def traced_mesh(x: Array) -> AbstractMesh | None:
+    """Return the mesh of the context, or that of a value's type; None where neither has one."""
+    for mesh in (jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh):
+        if not mesh.empty:
+            return mesh
+    return None
+
+
+def place_of_lowering(context: Any, traced: AbstractMesh | None) -> Place:
+    """Return the place of a program, from the axis context that it is lowered in.
+
+    Args:
+      context: JAX's; it knows the mesh of arrays where an operation asks for devices.
+      traced: The mesh that was known while tracing.
+    """
+    if hasattr(context, "manual_axes"):
+        mesh = getattr(context.mesh, "abstract_mesh", context.mesh)
+        taken = {*context.manual_axes, *mesh.manual_axes}
+        mesh = _all_auto(mesh).update_axis_types(dict.fromkeys(taken, AxisType.Manual))
+        return Place(mesh, tuple(name for name in mesh.axis_names if name not in taken))
+    if getattr(context, "num_devices", 1) == 1:
+        return Place()
+    found = (getattr(context, "abstract_mesh", None), traced)
+    mesh = next((x for x in found if x is not None and x.size == context.num_devices), None)
+    if mesh is None:
+        mesh = AbstractMesh((context.num_devices,), ("devices",))
+    mesh = _all_auto(mesh)
+    return Place(mesh, tuple(mesh.axis_names))
+
+
+def place_of_arrays(leaves: Sequence[Array]) -> Place:
+    """Return the place of a program that runs on concrete arrays at once."""
+    for x in leaves:
+        sharding = x.sharding
+        if len(sharding.device_set) > 1 and isinstance(sharding, NamedSharding):
+            mesh = _all_auto(sharding.mesh)
+            return Place(mesh, tuple(mesh.axis_names))
+    counts = [len(x.sharding.device_set) for x in leaves]
+    return (
+        Place(AbstractMesh((max(counts),), ("devices",)), ("devices",))
+        if max(counts) > 1
+        else Place()
+    )
+
+
+def _all_auto(mesh: Any) -> Any:
+    """Return a mesh, abstract or not, without explicit axes."""
+    kinds = tuple(AxisType.Auto if x == AxisType.Explicit else x for x in mesh.axis_types)
+    if isinstance(mesh, AbstractMesh):
+        return mesh.update_axis_types(dict(zip(mesh.axis_names, kinds)))
+    return jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+
+
+def without_types(ctx: Any) -> Any:
+    """Return a lowering context whose values say nothing of a mesh."""
+    ins, outs = ([plain(kind) for kind in kinds] for kinds in (ctx.avals_in, ctx.avals_out))
+    return ctx.replace(avals_in=ins, avals_out=outs)
+
+
+def run_at_once(function: Any, leaves: Sequence[Array], types: Sequence[Any]) -> list[Array]:
+    """Run a function on concrete arrays as on Auto axes, and give its results their explicit types."""
+    meshes = [_explicit_mesh(x) for x in leaves]
+    with types_say_nothing():
+        results = function(
+            *(x if mesh is None else _lying(x, _all_auto(mesh)) for x, mesh in zip(leaves, meshes))
+        )
+    explicit = next((mesh for mesh in meshes if mesh is not None), None)
+    if explicit is None:
+        return results
+    return [_lying(x, explicit, kind.sharding.spec) for x, kind in zip(results, types)]
+
+
+def _lying(x: Any, mesh: Any, spec: PartitionSpec | None = None) -> Array:
+    """Return a concrete array on a mesh, cut as it is or as `spec` says."""
+    return jax.device_put(x, NamedSharding(mesh, x.sharding.spec if spec is None else spec))
+
+
+def _explicit_mesh(x: Any) -> Any:
+    """Return the mesh of a concrete array if some of its axes are explicit."""
+    sharding = getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding) and explicit_axes(sharding.mesh.abstract_mesh):
+        return sharding.mesh
+    return None
+
+
+def mapped_type(kind: Any, mapped: Array) -> Any:
+    """Return the type with the axis in front that `vmap` has added to another array."""
+    first, *_ = names_of(jax.typeof(mapped).sharding.spec, mapped.ndim)
+    own = names_of(kind.sharding.spec, len(kind.shape))
+    spec = PartitionSpec(
+        first or None, *(tuple(x for x in axes if x not in first) or None for axes in own)
+    )
+    sharding = NamedSharding(kind.sharding.mesh, spec)
+    return kind.update(shape=(mapped.shape[0], *kind.shape), sharding=sharding)

@@ -1,0 +1,296 @@
+"""Every program that JAX can write runs, on every backend, and gives what the plain formula gives."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import mha_jax as mj
+from mha_jax.backends.blockwise import Blockwise
+
+BACKENDS = {
+    "automatic": None,
+    "reference": "reference",
+    "blockwise": "blockwise",
+    "small": Blockwise(block_q=4, block_k=4),
+    "apart": Blockwise(block_q=4, block_k=4, apart=True),
+}
+OPTIONS = {
+    "plain": {},
+    "causal_dropout": {"mask": mj.Causal(), "dropout": mj.Dropout(jax.random.key(5), 0.3)},
+    "grouped_bias_cap": {"bias": jnp.linspace(-2, 2, 7).reshape(1, 1, 1, 7), "logit_cap": 3.0},
+}
+B, T, S, N, K, H, V = 4, 5, 7, 4, 2, 3, 2
+
+
+def arrays(length=T):
+    draw = np.random.default_rng(0).standard_normal
+    sizes = (B, length, N, H), (B, S, K, H), (B, S, K, V)
+    return tuple(jnp.asarray(draw(size), jnp.float32) for size in sizes)
+
+
+def attend(backend, options):
+    return lambda q, k, v: mj.dot_product_attention(q, k, v, backend=backend, **options)
+
+
+def loss(f):
+    return lambda *args: jnp.sum(jnp.sin(f(*args)))
+
+
+def hvp(f):
+    return lambda *args: jax.jvp(jax.grad(loss(f), (0, 1, 2)), args, args)[1]
+
+
+def disabled(f):
+    def run(*args):
+        with jax.disable_jit():
+            return f(*args)
+
+    return run
+
+
+def under(switch, f):
+    def run(*args):
+        with switch:
+            return f(*args)
+
+    return run
+
+
+def mapped(f):
+    def one(q, k, v):
+        return f(q[None], k[None], v[None])[0]
+
+    return jax.vmap(one)
+
+
+PROGRAMS = {
+    "eager": lambda f: f,
+    "jit": lambda f: jax.jit(f),
+    "disable_jit": lambda f: disabled(f),
+    "disable_jit_grad": lambda f: disabled(jax.grad(loss(f), (0, 1, 2))),
+    "grad": lambda f: jax.grad(loss(f), (0, 1, 2)),
+    "jit_grad": lambda f: jax.jit(jax.grad(loss(f), (0, 1, 2))),
+    "remat": lambda f: jax.jit(jax.grad(loss(jax.checkpoint(f)), (0, 1, 2))),
+    "jvp": lambda f: lambda *args: jax.jvp(f, args, args)[1],
+    "hvp": lambda f: jax.jit(hvp(f)),
+    "debug_nans": lambda f: under(jax.debug_nans(True), jax.jit(jax.grad(loss(f)))),
+    "debug_infs": lambda f: under(jax.debug_infs(True), jax.jit(jax.grad(loss(f)))),
+    "leaks": lambda f: under(jax.checking_leaks(), jax.jit(jax.grad(loss(f)))),
+    "key_reuse": lambda f: under(jax.debug_key_reuse(True), jax.jit(jax.grad(loss(f)))),
+    "linearize": lambda f: lambda *args: jax.linearize(f, *args)[1](*args),
+    "transpose": lambda f: (
+        lambda q, k, v: jax.linear_transpose(lambda v: f(q, k, v), v)(f(q, k, v))
+    ),
+    "scan": lambda f: lambda *args: jax.lax.scan(lambda c, _: (c, f(*args)), 0, None, length=2)[1],
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_gives_what_the_formula_gives(program, backend, options):
+    own = PROGRAMS[program](attend(BACKENDS[backend], OPTIONS[options]))(*arrays())
+    wanted = PLAIN.setdefault((program, options), None)
+    if wanted is None:
+        wanted = PROGRAMS[program](attend("reference", OPTIONS[options]))(*arrays())
+        PLAIN[program, options] = wanted
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), own, wanted)
+
+
+PLAIN: dict = {}
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "apart", "reference"])
+def test_vmap_gives_what_the_batch_gives(backend):
+    f = attend(BACKENDS[backend], {"mask": mj.Causal()})
+    np.testing.assert_allclose(mapped(f)(*arrays()), f(*arrays()), rtol=2e-5, atol=2e-5)
+
+
+# ---- meshes --------------------------------------------------------------------------------------
+
+E, A = AxisType.Explicit, AxisType.Auto
+SPECS = {
+    "batch": (P("x"), P("x")),
+    "heads": (P(None, None, "x"), P(None, None, "x")),
+    "both": (P("y", None, "x"), P("y", None, "x")),
+    "unlike": (P("y"), P()),
+    "length": (P(None, "x"), P()),
+    "size": (P(None, None, None, None), P("y")),
+    "replicated": (P(), P()),
+}
+
+
+@pytest.mark.parametrize("context", [False, True], ids=["no_context", "set_mesh"])
+@pytest.mark.parametrize("types", [(E, E), (A, A), (E, A)], ids=["explicit", "auto", "mixed"])
+@pytest.mark.parametrize("place", SPECS)
+def test_arrays_on_a_mesh(place, types, context):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=types)
+    spec = dict(zip("qk", SPECS[place]))
+    given = arrays(length=6)
+    sides = zip(given, ("q", "k", "k"))
+    there = [jax.device_put(a, NamedSharding(mesh, spec[side])) for a, side in sides]
+    options = {"mask": mj.Causal(), "dropout": mj.Dropout(jax.random.key(1), 0.4)}
+    f = attend(None, options)
+    wanted = f(*given), jax.grad(loss(f), (0, 1, 2))(*given)
+
+    def both(*args):
+        return f(*args), jax.grad(loss(f), (0, 1, 2))(*args)
+
+    def run():
+        eager = f(*there)
+        return eager, jax.jit(both)(*there)
+
+    if context:
+        with jax.set_mesh(mesh):
+            eager, (out, gradients) = run()
+    else:
+        eager, (out, gradients) = run()
+    for got in (eager, out):
+        np.testing.assert_allclose(got, wanted[0], rtol=2e-5, atol=2e-5)
+    for got, want, primal in zip(gradients, wanted[1], there):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+        if types == (E, E):
+            assert jax.typeof(got).sharding.spec == jax.typeof(primal).sharding.spec
+    if types == (E, E) and place != "size":
+        assert jax.typeof(out).sharding.spec == jax.typeof(there[0]).sharding.spec
+
+
+def test_a_mesh_of_one_explicit_device_and_an_hvp_on_explicit_axes():
+    for devices in (1, 8):
+        mesh = jax.make_mesh(
+            (devices,), ("data",), axis_types=(E,), devices=jax.devices()[:devices]
+        )
+        draw = np.random.default_rng(1).standard_normal((3, 8, 5, 2, 3)).astype(np.float32)
+        there = [jax.device_put(a, NamedSharding(mesh, P("data"))) for a in draw]
+        f = attend(None, {"mask": mj.Causal()})
+        got = jax.jit(hvp(f))(*there)
+        want = hvp(f)(*map(jnp.asarray, draw))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, want)
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_second_derivatives_in_and_around_a_shard_map(around):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(A,), devices=jax.devices()[:4])
+    f = attend(None, {"mask": mj.Causal()})
+    want = hvp(f)(*arrays())
+
+    def shards(g):
+        return jax.shard_map(g, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+
+    got = hvp(shards(f))(*arrays()) if around else shards(hvp(f))(*arrays())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, want)
+
+
+# ---- programs that are kept ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", ["b, 5, 4, 3", "4, t, 4, 3", "b, t, 4, 3"])
+@pytest.mark.parametrize("valid", [False, True])
+def test_symbolic_sizes(sizes, valid):
+    shape = export.symbolic_shape(sizes)
+
+    def f(x, valid_keys):
+        tokens = mj.Tokens(x.shape[1], valid=valid_keys) if valid else None
+        mask = mj.Causal() & mj.ValidKeys() if valid else mj.Causal()
+        return jnp.sin(
+            mj.dot_product_attention(x, x, x, mask=mask, query_tokens=tokens, key_tokens=tokens)
+        )
+
+    kinds = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:2], bool)
+    gradient = jax.grad(lambda x, valid_keys: f(x, valid_keys).sum())
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((4, 5, 4, 3)), jnp.float32)
+    keys = jnp.asarray(np.random.default_rng(3).random((4, 5)) < 0.7)
+    for function in (f, gradient):
+        exported = export.export(jax.jit(function))(*kinds)
+        again = export.deserialize(exported.serialize())
+        np.testing.assert_allclose(again.call(x, keys), function(x, keys), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("platforms", [("cpu", "tpu"), ("tpu", "cpu"), ("cpu", "cuda", "rocm")])
+def test_one_export_for_several_platforms(platforms):
+    q, k, v = arrays()
+    f = attend(None, {"mask": mj.Causal()})
+    for function in (f, jax.grad(loss(f), (0, 1, 2))):
+        exported = export.export(jax.jit(function), platforms=platforms)(q, k, v)
+        got, want = exported.call(q, k, v), function(q, k, v)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
+
+
+@pytest.mark.parametrize("platform", ["METAL", "xpu"])
+def test_platforms_that_nobody_named_lower(platform):
+    f = attend(None, {})
+    text = jax.jit(f).trace(*arrays()).lower(lowering_platforms=(platform,)).as_text()
+    assert "dot_general" in text
+
+
+KEPT = """
+import jax, jax.numpy as jnp, mha_jax as mj
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+jax.config.update("jax_compilation_cache_dir", {folder!r})
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+hits = []
+def listen(name, **_):
+    hits.extend([name] if name.endswith("cache_hits") else [])
+jax.monitoring.register_event_listener(listen)
+mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+q = jax.device_put(jnp.ones((8, 6, 4, 4)), NamedSharding(mesh, P("data")))
+program = jax.jit(lambda q: mj.dot_product_attention(q, q, q)).lower(q).compile()
+if not hits:  # what comes from the cache is serialized there already
+    again = deserialize_and_load(*serialize(program))
+    assert (again(q) == program(q)).all()
+print("hits", len(hits))
+"""
+
+
+def test_a_program_for_several_devices_is_kept_and_found_again(tmp_path):
+    code = KEPT.format(folder=str(tmp_path))
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, "-c", code]
+    runs = [
+        subprocess.run(command, capture_output=True, text=True, env=environment) for _ in range(2)
+    ]
+    assert not any(run.returncode for run in runs), runs[0].stderr + runs[1].stderr
+    assert "hits 0" in runs[0].stdout and "hits 0" not in runs[1].stdout
+
+
+def test_no_value_of_a_trace_is_kept():
+    """What is cached is keyed by sizes and structure, never by values of a trace."""
+    key = jax.random.key(0)
+
+    @jax.jit
+    def f(x, key, scale):
+        return mj.dot_product_attention(x, x, x, scale=scale, dropout=mj.Dropout(key, 0.2))
+
+    x = arrays()[0]
+    with jax.checking_leaks():
+        first, second = f(x, key, 0.5), f(x, key, 0.25)
+    assert not np.allclose(first, second)
+
+
+# ---- the way of a call ---------------------------------------------------------------------------
+
+
+def test_a_call_reaches_its_backend_in_few_frames():
+    frames = []
+
+    class Counting(Blockwise):
+        def forward(self, problem):
+            frame, count = sys._getframe().f_back, 0
+            while frame is not None:
+                count += "mha_jax" in frame.f_code.co_filename
+                frame = frame.f_back
+            frames.append(count)
+            return super().forward(problem)
+
+    mj.dot_product_attention(*arrays(), backend=Counting())
+    assert frames[0] <= 10
