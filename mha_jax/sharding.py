@@ -12,7 +12,10 @@ import jax
 from jax.sharding import PartitionSpec
 
 from mha_jax.engine.run import Sharded as Sharded
+from mha_jax.errors import ShapeError
 from mha_jax.types import Params
+
+NAMES = ("embed", "heads", "kv_heads", "kv")
 
 # ---- parameters ---------------------------------------------------------------------------------
 
@@ -33,20 +36,25 @@ def logical_axes(params: Params) -> Any:
     >>> logical_axes(params)["attention_output"]
     {'kernel': ('heads', 'kv', 'embed')}
     """
+    return _named(nn.meta.unbox(params))
+
+
+def _named(params: Params) -> Any:
     if not isinstance(params, Mapping):
         return (None,) * len(params.shape)
     if not {"query", "key", "value", "attention_output"} <= set(params):
-        return {name: logical_axes(value) for name, value in params.items()}
-    heads = params["query"]["kernel"].shape[1]
-    shared = params["key"]["kernel"].shape[1] < heads
-    keys = ("embed", "kv_heads" if shared else "heads", "kv")
+        return {name: _named(value) for name, value in params.items()}
+    query, key = (params[name]["kernel"].shape for name in ("query", "key"))
+    stacked = len(query) - 3  # axes of `nn.scan` and `nn.vmap` over layers
+    keys = ("embed", "kv_heads" if key[-2] < query[-2] else "heads", "kv")
     names = {"key": keys, "value": keys, "attention_output": ("heads", "kv", "embed")}
 
     def of(name: str, part: str, array: Any) -> tuple[str | None, ...]:
         known = names.get(name, ("embed", "heads", "kv"))
         if part == "bias":
             known = known[2:] if name == "attention_output" else known[1:]
-        return (*known, *(None,) * (len(array.shape) - len(known)))
+        rest = len(array.shape) - stacked - len(known)
+        return (*(None,) * stacked, *known, *(None,) * rest)
 
     return {
         name: {part: of(name, part, array) for part, array in weights.items()}
@@ -64,12 +72,21 @@ def partition_specs(params: Params, rules: Mapping[str, Any]) -> Any:
     Returns:
       The tree of `params` with a PartitionSpec for every array.
 
+    Raises:
+      ShapeError: If a rule is for a name that no axis has.
+
     >>> from mha_jax.layer.functional import init_params
     >>> x = jnp.ones((2, 5, 16))
     >>> params = init_params(jax.random.key(0), x, x, num_heads=4, key_dim=8)
     >>> tuple(partition_specs(params, {"heads": "model"})["query"]["kernel"])
     (None, 'model', None)
     """
+    unknown = [name for name in rules if name not in NAMES]
+    if unknown:
+        raise ShapeError(
+            f"rules name {', '.join(map(repr, unknown))}, which no axis of the layer has. "
+            f"Expected names among {', '.join(map(repr, NAMES))}: see logical_axes(params)."
+        )
 
     def spec(names):
         return PartitionSpec(*(None if name is None else rules.get(name) for name in names))
@@ -89,6 +106,7 @@ def with_logical_names(params: Params) -> Any:
     >>> with_logical_names(params)["query"]["bias"].names
     ('heads', 'kv')
     """
+    params = nn.meta.unbox(params)
     return jax.tree.map(
         lambda array, names: nn.LogicallyPartitioned(array, names), params, logical_axes(params)
     )

@@ -141,15 +141,15 @@ def test_one_unbatched_sequence():
     np.testing.assert_allclose(got, mj.multi_head_attention(params, X, X)[0], atol=1e-6)
 
 
-def test_tap_sees_every_projection():
+def test_on_projection_sees_every_projection():
     params = mj.init_params(jax.random.key(0), X, X, **SIZES, use_gate=True)
     seen = {}
 
-    def tap(name, x):
+    def look(name, x):
         seen[name] = x.shape
         return x
 
-    mj.multi_head_attention(params, X, X, tap=tap)
+    mj.multi_head_attention(params, X, X, on_projection=look)
     heads = (B, T, N, H)
     assert seen == {
         "query": heads,

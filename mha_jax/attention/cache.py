@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
+from mha_jax.attention.call import Call
 from mha_jax.attention.masks import Mask, ValidKeys, pytree
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
@@ -152,13 +153,13 @@ class Cache:
         """The tokens of all slots, as masks read them: valid where the row holds one."""
         return Tokens(self.capacity, valid=self.held)
 
-    def places(
+    def next_positions(
         self, length: int, valid: Bool[ArrayLike, "#B L"] | None = None
     ) -> Int[Array, "B L"]:
         """Return the positions of the next `length` tokens; those not valid take up no place.
 
         >>> cache = Cache.empty(batch=1, capacity=7, num_kv_heads=1, key_dim=1)
-        >>> cache.places(4, np.array([[False, True, True, False]])).tolist()
+        >>> cache.next_positions(4, np.array([[False, True, True, False]])).tolist()
         [[-1, 0, 1, 1]]
         """
         if valid is None:
@@ -196,7 +197,7 @@ class Cache:
         self.check_fits(batch, heads, key_dim, values.shape[-1], keys.dtype)
         if length == 0:
             return self
-        slots = self.places(length, valid)
+        slots = self.next_positions(length, valid)
         if valid is None:
             if length > self.capacity:
                 raise ShapeError(_OVERFLOW.format(row=0, count=length, capacity=self.capacity))
@@ -208,6 +209,33 @@ class Cache:
             slots = jnp.where(valid, slots, nowhere[None])
         cache = Cache(_put(self.keys, slots, keys), _put(self.values, slots, values), count)
         return cache if isinstance(count, jax.core.Tracer) else cache.check()
+
+    def extend(
+        self, call: Call, query_tokens: Tokens | None = None, key_tokens: Tokens | None = None
+    ) -> tuple[Call, "Cache"]:
+        """Append the keys and values of a call; return it over all that is held, and the cache.
+
+        Args:
+          call: A call whose `k_tokens` say which of its keys and values are real.
+          query_tokens: Tokens of the queries that the caller gave; if None they stand at their own positions
+            in self-attention (as many queries as keys), and after all that was held otherwise.
+          key_tokens: Tokens of the slots that the caller gave, or None.
+        """
+        length, chunk = call.q.shape[1], call.k_tokens
+        q_tokens, rule = call.q_tokens, call.mask & Held()
+        if query_tokens is None:
+            own = chunk.valid if length == chunk.length else None
+            q_tokens = dataclasses.replace(q_tokens, index=self.next_positions(length, own))
+        cache = self.append(call.k, call.v, chunk.valid)
+        k_tokens = cache.tokens
+        if key_tokens is not None and key_tokens.valid is not None:
+            valid = jnp.logical_and(key_tokens.valid, cache.held)
+            k_tokens, rule = dataclasses.replace(key_tokens, valid=valid), rule & ValidKeys()
+        elif key_tokens is not None:
+            k_tokens = dataclasses.replace(key_tokens, valid=cache.held)
+        k, v = cache.keys.swapaxes(1, 2), cache.values.swapaxes(1, 2)
+        tokens = {"q_tokens": q_tokens, "k_tokens": k_tokens}
+        return dataclasses.replace(call, k=k, v=v, **tokens, mask=rule, heads_first=True), cache
 
     def check(self) -> "Cache":
         """Return the cache if no row has overflowed.

@@ -5,15 +5,18 @@ What a layer *is* stands here; what it *does* is in `layer.py` and `functional.p
 
 import dataclasses
 import difflib
+import inspect
 import numbers
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from mha_jax.errors import ShapeError, WeightsError
 from mha_jax.layer import constraints, initializers, regularizers
+from mha_jax.layer.functional import check_switch
 
 # Arguments that are objects, and the module that reads and writes them.
 _OBJECTS = {
@@ -50,15 +53,15 @@ def normalized(layer: Any) -> dict[str, Any]:
             f"num_heads={layer.num_heads}. Every key-value head serves the same number of query heads."
         )
     rate = layer.dropout
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= float(rate) < 1:
         raise ShapeError(
             f"dropout must be a number in [0, 1): got {rate!r}. It is the share of attention weights to "
             "drop in training; 0.0 drops none."
         )
     for name in ("use_bias", "use_gate"):
-        if not isinstance(getattr(layer, name), bool):
+        if not isinstance(getattr(layer, name), (bool, np.bool_)):
             raise ShapeError(f"{name} must be True or False: got {getattr(layer, name)!r}.")
-    if layer.training not in (None, True, False):
+    if layer.training is not None and not isinstance(layer.training, (bool, np.bool_)):
         raise ShapeError(f"training must be True, False or None: got {layer.training!r}.")
     if layer.seed is not None and not _is_integer(layer.seed):
         raise ShapeError(
@@ -67,6 +70,14 @@ def normalized(layer: Any) -> dict[str, Any]:
         )
     result: dict[str, Any] = {
         name: module.get(getattr(layer, name)) for name, module in _OBJECTS.items()
+    }
+    for name in ("num_heads", "key_dim", "value_dim", "num_kv_heads", "sliding_window", "seed"):
+        value = getattr(layer, name)
+        result[name] = None if value is None else int(value)
+    result |= {
+        "dropout": float(rate),
+        "use_bias": bool(layer.use_bias),
+        "use_gate": bool(layer.use_gate),
     }
     result["output_shape"] = _sizes(layer.output_shape)
     result["attention_axes"] = _axes(layer.attention_axes)
@@ -80,7 +91,7 @@ def _is_integer(x: Any) -> bool:
 def _positive(name: str, x: Any, optional: bool) -> None:
     if x is None and optional:
         return
-    if not isinstance(x, int) or isinstance(x, bool) or x <= 0:
+    if not isinstance(x, numbers.Integral) or isinstance(x, bool) or int(x) <= 0:
         wanted = "a positive integer or None" if optional else "a positive integer"
         raise ShapeError(
             f"{name} must be {wanted}: got {x!r}. key_dim and value_dim are the sizes of one head; "
@@ -116,18 +127,50 @@ def _axes(x: Any) -> tuple[int, ...] | None:
     return tuple(int(axis) for axis in axes)
 
 
-def refuse_call_arguments(layer: str, of_the_call: tuple[str, ...], given: dict[str, Any]) -> None:
-    """Refuse arguments of a call that were given to the constructor.
+# What other libraries call our arguments.
+_ALIASES = {
+    "dropout_rate": "dropout",
+    "deterministic": "training",
+    "is_causal": "use_causal_mask",
+    "qkv_features": "key_dim",
+    "embed_dim": "key_dim",
+    "out_features": "output_shape",
+    "kernel_init": "kernel_initializer",
+    "bias_init": "bias_initializer",
+    "inputs_q": "query",
+    "inputs_k": "key",
+    "inputs_v": "value",
+}
+
+
+def refuse_unknown_arguments(layer: str, cls: type, given: dict[str, Any]) -> None:
+    """Refuse arguments that the constructor does not have, those of a call above all.
 
     Raises:
-      ShapeError: Naming them.
+      ShapeError: For arguments of a call, naming them.
+      TypeError: For others, with what they may be called here.
     """
-    found = [name for name in given if name in of_the_call]
+    known = [*(field.name for field in dataclasses.fields(cls)), "parent", "name"]
+    call = [name for name in inspect.signature(cls.__call__).parameters if name != "self"]
+    unknown = [name for name in given if name not in known]
+    found = [name for name in unknown if name in call]
     if found:
         raise ShapeError(
             f"{', '.join(found)} belong to the call, not to the constructor of {layer}. "
             f"Write layer.apply(variables, query, value, {found[0]}=...)."
         )
+    if unknown:
+        near = _ALIASES.get(unknown[0]) or next(
+            iter(difflib.get_close_matches(unknown[0], known, 1)), None
+        )
+        hint = f" Did you mean {near!r}?" if near else ""
+        raise TypeError(f"{layer}() got an unexpected keyword argument {unknown[0]!r}.{hint}")
+
+
+def sizes(layer: Any) -> dict[str, Any]:
+    """Return what the shapes of a layer's kernels rest on, beside the widths of its inputs."""
+    names = ("num_heads", "key_dim", "value_dim", "output_shape", "use_gate", "num_kv_heads")
+    return {name: getattr(layer, name) for name in names}
 
 
 def check_inputs(**inputs: Any) -> None:
@@ -156,11 +199,8 @@ def merged(name: str, field: bool | None, argument: bool | None) -> bool:
             f"{name} was given to the layer ({field}) and to the call ({argument}). Give it to one of them."
         )
     value = field if argument is None else argument
-    if isinstance(value, jax.core.Tracer):
-        raise ShapeError(
-            f"{name} must be True or False while tracing: got a traced value. "
-            f"Mark it static (jax.jit(..., static_argnames='{name}'))."
-        )
+    if value is not None:
+        check_switch(name, value)
     return bool(value)
 
 

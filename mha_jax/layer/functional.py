@@ -8,12 +8,15 @@ Fold the attention axes, project, attend, combine, unfold. Sizes are read off th
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 
-from mha_jax.attention.cache import Cache, Held
+from mha_jax.attention.cache import Cache
 from mha_jax.attention.call import Call
 from mha_jax.attention.check import check_mask, mask_array
 from mha_jax.attention.dropout import Dropout
@@ -99,7 +102,7 @@ def multi_head_attention(
     dtype: DType = None,
     precision: Precision = None,
     backend: Any = None,
-    tap: Callable[[str, Array], Array] | None = None,
+    on_projection: Callable[[str, Array], Array] | None = None,
     cache: Cache | None = None,
 ) -> Any:
     """Apply the layer to inputs, given its parameters.
@@ -119,8 +122,8 @@ def multi_head_attention(
       dropout: `Dropout(key, rate)`, or None.
       dtype: Of the computation; that of inputs and parameters together if None.
       precision, backend: As for `dot_product_attention`.
-      tap: Called with the name and the value of every projection; what it returns is used. It sees
-        the projections of masked tokens too, which otherwise are zeroed before.
+      on_projection: Called with the name and the value of every projection; what it returns is used: to
+        rotate queries and keys, to normalize them, to look at them.
       cache: Keys and values of the tokens before, or None. Those of `value` are appended, then the
         queries attend to all that it holds; `value=None` appends nothing. Tokens that `value_mask`
         or `key_mask` marks False are not stored. A query stands at the position of its own token
@@ -140,88 +143,206 @@ def multi_head_attention(
     >>> multi_head_attention(params, x, x, use_causal_mask=True).shape
     (2, 5, 16)
     """
+    params = unboxed(params)
     projections.check_names(params)
-    if cache is not None and value is None:
-        value = _nothing(query, params, "value", attention_axes)
-        key = _nothing(query, params, "key", attention_axes) if key is None else key
-    key = value if key is None else key
-    inputs = {"query": query, "value": value, "key": key}
-    dtype = compute_dtype(inputs, params, dtype)
-    query, value, key = jnp.asarray(query), jnp.asarray(value), jnp.asarray(key)
-    if value.shape[:-1] != key.shape[:-1]:
-        raise ShapeError(
-            "value and key must agree in every axis but the features: got "
-            f"value.shape={value.shape}, key.shape={key.shape}. The arguments of the layer are query, "
-            "value, key, in this order."
-        )
-    if isinstance(attention_axes, int):
-        attention_axes = (attention_axes,)
-    q_fold, k_fold = axes.foldings(query, value, attention_axes)
-    heads = params["query"]["kernel"].shape[1]
-
-    rule = mask_of(use_causal_mask, sliding_window)
-    if mask is not None:
-        check_mask("mask", mask)
-        rule = rule & mask
-    q_tokens = query_tokens or Tokens(q_fold.length)
-    k_tokens = key_tokens if key_tokens is not None and cache is None else Tokens(k_fold.length)
-    if query_mask is not None:
-        q_tokens, rule = _valid(q_tokens, q_fold, "query_mask", query_mask), rule & ValidQueries()
-    for name, flags in (("value_mask", value_mask), ("key_mask", key_mask)):
-        if flags is not None:
-            k_tokens = _valid(k_tokens, k_fold, name, flags)
-            rule = rule & ValidKeys() if cache is None else rule
-    s_fold = k_fold if cache is None else _slots(q_fold, cache)
-    if attention_mask is not None:
-        rule = rule & Dense(axes.fold_mask(attention_mask, q_fold, s_fold, heads))
-    if tap is None:
-        seen_queries = q_tokens if rule.hides_invalid_queries else Tokens(q_fold.length)
-        hidden = cache is not None or rule.hides_invalid_keys
-        seen_keys = k_tokens if hidden else Tokens(k_fold.length)
-    else:
-        seen_queries, seen_keys = Tokens(q_fold.length), Tokens(k_fold.length)
 
     def project(name: str, x: Array) -> Array:
-        y = projections.project(name, params, x, precision)
-        return y if tap is None else tap(name, y)
+        weights, in_axes = params[name], 2 if name == "attention_output" else 1
+        return projections.product(
+            name, weights["kernel"], weights.get("bias"), x, in_axes, precision
+        )
 
-    x_q = zero_invalid(q_fold.fold(query.astype(dtype)), seen_queries)
-    x_v = zero_invalid(k_fold.fold(value.astype(dtype)), seen_keys)
-    x_k = zero_invalid(k_fold.fold(key.astype(dtype)), seen_keys)
-    call = Call(
-        q=project("query", x_q),
-        k=project("key", x_k),
-        v=project("value", x_v),
-        q_tokens=q_tokens,
-        k_tokens=k_tokens,
-        mask=rule,
-        dropout=dropout,
+    layer = Layer(
+        project=project,
+        widths=tuple(params[name]["kernel"].shape[0] for name in ("query", "value", "key")),
+        heads=params["query"]["kernel"].shape[-2],
+        gated="gate" in params,
+        dtype=dtype,
+        param_dtypes=tuple(leaf.dtype for leaf in jax.tree.leaves(params)),
+        attention_axes=attention_axes,
+        sliding_window=sliding_window,
         precision=precision,
+        backend=backend,
+        on_projection=on_projection,
     )
-    if cache is not None:
-        call, cache = _through(cache, call, query_tokens, key_tokens)
-    out, lse = attend(call, backend)
-    if "gate" in params:
-        gate = jax.nn.sigmoid(projections.project("gate", params, x_q, precision))
-        out = out * (gate if tap is None else tap("gate", gate))
-    out = projections.combine(params, out, precision)
-    out = q_fold.unfold(out if tap is None else tap("attention_output", out))
-    results: list[Any] = [out]
-    if return_attention_scores:
-        results.append(axes.unfold_scores(attention_scores(call, lse), q_fold, s_fold))
-    if cache is not None:
-        results.append(cache)
-    return tuple(results) if len(results) > 1 else out
+    masks = Masks(query_mask, value_mask, key_mask, attention_mask, use_causal_mask, mask)
+    tokens = query_tokens, key_tokens
+    return layer(query, value, key, masks, tokens, dropout, cache, return_attention_scores)
 
 
-def _nothing(query: Any, params: Params, name: str, attention_axes: Any) -> Array:
-    """Return an input of no tokens, as wide as the kernel `name` wants, beside a query."""
-    query = jnp.asarray(query)
-    attended = (attention_axes,) if isinstance(attention_axes, int) else attention_axes
-    shape = list(query.shape)
-    for axis in axes.resolve(attended, query.ndim):
-        shape[axis] = 0
-    return jnp.zeros((*shape[:-1], params[name]["kernel"].shape[0]), query.dtype)
+class Masks(NamedTuple):
+    """What a call says of who may attend to whom."""
+
+    query: ArrayLike | None = None
+    value: ArrayLike | None = None
+    key: ArrayLike | None = None
+    attention: ArrayLike | None = None
+    causal: bool = False
+    rule: Mask | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The layer's steps around its projections, whoever owns their kernels.
+
+    Args:
+      project: Called with a projection's name and its input.
+      widths: Of query, value and key.
+      heads: Query heads N.
+      gated: Whether there is a gate.
+      dtype: Of the computation; that of inputs and parameters together if None.
+      param_dtypes: Of the parameters.
+      attention_axes, sliding_window, precision, backend, on_projection: As for `multi_head_attention`.
+    """
+
+    project: Callable[[str, Array], Array]
+    widths: tuple[int, int, int]
+    heads: int
+    gated: bool = False
+    dtype: DType = None
+    param_dtypes: tuple[Any, ...] = ()
+    attention_axes: int | tuple[int, ...] | None = None
+    sliding_window: int | None = None
+    precision: Precision = None
+    backend: Any = None
+    on_projection: Callable[[str, Array], Array] | None = None
+
+    def __call__(
+        self,
+        query: Any,
+        value: Any,
+        key: Any,
+        masks: Masks,
+        tokens: tuple[Tokens | None, Tokens | None] = (None, None),
+        dropout: Dropout | None = None,
+        cache: Cache | None = None,
+        return_attention_scores: bool = False,
+    ) -> Any:
+        for name, given in (
+            ("use_causal_mask", masks.causal),
+            ("return_attention_scores", return_attention_scores),
+        ):
+            check_switch(name, given)
+        if cache is not None and not isinstance(cache, Cache):
+            raise ShapeError(
+                f"cache must be a Cache or None: got {type(cache).__name__}. Pass what "
+                "layer.empty_cache(batch, capacity) or the call before returned."
+            )
+        if cache is not None and value is None:
+            value = self._nothing(query, self.widths[1])
+            key = self._nothing(query, self.widths[2]) if key is None else key
+        key = value if key is None else key
+        dtype = compute_dtype({"query": query, "value": value, "key": key}, self)
+        query, value, key = (jnp.asarray(x) for x in (query, value, key))
+        if value.shape[:-1] != key.shape[:-1]:
+            raise ShapeError(
+                "value and key must agree in every axis but the features: got "
+                f"value.shape={value.shape}, key.shape={key.shape}. The arguments of the layer are query, "
+                "value, key, in this order."
+            )
+        attended = (
+            (self.attention_axes,) if isinstance(self.attention_axes, int) else self.attention_axes
+        )
+        q_fold, k_fold = axes.foldings(query, value, attended)
+        s_fold = k_fold if cache is None else _slots(q_fold, cache)
+        rule, q_tokens, k_tokens = self._seen(masks, tokens, q_fold, k_fold, s_fold, cache)
+
+        # Zeroed here as after the projections: biases, and what looks at projections, see no hidden NaN.
+        shown = _hidden(q_tokens, rule.hides_invalid_queries)
+        read = _hidden(k_tokens, cache is not None or rule.hides_invalid_keys)
+        x_q = zero_invalid(q_fold.fold(query.astype(dtype)), shown)
+        x_v = zero_invalid(k_fold.fold(value.astype(dtype)), read)
+        x_k = x_v if key is value else zero_invalid(k_fold.fold(key.astype(dtype)), read)
+        call = Call(
+            q=self._projected("query", x_q),
+            k=self._projected("key", x_k),
+            v=self._projected("value", x_v),
+            q_tokens=q_tokens,
+            k_tokens=k_tokens,
+            mask=rule,
+            dropout=dropout,
+            precision=self.precision,
+        )
+        if cache is not None:
+            call, cache = cache.extend(call, *tokens)
+        out, lse = attend(call, self.backend)
+        if self.gated:
+            gate = jax.nn.sigmoid(self.project("gate", x_q))
+            out = out * (gate if self.on_projection is None else self.on_projection("gate", gate))
+        results: list[Any] = [q_fold.unfold(self._projected("attention_output", out))]
+        if return_attention_scores:
+            results.append(axes.unfold_scores(attention_scores(call, lse), q_fold, s_fold))
+        if cache is not None:
+            results.append(cache)
+        return tuple(results) if len(results) > 1 else results[0]
+
+    def _projected(self, name: str, x: Array) -> Array:
+        y = self.project(name, x)
+        return y if self.on_projection is None else self.on_projection(name, y)
+
+    def _seen(
+        self,
+        masks: Masks,
+        tokens: tuple[Tokens | None, Tokens | None],
+        q_fold: axes.Folding,
+        k_fold: axes.Folding,
+        s_fold: axes.Folding,
+        cache: Cache | None,
+    ) -> tuple[Mask, Tokens, Tokens]:
+        """Return the rule and the tokens of a call, all masks taken together."""
+        rule = mask_of(masks.causal, self.sliding_window)
+        if masks.rule is not None:
+            check_mask("mask", masks.rule)
+            rule = rule & masks.rule
+        query_tokens, key_tokens = tokens
+        q_tokens = query_tokens or Tokens(q_fold.length)
+        k_tokens = key_tokens if key_tokens is not None and cache is None else Tokens(k_fold.length)
+        if masks.query is not None:
+            q_tokens = _valid(q_tokens, q_fold, "query_mask", masks.query)
+            rule = rule & ValidQueries()
+        for name, flags in (("value_mask", masks.value), ("key_mask", masks.key)):
+            if flags is not None:
+                k_tokens = _valid(k_tokens, k_fold, name, flags)
+                rule = rule & ValidKeys() if cache is None else rule
+        if masks.attention is not None:
+            rule = rule & Dense(axes.fold_mask(masks.attention, q_fold, s_fold, self.heads))
+        return rule, q_tokens, k_tokens
+
+    def _nothing(self, query: Any, width: int) -> Array:
+        """Return an input of no tokens beside a query."""
+        query = jnp.asarray(query)
+        attended = (
+            (self.attention_axes,) if isinstance(self.attention_axes, int) else self.attention_axes
+        )
+        shape = list(query.shape)
+        for axis in axes.resolve(attended, query.ndim):
+            shape[axis] = 0
+        return jnp.zeros((*shape[:-1], width), query.dtype)
+
+
+def unboxed(params: Params) -> Params:
+    """Return parameters without the boxes of Flax's partitioning metadata."""
+    return nn.meta.unbox(params)
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Refuse what is no switch.
+
+    Raises:
+      ShapeError: If it is traced, or neither True nor False.
+    """
+    if isinstance(value, jax.core.Tracer):
+        raise ShapeError(
+            f"{name} must be True or False while tracing: got a traced value. "
+            f"Mark it static (jax.jit(..., static_argnames='{name}'))."
+        )
+    if not isinstance(value, (bool, np.bool_)):
+        raise ShapeError(f"{name} must be True or False: got {value!r}.")
+
+
+def _hidden(tokens: Tokens, hides: bool) -> Tokens:
+    """Return tokens whose validity counts only where invalid ones are surely not seen."""
+    return tokens if hides else Tokens(tokens.length)
 
 
 def _slots(query: axes.Folding, cache: Cache) -> axes.Folding:
@@ -240,33 +361,6 @@ def _slots(query: axes.Folding, cache: Cache) -> axes.Folding:
     return axes.Folding(shape, query.attended)
 
 
-def _through(
-    cache: Cache, call: Call, query_tokens: Tokens | None, key_tokens: Tokens | None
-) -> tuple[Call, Cache]:
-    """Append the keys and values of a call; return it over all that is held, and the cache."""
-    length, chunk = call.q.shape[1], call.k_tokens
-    q_tokens, rule = call.q_tokens, call.mask & Held()
-    if query_tokens is None:
-        own = chunk.valid if length == chunk.length else None
-        q_tokens = dataclasses.replace(q_tokens, index=cache.places(length, own))
-    cache = cache.append(call.k, call.v, chunk.valid)
-    k_tokens = cache.tokens
-    if key_tokens is not None and key_tokens.valid is not None:
-        valid = jnp.logical_and(key_tokens.valid, cache.held)
-        k_tokens, rule = dataclasses.replace(key_tokens, valid=valid), rule & ValidKeys()
-    elif key_tokens is not None:
-        k_tokens = dataclasses.replace(key_tokens, valid=cache.held)
-    return dataclasses.replace(
-        call,
-        k=cache.keys.swapaxes(1, 2),
-        v=cache.values.swapaxes(1, 2),
-        q_tokens=q_tokens,
-        k_tokens=k_tokens,
-        mask=rule,
-        heads_first=True,
-    ), cache
-
-
 def mask_of(use_causal_mask: bool, sliding_window: int | None) -> Mask:
     """Return the rule that Keras's two switches stand for."""
     rule: Mask = Causal() if use_causal_mask else Full()
@@ -275,23 +369,24 @@ def mask_of(use_causal_mask: bool, sliding_window: int | None) -> Mask:
     return rule
 
 
-def compute_dtype(inputs: dict[str, Any], params: Params, dtype: DType) -> Any:
+def compute_dtype(inputs: dict[str, Any], layer: Layer) -> Any:
     """Return the dtype of the computation.
 
     Raises:
       ShapeError: If an input is no array of floating-point numbers.
     """
     for name, x in inputs.items():
-        if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
-            kind = f"dtype {x.dtype}" if hasattr(x, "dtype") else type(x).__name__
+        if not isinstance(x, (jax.Array, np.ndarray)) or not jnp.issubdtype(x.dtype, jnp.floating):
+            known = isinstance(x, (jax.Array, np.ndarray))
+            kind = f"dtype {x.dtype}" if known else f"{type(x).__module__}.{type(x).__name__}"
             raise ShapeError(
                 f"{name} must be an array of floating-point numbers: got {kind}. "
                 "Expected [B, length, features]; embed token ids first, cast anything else."
             )
-    if dtype is not None:
-        return jnp.dtype(dtype)
+    if layer.dtype is not None:
+        return jnp.dtype(layer.dtype)
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*inputs.values(), *jax.tree.leaves(params))
+        return jnp.result_type(*inputs.values(), *layer.param_dtypes)
 
 
 def _valid(tokens: Tokens, folding: axes.Folding, name: str, flags: ArrayLike) -> Tokens:

@@ -5,7 +5,8 @@ B batch   T query length   S key length   N query heads   K key-value heads
 D input width   E output width   H query-key head size   V value head size
 """
 
-from typing import Any, ClassVar
+import inspect
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,33 +19,43 @@ from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.layer import arguments as config
 from mha_jax.layer import constraints, initializers, projections
-from mha_jax.layer.functional import multi_head_attention
+from mha_jax.layer.functional import Layer, Masks
 from mha_jax.types import Array, ArrayLike, DType, Float, Params, Precision
 
 
 class Projection(nn.Module):
-    """The kernel and bias of one projection; the products are the layer's."""
+    """One projection: its kernel and bias, and the product with them.
 
-    shape: projections.Shape
+    Parameters are made when the layer is initialized, by a shape that its inputs tell, and later read as
+    they are stored: what may be stored in their place (quantized, adapted) is used as it is.
+    """
+
+    in_axes: int
+    shape: projections.KernelShape | None
     kernel_initializer: Any
     bias_initializer: Any | None
     param_dtype: DType
+    precision: Precision
 
     @nn.compact
-    def __call__(self) -> dict[str, Array]:
-        """Return {"kernel": ..., "bias": ...}, as stored."""
-        draw, shape = initializers.initialize, self.shape
+    def __call__(self, x: Array) -> Array:
+        """Return x [*L, *inputs] times the kernel, plus the bias, as [*L, *features]."""
+        kernel = self._stored("kernel", self.kernel_initializer, self.in_axes)
+        bias = self._stored("bias", self.bias_initializer, 0)
+        return projections.product(str(self.name), kernel, bias, x, self.in_axes, self.precision)
 
-        def kernel(rng):
-            return draw(self.kernel_initializer, rng, shape.kernel, self.param_dtype, shape.in_axes)
+    def _stored(self, part: str, initializer: Any, in_axes: int) -> Any:
+        """Return a parameter, made now if the layer is being initialized; None for no bias."""
+        if self.shape is not None and initializer is not None:
+            shape = self.shape.kernel if part == "kernel" else self.shape.bias
 
-        def bias(rng):
-            return draw(self.bias_initializer, rng, shape.bias, self.param_dtype, 0)
+            def draw(rng):
+                return initializers.initialize(initializer, rng, shape, self.param_dtype, in_axes)
 
-        params = {"kernel": self.param("kernel", kernel)}
-        if self.bias_initializer is not None:
-            params["bias"] = self.param("bias", bias)
-        return params
+            return self.param(part, draw)
+        if self.has_variable("params", part):
+            return nn.meta.unbox(self.get_variable("params", part))
+        return None
 
 
 class MultiHeadAttention(nn.Module):
@@ -120,23 +131,8 @@ class MultiHeadAttention(nn.Module):
     param_dtype: DType = jnp.float32
     precision: Precision = None
 
-    # What may stand in a call but not here, so that a mix-up can be named.
-    _of_the_call: ClassVar[tuple[str, ...]] = (
-        "query",
-        "value",
-        "key",
-        "query_mask",
-        "value_mask",
-        "key_mask",
-        "attention_mask",
-        "return_attention_scores",
-        "use_causal_mask",
-        "mask",
-        "cache",
-    )
-
     def __new__(cls, *args, **kwargs):
-        config.refuse_call_arguments(cls.__name__, cls._of_the_call, kwargs)
+        config.refuse_unknown_arguments(cls.__name__, cls, kwargs)
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -184,16 +180,21 @@ class MultiHeadAttention(nn.Module):
         Raises:
           ShapeError, UnsupportedError, WeightsError: With what was expected and how to fix it.
         """
-        if value is None and cache is not None:
-            config.check_inputs(query=query)
-            params = self._stored_parameters()
-        else:
-            config.check_inputs(query=query, value=value, key=value if key is None else key)
-            params = self._parameters(query, value, value if key is None else key)
+        if self.is_initializing() and value is None:
+            raise ShapeError(
+                "value=None reads a cache and tells no width: got it while initialising. "
+                "Initialise with the inputs of a first call, layer.init(rng, query, value)."
+            )
+        inputs = {"query": query, "value": value, "key": value if key is None else key}
+        config.check_inputs(**{k: x for k, x in inputs.items() if x is not None or cache is None})
         training = config.merged("training", self.training, training)
         keep_losses = self.is_mutable_collection("losses") and not self.is_initializing()
+        projected = self._projections(inputs)
+        stored = nn.meta.unbox(self.variables.get("params", {}))
+        if not self.is_initializing():
+            projections.check_names(stored)
         if keep_losses:
-            self._sow_weight_losses(params)
+            self._sow_weight_losses(stored)
 
         def penalize(name: str, x: Array) -> Array:
             # Keras divides by the first axis of the projection's input.
@@ -202,34 +203,27 @@ class MultiHeadAttention(nn.Module):
                 return x  # nothing was projected
             examples = source.shape[0] if len(source.shape) > 2 else 1
             loss = self.activity_regularizer(x) / max(examples, 1)
-            self._sow_loss(f"{name}_activity", loss)
+            self.sow("losses", f"{name}_activity", loss)
             return x
 
         penalized = keep_losses and self.activity_regularizer is not None
-
-        return multi_head_attention(
-            params,
-            query,
-            value,
-            key,
-            query_mask,
-            value_mask,
-            key_mask,
-            attention_mask,
-            return_attention_scores,
-            use_causal_mask,
-            mask=mask,
-            query_tokens=query_tokens,
-            key_tokens=key_tokens,
+        layer = Layer(
+            project=lambda name, x: projected[name](x),
+            widths=_widths(stored) if stored else (0, 0, 0),
+            heads=self.num_heads,
+            gated="gate" in projected,
+            dtype=self.dtype,
+            param_dtypes=_dtypes(stored) if stored else (jnp.dtype(self.param_dtype),),
             attention_axes=self.attention_axes,
             sliding_window=self.sliding_window,
-            dropout=self._dropout() if training and self.dropout > 0 else None,
-            dtype=self.dtype,
             precision=self.precision,
             backend=self.backend,
-            tap=penalize if penalized else None,
-            cache=cache,
+            on_projection=penalize if penalized else None,
         )
+        masks = Masks(query_mask, value_mask, key_mask, attention_mask, use_causal_mask, mask)
+        dropout = self._dropout() if training and self.dropout > 0 else None
+        tokens = query_tokens, key_tokens
+        return layer(query, value, key, masks, tokens, dropout, cache, return_attention_scores)
 
     def empty_cache(self, batch: int, capacity: int, dtype: DType = None) -> Cache:
         """Return a cache for calls of this layer that holds nothing yet.
@@ -273,36 +267,24 @@ class MultiHeadAttention(nn.Module):
         """
         return cls(**config.from_dict(cls, values))
 
-    def _parameters(self, query, value, key) -> Params:
-        shapes = projections.shapes(
-            query.shape[-1],
-            value.shape[-1],
-            key.shape[-1],
-            num_heads=self.num_heads,
-            key_dim=self.key_dim,
-            value_dim=self.value_dim,
-            output_shape=self.output_shape,  # type: ignore[arg-type]
-            use_gate=self.use_gate,
-            num_kv_heads=self.num_kv_heads,
-        )
-        bias = self.bias_initializer if self.use_bias else None
-        return {
-            name: Projection(shape, self.kernel_initializer, bias, self.param_dtype, name=name)()
-            for name, shape in shapes.items()
-        }
-
-    def _stored_parameters(self) -> Params:
-        """Return the parameters as they are, for a call whose input does not tell their shapes."""
+    def _projections(self, inputs: dict[str, Any]) -> dict[str, Projection]:
+        """Return the projections; with shapes while initializing, without them later."""
+        names = ["query", "key", "value", *(["gate"] if self.use_gate else []), "attention_output"]
+        shapes: dict[str, Any] = dict.fromkeys(names)
         if self.is_initializing():
-            raise ShapeError(
-                "value=None reads a cache and tells no width: got it while initialising. "
-                "Initialise with the inputs of a first call, layer.init(rng, query, value)."
-            )
-        return nn.meta.unbox(self.variables.get("params", {}))
+            widths = (inputs[name].shape[-1] for name in ("query", "value", "key"))
+            shapes = projections.shapes(*widths, **config.sizes(self))
+        bias = self.bias_initializer if self.use_bias else None
+        made = self.kernel_initializer, bias, self.param_dtype, self.precision
+        outputs = ("attention_output",)
+        return {
+            name: Projection(2 if name in outputs else 1, shapes[name], *made, name=name)
+            for name in names
+        }
 
     def _dropout(self) -> Dropout:
         """Return the dropout of this call: from the stream, or from `seed` and a counter."""
-        if self.has_rng("dropout"):
+        if self.has_rng("dropout") or (self.seed is None and self.is_initializing()):
             return Dropout(self.make_rng("dropout"), self.dropout)
         config.require_seed(self.seed, self.is_mutable_collection("dropout_state"))
         count = self.variable("dropout_state", "count", lambda: jnp.zeros((), jnp.uint32))
@@ -311,11 +293,26 @@ class MultiHeadAttention(nn.Module):
         return Dropout(key, self.dropout)
 
     def _sow_weight_losses(self, params: Params) -> None:
+        """Keep every weight's penalty: once, however often the layer is called."""
         rules = {"kernel": self.kernel_regularizer, "bias": self.bias_regularizer}
         for name, weights in params.items():
             for part, weight in weights.items():
                 if rules[part] is not None:
-                    self._sow_loss(f"{name}_{part}", rules[part](weight))
+                    loss = rules[part](weight)
+                    self.sow("losses", f"{name}_{part}", loss, lambda _, new: new, lambda: 0.0)
 
-    def _sow_loss(self, name: str, value: Array) -> None:
-        self.sow("losses", name, value)
+
+def _widths(params: Params) -> tuple[int, int, int]:
+    query, value, key = (params[name]["kernel"].shape[0] for name in ("query", "value", "key"))
+    return query, value, key
+
+
+def _dtypes(params: Params) -> tuple[Any, ...]:
+    return tuple(leaf.dtype for weights in params.values() for leaf in weights.values())
+
+
+# `__new__` takes anything, to name what is wrong; what it should be given is what `__init__` takes.
+_INIT = inspect.signature(MultiHeadAttention.__init__)
+MultiHeadAttention.__signature__ = _INIT.replace(  # type: ignore[attr-defined]
+    parameters=list(_INIT.parameters.values())[1:]
+)

@@ -9,17 +9,20 @@ is its `variables["params"]`, and `nnx.update(layer, variables["params"])` goes 
 import dataclasses
 from typing import Any
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mha_jax.attention.cache import Cache
+from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Tokens
-from mha_jax.errors import ShapeError, UnsupportedError, WeightsError
-from mha_jax.layer import arguments as config
-from mha_jax.layer import projections
+from mha_jax.errors import ShapeError, UnsupportedError
+from mha_jax.layer import arguments, projections
+from mha_jax.layer.functional import Layer, Masks, check_switch
+from mha_jax.layer.initializers import Unflattened, VarianceScaling
 from mha_jax.layer.linen import MultiHeadAttention as LinenAttention
 from mha_jax.types import Array, ArrayLike, DType, Float, Params, Precision
 
@@ -31,18 +34,70 @@ class Loss(nnx.Variable):
     """
 
 
-class Variables(nnx.Module):
-    """Variables of one kind by name: kernel and bias of a projection, or losses."""
+class Losses(nnx.Module):
+    """Losses by name."""
 
-    def __init__(self, kind: type[nnx.Variable], values: dict[str, Array]):
-        for name, value in values.items():
+    def __init__(self, names: list[str]):
+        for name in names:
+            setattr(self, name, Loss(jnp.zeros(())))
+
+
+class Projection(nnx.Module):
+    """One projection: its kernel and bias, and the product with them.
+
+    Anything that is called with an input and returns a projection may stand in its place.
+    """
+
+    def __init__(self, name: str, in_axes: int, precision: Precision, weights: dict[str, Any]):
+        self.name, self.in_axes, self.precision = name, in_axes, precision
+        for part, value in weights.items():
             if isinstance(value, nn.meta.AxisMetadata):
                 raise UnsupportedError(
-                    f"the initializer of a {name} returned a linen box, {type(value).__name__}, which an "
-                    "nnx.Param does not hold. Pass the initializer without with_partitioning, and shard by "
+                    f"the initializer of a {part} returned a linen box, {type(value).__name__}, which an "
+                    "nnx.Param does not hold. Pass nnx.with_partitioning(initializer, names), or shard by "
                     "mha_jax.sharding.partition_specs(layer.params, rules)."
                 )
-            setattr(self, name, kind(value))
+        self.kernel: Any = nnx.Param(weights["kernel"])
+        self.bias: Any = nnx.Param(weights["bias"]) if "bias" in weights else None
+
+    def __call__(self, x: Array) -> Array:
+        """Return x [*L, *inputs] times the kernel, plus the bias, as [*L, *features]."""
+        bias = None if self.bias is None else self.bias[...]
+        kernel = _value(self.kernel)
+        return projections.product(self.name, kernel, bias, x, self.in_axes, self.precision)
+
+
+class _Kept:
+    """An initializer whose metadata, `nnx.with_partitioning`'s say, are kept beside what it draws."""
+
+    def __init__(self, initializer: Any):
+        self.initializer, self.metadata = initializer, None
+
+    def __call__(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
+        drawn = self.initializer(key, shape, dtype)
+        if not isinstance(drawn, nnx.VariableMetadata):
+            return drawn
+        self.metadata = drawn
+        return drawn.raw_value
+
+    def with_metadata(self, value: Any) -> Any:
+        """Return a parameter's value with the metadata that were drawn; names of other axes are left out."""
+        if self.metadata is None:
+            return value
+        names = self.metadata.metadata.items()
+        fits = {k: x for k, x in names if not isinstance(x, tuple) or len(x) == value.ndim}
+        return dataclasses.replace(self.metadata, raw_value=value, metadata=fits)
+
+
+def _kept(initializer: Any) -> Any:
+    """Return an initializer that keeps metadata, if it is a function that may have any."""
+    own = initializer is None or isinstance(initializer, (VarianceScaling, Unflattened))
+    return initializer if own else _Kept(initializer)
+
+
+def _value(kernel: Any) -> Any:
+    """Return what a kernel holds: an array, or what a library has put in its place."""
+    return kernel[...] if isinstance(kernel, nnx.Variable) else kernel
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -118,22 +173,20 @@ class MultiHeadAttention(nnx.Module):
             in_features,
             value_features,
             key_features or value_features,
-            num_heads=self.num_heads,
-            key_dim=self.key_dim,
-            value_dim=self.value_dim,
-            output_shape=linen.output_shape,  # type: ignore[arg-type]
-            use_gate=self.use_gate,
-            num_kv_heads=self.num_kv_heads,
+            **arguments.sizes(self),
         )
         bias = self.bias_initializer if self.use_bias else None
         for name, shape in shapes.items():
-            drawn = projections.init(
-                rngs.params(), shape, self.kernel_initializer, bias, self.param_dtype
-            )
-            setattr(self, name, Variables(nnx.Param, drawn))
+            made = _kept(self.kernel_initializer), _kept(bias)
+            drawn = projections.init(rngs.params(), shape, *made, self.param_dtype)
+            for part, kept in zip(("kernel", "bias"), made):
+                if isinstance(kept, _Kept):
+                    drawn[part] = kept.with_metadata(drawn[part])
+            setattr(self, name, Projection(name, shape.in_axes, self.precision, drawn))
+        self._features = (in_features, value_features, key_features or value_features)
         losses = self._loss_names(list(shapes))
         if losses:
-            self.losses = Variables(Loss, dict.fromkeys(losses, jnp.zeros(())))
+            self.losses = Losses(losses)
         if self.dropout > 0:
             self.stream = self._own_stream(rngs)
 
@@ -188,32 +241,51 @@ class MultiHeadAttention(nnx.Module):
         Raises:
           ShapeError, UnsupportedError, WeightsError: With what was expected and how to fix it.
         """
-        self._check_widths(query=query, value=value, key=value if key is None else key)
-        dropping = self.dropout > 0 and config.merged("training", self.training, training)
-        result, changed = self.linen.apply(
-            {"params": self.params},
-            query,
-            value,
-            key,
-            query_mask,
-            value_mask,
-            key_mask,
-            attention_mask,
-            return_attention_scores,
-            training,
-            use_causal_mask,
-            mask,
-            query_tokens,
-            key_tokens,
-            cache,
-            rngs={"dropout": self._dropout_key(rngs)} if dropping else None,
-            mutable=["losses"] if hasattr(self, "losses") else [],
+        if training is None:
+            training = self.training
+        else:
+            check_switch("training", training)
+        dropout = None
+        if self.dropout > 0 and training:
+            # Folded as linen folds the key of a stream, so that both modules drop the same.
+            fold = flax.core.apply(lambda scope: scope.make_rng("dropout"))
+            dropout = Dropout(fold({}, rngs={"dropout": self._dropout_key(rngs)}), self.dropout)
+        found: dict[str, Array] = {}
+
+        def penalize(name: str, x: Array) -> Array:
+            source = value if name in ("key", "value") else query
+            if source is None:
+                return x  # nothing was projected
+            examples = source.shape[0] if len(source.shape) > 2 else 1
+            found[f"{name}_activity"] = self.activity_regularizer(x) / max(examples, 1)
+            return x
+
+        # An evaluating layer changes nothing, so that any transformation may close over it.
+        penalized = hasattr(self, "losses") and training is not False
+        layer = Layer(
+            project=lambda name, x: getattr(self, name)(x),
+            widths=self._features,
+            heads=self.num_heads,
+            gated=self.use_gate,
+            dtype=self.dtype,
+            param_dtypes=self._param_dtypes(),
+            attention_axes=self.attention_axes,
+            sliding_window=self.sliding_window,
+            precision=self.precision,
+            backend=self.backend,
+            on_projection=penalize if penalized and self.activity_regularizer is not None else None,
         )
-        if hasattr(self, "losses"):
-            names = nnx.to_pure_dict(nnx.state(self.losses))
-            sown: Any = changed.get("losses", {})
-            nnx.update(self.losses, {n: sum(sown.get(n, ()), jnp.zeros(())) for n in names})
+        masks = Masks(query_mask, value_mask, key_mask, attention_mask, use_causal_mask, mask)
+        tokens = query_tokens, key_tokens
+        result = layer(query, value, key, masks, tokens, dropout, cache, return_attention_scores)
+        if penalized:
+            self._keep_losses(found)
         return result
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Set whether dropout acts, for `nnx.view`: as Flax's own layers have it."""
+        if deterministic is not None:
+            self.deterministic = deterministic
 
     def empty_cache(self, batch: int, capacity: int, dtype: DType = None) -> Cache:
         """Return a cache for calls of this layer that holds nothing yet, as the linen layer's."""
@@ -254,18 +326,20 @@ class MultiHeadAttention(nnx.Module):
         nnx.update(layer, params)
         return layer
 
-    def _check_widths(self, **inputs: Any) -> None:
-        for name, x in inputs.items():
-            shape, width = (
-                jnp.shape(x) if x is not None else (),
-                getattr(self, name).kernel.shape[0],
-            )
-            if shape and shape[-1] != width:
-                raise WeightsError(
-                    f"{name} of shape {shape} does not fit its kernel, which was made for {width} features. "
-                    "The arguments are query, value, key, in this order; the widths of the layer are "
-                    "in_features, value_features and key_features."
-                )
+    def _param_dtypes(self) -> tuple[Any, ...]:
+        """Return the dtypes of the projections' own parameters, or what new ones would have."""
+        own = [getattr(self, name) for name in ("query", "key", "value", "attention_output")]
+        weights = [w for p in own if isinstance(p, Projection) for w in (p.kernel, p.bias)]
+        dtypes = tuple(w.dtype for w in weights if isinstance(w, nnx.Variable))
+        return dtypes or (jnp.dtype(self.param_dtype),)
+
+    def _keep_losses(self, found: dict[str, Array]) -> None:
+        rules = {"kernel": self.kernel_regularizer, "bias": self.bias_regularizer}
+        for name, weights in self.params.items():
+            for part, weight in weights.items():
+                if rules.get(part) is not None:
+                    found[f"{name}_{part}"] = rules[part](weight)
+        nnx.update(self.losses, found)
 
     def _dropout_key(self, rngs: nnx.Rngs | nnx.RngStream | None) -> Array:
         if rngs is None:

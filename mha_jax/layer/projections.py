@@ -7,18 +7,18 @@ Kernels are three-dimensional, as in Keras: query (D, N, H), key (D, K, H), valu
 (D, N, V), output (N, V, *output_shape); biases (N, H), (K, H), (K, V), (N, V), output_shape.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mha_jax.errors import WeightsError
 from mha_jax.layer import initializers
-from mha_jax.types import Array, Float, Params, Precision, PRNGKey
+from mha_jax.types import Array, Params, Precision, PRNGKey
 
 
-class Shape(NamedTuple):
+class KernelShape(NamedTuple):
     """The kernel of one projection and how many of its leading axes it contracts."""
 
     kernel: tuple[int, ...]
@@ -40,7 +40,7 @@ def shapes(
     output_shape: tuple[int, ...] | None = None,
     use_gate: bool = False,
     num_kv_heads: int | None = None,
-) -> dict[str, Shape]:
+) -> dict[str, KernelShape]:
     """Return the shape of every projection of the layer, by Keras's names.
 
     >>> shapes(16, 16, 16, num_heads=2, key_dim=8)["attention_output"].kernel
@@ -49,19 +49,21 @@ def shapes(
     value_dim = value_dim or key_dim
     kv_heads = num_kv_heads or num_heads
     result = {
-        "query": Shape((query_size, num_heads, key_dim), 1),
-        "key": Shape((key_size, kv_heads, key_dim), 1),
-        "value": Shape((value_size, kv_heads, value_dim), 1),
+        "query": KernelShape((query_size, num_heads, key_dim), 1),
+        "key": KernelShape((key_size, kv_heads, key_dim), 1),
+        "value": KernelShape((value_size, kv_heads, value_dim), 1),
     }
     if use_gate:
-        result["gate"] = Shape((query_size, num_heads, value_dim), 1)
-    result["attention_output"] = Shape((num_heads, value_dim, *(output_shape or (query_size,))), 2)
+        result["gate"] = KernelShape((query_size, num_heads, value_dim), 1)
+    result["attention_output"] = KernelShape(
+        (num_heads, value_dim, *(output_shape or (query_size,))), 2
+    )
     return result
 
 
 def init(
     rng: PRNGKey,
-    shape: Shape,
+    shape: KernelShape,
     kernel_initializer: Any,
     bias_initializer: Any | None,
     dtype: Any,
@@ -96,41 +98,56 @@ def check_names(params: Params) -> None:
         )
 
 
-def project(
-    name: str, params: Params, x: Float[Array, "*L D"], precision: Precision = None
-) -> Float[Array, "*L N H"]:
-    """Multiply the features of `x` by a kernel and add its bias, in the dtype of `x`.
+def product(
+    name: str, kernel: Any, bias: Any, x: Array, in_axes: int, precision: Precision = None
+) -> Array:
+    """Multiply the last axes of `x` by a kernel, as it is stored, and add the bias, in the dtype of `x`.
+
+    What replaces products (quantization, adapters) sees `jax.lax.dot_general` with the kernel itself. On
+    explicit mesh axes the result is cut as the batch of `x` and the features of the kernel are.
+
+    Args:
+      name: Of the projection, for errors.
+      kernel: [*inputs, *features], or what stands for it.
+      bias: [*features] or None.
+      x: [*L, *inputs].
+      in_axes: Number of the inputs' axes: 1, or 2 for the output kernel.
 
     Raises:
       WeightsError: If the kernel was made for inputs of another width.
     """
-    return _product(name, params[name], x, 1, precision)
-
-
-def combine(params: Params, x: Float[Array, "*L N V"], precision: Precision = None) -> Array:
-    """Multiply heads and values by the output kernel and add its bias, in the dtype of `x`."""
-    return _product("attention_output", params["attention_output"], x, 2, precision)
-
-
-def _product(name: str, weights: Params, x: Array, in_axes: int, precision: Precision) -> Array:
-    kernel = weights["kernel"]
-    if kernel.shape[:in_axes] != x.shape[x.ndim - in_axes :]:
+    if tuple(kernel.shape[:in_axes]) != tuple(x.shape[x.ndim - in_axes :]):
         raise WeightsError(
             f"the {name} kernel of shape {tuple(kernel.shape)} does not fit its input of shape "
             f"{tuple(x.shape)}: they must share {in_axes} axis or axes. "
             "The arguments of the layer are query, value, key, in this order; if the inputs have changed "
             "width, initialise the layer again."
         )
-    # As matrices: XLA on CPU transposes and copies the gradients of kernels with more axes.
-    outer, features = x.shape[: x.ndim - in_axes], kernel.shape[in_axes:]
-    matrix = jnp.asarray(kernel, x.dtype).reshape(math.prod(kernel.shape[:in_axes]), -1)
-    y = jax.lax.dot_general(
-        x.reshape(*outer, matrix.shape[0]),
-        matrix,
-        (((len(outer),), (0,)), ((), ())),
-        precision=precision,
-    )
-    bias = weights.get("bias")
-    if bias is not None:
-        y = y + jnp.asarray(bias, x.dtype).reshape((1,) * len(outer) + (-1,))
-    return y.reshape(*outer, *features)
+    outer = x.ndim - in_axes
+    contracted = tuple(range(outer, x.ndim)), tuple(range(in_axes))
+    kernel = kernel if kernel.dtype == x.dtype else kernel.astype(x.dtype)
+    out = _explicit(x, kernel, outer, in_axes)
+    options: dict[str, Any] = {} if out is None else {"out_sharding": out}
+    y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), precision=precision, **options)
+    if bias is None:
+        return y
+    return y + jnp.expand_dims(jnp.asarray(bias, x.dtype), tuple(range(outer)))
+
+
+def _explicit(x: Array, kernel: Any, outer: int, in_axes: int) -> NamedSharding | None:
+    """Return how a product lies on a mesh whose axes stand in types; None on any other."""
+    if not isinstance(kernel, jax.Array):
+        return None
+    places = [jax.typeof(a).sharding for a in (x, kernel)]
+    mesh = next((place.mesh for place in places if not place.mesh.empty), None)
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+        return None
+    batch, features = places[0].spec[:outer], places[1].spec[in_axes:]
+    used = {name for axes in batch for name in _names(axes)}
+    free = [None if used & set(_names(axes)) else axes for axes in features]
+    return NamedSharding(mesh, PartitionSpec(*batch, *free))
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    """Return the mesh axes that an entry of a PartitionSpec names."""
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())

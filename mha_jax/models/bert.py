@@ -25,7 +25,7 @@ from mha_jax.attention.masks import ValidKeys
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.layer.linen import MultiHeadAttention
-from mha_jax.layer.projections import project
+from mha_jax.layer.projections import product
 from mha_jax.types import Array, ArrayLike, Bool, Float, Int
 
 # By the mean of squared deviations, as accurate as the tiny epsilon needs.
@@ -207,6 +207,9 @@ def _scores(model, layer, heads, variables, tokens, mask):
         name: {part: weight[..., np.asarray(heads), :] for part, weight in params[name].items()}
         for name in ("query", "key")
     }
-    q, k = project("query", chosen, x), project("key", chosen, x)
+    q, k = (
+        product(name, weights["kernel"], weights.get("bias"), x, 1)
+        for name, weights in chosen.items()
+    )
     key_tokens = Tokens(x.shape[1], valid=None if mask is None else jnp.asarray(mask))
     return attention_scores(Call(q, k, k, k_tokens=key_tokens, mask=ValidKeys()))
