@@ -73,13 +73,13 @@ def _forward_block(view: View, precision: Any) -> None:
         x = view.logits(x, part)
         largest = jnp.max(x, axis=1, keepdims=True)
         if part.fresh:
-            m = jnp.broadcast_to(jnp.maximum(largest, LEAST), (part.height, LANES))
+            m = jnp.maximum(largest, LEAST)
             shrink = None
         else:
             old = m_ref[part.rows]
             m = jnp.maximum(old, largest)
             shrink = jnp.exp2((old - m) * view.factor)
-        m_ref[part.rows] = m
+        m_ref[part.rows] = across(m, LANES)
         return x, m, shrink
 
     def finish(part, x, m, shrink):

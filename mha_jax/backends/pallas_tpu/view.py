@@ -199,8 +199,7 @@ class View:
         """Return the places of tokens in the padded array."""
         if side == self.g.outer:
             first = self.r * self.g.rows + part.top
-            place = lax.broadcasted_iota(jnp.int32, (part.height, LANES), 0) + first
-            return across(place, part.width)
+            return lax.broadcasted_iota(jnp.int32, (part.height, part.width), 0) + first
         first = self.m * self.g.chunk + part.at
         line = lax.broadcasted_iota(jnp.int32, (1, part.width), 1) + first
         return jnp.broadcast_to(line, (part.height, part.width)) if whole else line
@@ -294,5 +293,10 @@ def _at(axis: int, steps: int, first: bool, body: Callable[[], None]) -> None:
 
 
 def across(column: Array, size: int) -> Array:
-    """Repeat columns of 128 equal lanes to `size` lanes."""
+    """Repeat one column, or columns of 128 equal lanes, to `size` lanes.
+
+    Compilers before libtpu 0.0.30 cannot tile what they know to be equal in all lanes.
+    """
+    if column.shape[1] == 1:
+        return jnp.broadcast_to(column, (column.shape[0], size))
     return jnp.tile(column, (1, -(-size // LANES)))[:, :size]
