@@ -1,7 +1,6 @@
 """Keras's MultiHeadAttention as pure JAX functions and a Flax module: one answer on every path."""
 
-import importlib
-import typing
+import typing as _typing
 
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.call import Call, Output
@@ -24,26 +23,6 @@ from mha_jax.layer.functional import init_params, multi_head_attention
 from mha_jax.layer.linen import MultiHeadAttention
 
 __version__ = "0.1.0"
-
-# Rooms that are imported when first used: `mha_jax.interop.keras`, `mha_jax.nnx`.
-_ROOMS = {
-    "constraints": "mha_jax.layer.constraints",
-    "initializers": "mha_jax.layer.initializers",
-    "interop": "mha_jax.interop",
-    "models": "mha_jax.models",
-    "nnx": "mha_jax.layer.nnx",
-    "regularizers": "mha_jax.layer.regularizers",
-    "sharding": "mha_jax.sharding",
-    "train": "mha_jax.train",
-    "visualize": "mha_jax.visualize",
-}
-
-
-def __getattr__(name: str) -> typing.Any:
-    if name in _ROOMS:
-        return importlib.import_module(_ROOMS[name])
-    raise AttributeError(f"module 'mha_jax' has no attribute {name!r}")
-
 
 __all__ = [
     "Cache",
@@ -75,3 +54,24 @@ __all__ = [
     "scores_mean",
     "scores_top_k",
 ]
+
+if _typing.TYPE_CHECKING:
+    from mha_jax import interop as interop
+    from mha_jax import models as models
+    from mha_jax import sharding as sharding
+    from mha_jax import train as train
+    from mha_jax import visualize as visualize
+    from mha_jax.layer import constraints as constraints
+    from mha_jax.layer import initializers as initializers
+    from mha_jax.layer import nnx as nnx
+    from mha_jax.layer import regularizers as regularizers
+else:
+    from mha_jax.rooms import inside as _inside
+    from mha_jax.rooms import lazy as _lazy
+
+    __getattr__, __dir__ = _lazy(
+        __name__,
+        _inside(__name__, "interop", "models", "sharding", "train", "visualize")
+        | _inside(f"{__name__}.layer", "constraints", "initializers", "nnx", "regularizers"),
+        (*__all__, "__version__"),
+    )

@@ -11,14 +11,14 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "mha_jax"
 # The rules: a module imports from its own floor and from those below, where it is named by its longest
 # line. Modules of one folder are on one floor unless they have lines of their own.
 FLOORS = [
-    ["types", "errors"],
+    ["types", "errors", "rooms", "cli"],
     ["attention"],
     ["backends"],
     ["engine", "sharding"],
     ["attention.attention_fn", "attention.functions", "attention.scores"],
     ["layer"],
     ["layer.nnx", "interop", "models", "visualize"],
-    ["train"],
+    ["train", "__main__"],
 ]
 # The doors through which a floor reaches a higher one: a backend by its name, when it is first asked.
 LAZY = {"backends.base": "backends.blockwise"}

@@ -1,12 +1,21 @@
 """Weights and configurations from and to other libraries, one module a library; the core imports none."""
 
-import importlib
-from typing import Any
+import typing as _typing
 
-_MODULES = ("flax", "keras", "torch")
+if _typing.TYPE_CHECKING:
+    from mha_jax.interop import flax as flax
+    from mha_jax.interop import keras as keras
+    from mha_jax.interop import torch as torch
+else:
+    from mha_jax.rooms import inside as _inside
+    from mha_jax.rooms import lazy as _lazy
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"mha_jax.interop.{name}")
-    raise AttributeError(f"module 'mha_jax.interop' has no attribute {name!r}")
+    __getattr__, __dir__ = _lazy(
+        __name__,
+        _inside(
+            __name__,
+            "flax",
+            "keras",
+            "torch",
+        ),
+    )

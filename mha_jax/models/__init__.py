@@ -1,1 +1,31 @@
-"""Flax models composed of the layer; imported by name, never by `import mha_jax`."""
+"""Flax models composed of the layer, each imported when first used."""
+
+import typing as _typing
+
+if _typing.TYPE_CHECKING:
+    from mha_jax.models import bert as bert
+    from mha_jax.models import minilm as minilm
+    from mha_jax.models import rxnmapper as rxnmapper
+    from mha_jax.models import smiles as smiles
+    from mha_jax.models import torch_file as torch_file
+    from mha_jax.models import transformer as transformer
+    from mha_jax.models import weights as weights
+    from mha_jax.models import wordpiece as wordpiece
+else:
+    from mha_jax.rooms import inside as _inside
+    from mha_jax.rooms import lazy as _lazy
+
+    __getattr__, __dir__ = _lazy(
+        __name__,
+        _inside(
+            __name__,
+            "bert",
+            "minilm",
+            "rxnmapper",
+            "smiles",
+            "torch_file",
+            "transformer",
+            "weights",
+            "wordpiece",
+        ),
+    )

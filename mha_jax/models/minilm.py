@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax.errors import MhaError
+from mha_jax.cli import command
+from mha_jax.errors import InputError
 from mha_jax.models import bert, weights
-from mha_jax.models.errors import InputError
 from mha_jax.models.wordpiece import WordPiece
 from mha_jax.types import Array, Bool, Float, Int
 
@@ -190,11 +190,9 @@ def run(options: argparse.Namespace, lines: Any) -> None:
     print(table(sentences, embeddings @ embeddings.T))
 
 
+@command
 def main(arguments: list[str]) -> None:
-    try:
-        run(parse(arguments), sys.stdin)
-    except MhaError as error:
-        sys.exit(f"error: {error}")
+    run(parse(arguments), sys.stdin)
 
 
 if __name__ == "__main__":

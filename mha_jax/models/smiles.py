@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mha_jax.models.errors import InputError
+from mha_jax.errors import InputError
 
 ARROW = ">>"
 TOKEN = re.compile(r"\[[^\[\]]+\]|Br|Cl|[BCNOPSFI]|[bcnops]|%\d\d|\d|>>|[-=#$:~/\\().*]")

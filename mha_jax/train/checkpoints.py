@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from mha_jax.train.errors import WorkdirError
+from mha_jax.errors import WorkdirError
 
 FOLDER = "checkpoints"
 DIGESTS = "digests"

@@ -10,8 +10,8 @@ from functools import partial
 import grain
 import numpy as np
 
+from mha_jax.errors import DataError
 from mha_jax.models import weights
-from mha_jax.train.errors import DataError
 
 read_checked = partial(weights.read_checked, error=DataError)
 

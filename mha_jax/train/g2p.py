@@ -16,11 +16,11 @@ import grain
 import jax
 import numpy as np
 
+from mha_jax.errors import ConfigError, DataError
 from mha_jax.models.transformer import Config, Transformer
 from mha_jax.train import cmudict
 from mha_jax.train.data import endless
 from mha_jax.train.decoding import beam_search, greedy
-from mha_jax.train.errors import ConfigError, DataError
 from mha_jax.train.losses import token_loss
 from mha_jax.train.scoring import error_rates
 from mha_jax.train.tasks import Batch

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mha_jax.errors import ConfigError
 from mha_jax.layer import constraints
-from mha_jax.train.errors import ConfigError
 
 
 def paper_schedule(peak: float, warmup: int) -> optax.Schedule:

@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mha_jax.errors import MhaError
-from mha_jax.train.checkpoints import read_params, say_things_once
-from mha_jax.train.errors import DataError, WorkdirError
+from mha_jax.cli import command
+from mha_jax.errors import DataError, WorkdirError
 from mha_jax.train.workdir import read_card
 
 
@@ -59,6 +58,7 @@ def load(workdir: pathlib.Path) -> tuple[Any, Any, Any]:
     from ml_collections import ConfigDict
 
     from mha_jax.train import g2p
+    from mha_jax.train.checkpoints import read_params
 
     phonemes = g2p.Phonemes(card["task"]["symbols"])
     model = g2p.make_model(ConfigDict(card["config"]), phonemes.symbols)
@@ -102,13 +102,19 @@ def check_picture(picture: pathlib.Path, words: list[str], overwrite: bool) -> N
         raise DataError(f"{picture} exists already. Pass --overwrite to replace it.")
 
 
+@command
 def main(arguments: list[str]) -> None:
-    try:
-        run(parse(arguments))
-    except MhaError as error:
-        sys.exit(f"error: {error}")
+    run(parse(arguments))
+
+
+@command
+def start(arguments: list[str]) -> None:
+    """Run as a program, which may silence what the libraries log."""
+    from mha_jax.train.checkpoints import say_things_once
+
+    say_things_once()
+    main(arguments)
 
 
 if __name__ == "__main__":
-    say_things_once()
-    main(sys.argv[1:])
+    start(sys.argv[1:])

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 
-from mha_jax.train.errors import ConfigError
+from mha_jax.errors import ConfigError
 
 Batch = Mapping[str, Any]
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mha_jax.errors import DataError
 from mha_jax.models.transformer import Config, Transformer
 from mha_jax.train.data import endless
-from mha_jax.train.errors import DataError
 from mha_jax.train.losses import token_loss
 from mha_jax.train.tasks import Batch
 

@@ -5,7 +5,7 @@ import os
 import pathlib
 from typing import Any
 
-from mha_jax.train.errors import WorkdirError
+from mha_jax.errors import WorkdirError
 
 CARD = "run.json"
 FREE_TO_CHANGE = {"resume", "tensorboard", "log_every", "save_every"}

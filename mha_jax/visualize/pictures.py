@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
-from matplotlib.figure import Figure, FigureBase
-from matplotlib.ticker import MaxNLocator
+
+from mha_jax.rooms import packages
+
+with packages():
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+    from matplotlib.figure import Figure, FigureBase
+    from matplotlib.ticker import MaxNLocator
 
 INK = "#3b0f70"
 # White where nothing is seen, so that a mask looks like the page; from light to dark in all three

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import mha_jax as mj
+from mha_jax.errors import InputError
 from mha_jax.models import bert, minilm
-from mha_jax.models.errors import InputError
 from mha_jax.models.wordpiece import WordPiece
 
 needs_package = pytest.mark.skipif(

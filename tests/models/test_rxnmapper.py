@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from mha_jax.errors import InputError
 from mha_jax.models import bert, rxnmapper
-from mha_jax.models.errors import InputError
 from mha_jax.models.rxnmapper import Reaction, pair_atoms
 
 needs_package = pytest.mark.skipif(

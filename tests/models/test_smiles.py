@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mha_jax.models.errors import InputError
+from mha_jax.errors import InputError
 from mha_jax.models.smiles import Molecules, tokenize
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mha_jax import WeightsError
-from mha_jax.models.errors import InputError
+from mha_jax.errors import InputError
 from mha_jax.models.weights import fill, read_checked, read_safetensors
 
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"

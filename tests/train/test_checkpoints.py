@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from mha_jax.errors import WorkdirError
 from mha_jax.train.checkpoints import Checkpoints, digest, read_params
-from mha_jax.train.errors import WorkdirError
 
 
 def state(seed):
@@ -141,7 +141,7 @@ def test_full_disk_leaves_the_last_good_checkpoint(tmp_path):
         import resource, signal, sys, pathlib
         import numpy as np
         from mha_jax.train.checkpoints import Checkpoints
-        from mha_jax.train.errors import WorkdirError
+        from mha_jax.errors import WorkdirError
         checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), "error")
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

@@ -8,7 +8,8 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from mha_jax.train.errors import ConfigError, WorkdirError
+from mha_jax.errors import ConfigError, WorkdirError
+from mha_jax.train.command import NAMED, find_config
 from mha_jax.train.tasks import make_task
 from mha_jax.train.workdir import CARD, open_workdir, read_card
 
@@ -30,16 +31,20 @@ def run(*arguments):
     ("arguments", "message"),
     [
         (
-            ["--config=configs/lm.py", "--config.stepps=3"],
+            ["--config=lm", "--config.stepps=3"],
             'Did you mean "steps" instead of "stepps"',
         ),
-        (["--config=configs/lm.py", "--config.model.widht=3"], 'Did you mean "width"'),
-        (["--config=configs/lm.py", "--config.steps=many"], "--config.steps=many"),
-        (["--config=configs/no_such.py"], "error: the config file cannot be read"),
-        ([], "error: no experiment was named. Pass --config=configs/g2p.py"),
-        (["--config=configs/lm.py", "steps=3"], "error: unexpected argument 'steps=3'"),
-        (["--config=configs/lm.py", "--config.task=lmm"], "error: config.task='lmm' is not a task"),
-        (["--config=configs/vaswani_base.py"], "error: config.data='' is not a file"),
+        (["--config=lm", "--config.model.widht=3"], 'Did you mean "width"'),
+        (["--config=lm", "--config.steps=many"], "--config.steps=many"),
+        (["--config=configs/no_such.py"], "error: --config=configs/no_such.py is no experiment"),
+        (["--config", "lm", "--config.steps=many"], "--config.steps=many"),
+        (["--config=../lm"], "error: --config=../lm is no experiment and no file. Expected one of"),
+        (["--config=configs/../lm.py"], "is no experiment and no file"),
+        (["--config=lm", "--config.task=../../lm"], "config.task='../../lm' is not a task"),
+        ([], "error: no experiment was named. Pass --config=g2p"),
+        (["--config=lm", "steps=3"], "error: unexpected argument 'steps=3'"),
+        (["--config=lm", "--config.task=lmm"], "error: config.task='lmm' is not a task"),
+        (["--config=vaswani_base"], "error: config.data='' is not a file"),
     ],
 )
 def test_mistakes_end_with_one_clear_line(arguments, message, tmp_path):
@@ -48,6 +53,22 @@ def test_mistakes_end_with_one_clear_line(arguments, message, tmp_path):
     assert message in text
     assert "Traceback" not in text
     assert not (tmp_path / "run").exists()
+
+
+def test_experiments_are_listed_and_found_by_their_names():
+    code, text = run("--list")
+    assert code == 0
+    assert all(f"--config={name} " in text for name in ("digits", "g2p", "g2p_long", "lm"))
+    found = {str(find_config(name)) for name in ("g2p", "g2p.py", "configs/g2p.py")}
+    assert found == {str(NAMED["g2p"])}
+    with pytest.raises(ConfigError, match=r"--config=/etc/g2p is no experiment and no file"):
+        find_config("/etc/g2p")
+
+
+def test_a_file_of_the_users_own_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("lm").write_text("")
+    assert find_config("lm") == pathlib.Path("lm")
 
 
 def config(**changes):

@@ -1,35 +1,32 @@
 """Every config opens with its command, its time and its result; the paper's sizes compile."""
 
-import importlib.util
-import pathlib
+import importlib
 
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from mha_jax.errors import DataError
 from mha_jax.models.transformer import Config
-from mha_jax.train.errors import DataError
+from mha_jax.train.command import NAMED
 from mha_jax.train.loop import initial_state, make_step
 from mha_jax.train.optimizer import make_optimizer
 from mha_jax.train.tasks import TASKS, make_task
 from mha_jax.train.translation import read_pairs
 
-FOLDER = pathlib.Path(__file__).parents[2] / "configs"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
+NAMES = sorted(NAMED)
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module(f"mha_jax.train.configs.{name}")
     return module, module.get_config()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_is_complete(name):
     module, config = load(name)
-    assert f"python -m mha_jax.train --config=configs/{name}.py" in module.__doc__
+    assert f"python -m mha_jax.train --config={name}" in module.__doc__
     assert "Time:" in module.__doc__ and "Result:" in module.__doc__
     assert config.task in TASKS
     assert config.resume is False

@@ -6,9 +6,9 @@ import types
 import numpy as np
 import pytest
 
+from mha_jax.errors import DataError
 from mha_jax.train import cmudict, lm
 from mha_jax.train.data import endless, read_checked
-from mha_jax.train.errors import DataError
 
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 

