@@ -22,13 +22,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from mha_jax.backends.pallas_tpu.order import Order, entry, order
 
 from benchmarks.tpu_schedule import Schedule, read_dump
 from mha_jax import Call, Causal, Dropout, Full, Window
-from mha_jax.attention.call import Output
+from mha_jax.attention.call import Output, State
 from mha_jax.attention.check import check
-from mha_jax.backends.pallas_tpu import SIZES, PallasTPU
-from mha_jax.backends.pallas_tpu.order import Order, entry, order
+from mha_jax.backends.pallas_tpu import PallasTPU
+from mha_jax.backends.pallas_tpu.sizes import SIZES
 
 # Topology, and bf16 multiply-adds of one core in a cycle, times two.
 KINDS = {
@@ -115,9 +116,10 @@ def ours(work: Work, kind: str, interpret: bool = False) -> Rival:
     def forward(q, k, v, words):
         return backend.forward(call(q, k, v, words)).out
 
-    def backward(q, k, v, words, d_out, out, lse):
-        cotangent = Output(d_out, jnp.zeros_like(lse))
-        return backend.cotangent(call(q, k, v, words), Output(out, lse), cotangent)[:3]
+    def backward(q, k, v, words, d_out, out, statistic):
+        cotangent = Output(d_out, jnp.zeros_like(statistic))
+        state = State(out, statistic, statistic)
+        return backend.cotangent(call(q, k, v, words), state, cotangent)[:3]
 
     zeros = jnp.zeros(x.shape, x.dtype)
     plain = check(Call(zeros, zeros, zeros, mask=MASKS[work.mask]))
