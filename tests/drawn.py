@@ -3,6 +3,8 @@
 NumPy draws and rounds; `jax.device_put` only copies, where `jnp.asarray` may compile an identity.
 """
 
+import random
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -25,3 +27,16 @@ def redraw(tree, seed=0):
 def draw_variables(module, *inputs, **options):
     """Return random variables of the tree, shapes and dtypes that `module.init` makes."""
     return redraw(jax.eval_shape(partial(module.init, **options), jax.random.key(0), *inputs))
+
+
+def damaged(good: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
+    """Yield a file again and again, cut short or with one to four bytes changed."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        data = bytearray(good)
+        if rng.random() < 0.2:
+            del data[rng.randrange(len(data)) :]
+        else:
+            for _ in range(rng.randrange(1, 5)):
+                data[rng.randrange(len(data))] = rng.choice([0, 255, rng.randrange(256)])
+        yield bytes(data)

@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "mha_jax"
 # The rules: a module imports from its own floor and from those below, where it is named by its longest
 # line. Modules of one folder are on one floor unless they have lines of their own.
 FLOORS = [
-    ["types", "errors", "rooms", "cli"],
+    ["types", "errors", "rooms", "cli", "files"],
     ["attention"],
     ["backends"],
     ["engine", "sharding"],

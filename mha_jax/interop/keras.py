@@ -149,13 +149,15 @@ def load(
     the rest is the default: set it with `module.clone(sliding_window=..., attention_axes=...)`.
 
     Args:
-      path: A `.keras` or `.weights.h5` file.
+      path: A `.keras`, `.weights.h5` or `.weights.json` file, the last with its shards beside it.
       name: Name of the layer, or its place in the file where two have the same name; may be left out
         if the file holds one attention layer.
 
     Raises:
-      WeightsError: If the file is none of Keras's, the layer is not in it or not the only one, or its
-        weights do not fit its arguments. The message lists the layers.
+      WeightsError: If the file is none of Keras's, damaged, or refers to other files; the layer is not in
+        it or not the only one, or was quantized; its weights do not fit its arguments. The message lists
+        the layers.
+      MissingPackageError: If h5py is not installed.
 
     >>> import keras, tempfile
     >>> x = keras.Input((5, 16))
@@ -199,6 +201,11 @@ def _attribute(name: str) -> str:
 def _dense_weights(dense: Any) -> dict[str, Any]:
     from keras import ops  # type: ignore[attr-defined]
 
+    if mode := getattr(dense, "quantization_mode", None):
+        raise WeightsError(
+            f"the Keras layer {dense.name!r} is quantized ({mode}) and computes something else than its "
+            "kernel says. Import the layer before quantizing it."
+        )
     weights = {"kernel": dense.kernel, "bias": dense.bias}
     return {
         part: ops.convert_to_numpy(ops.convert_to_tensor(weight))
@@ -213,7 +220,15 @@ def _assemble(
     for ours, theirs in _GROUPED.items():
         if theirs in config:
             config[ours] = config.pop(theirs)
-    module = MultiHeadAttention.from_config(config)
+    try:
+        module = MultiHeadAttention.from_config(config)
+    except WeightsError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise WeightsError(
+            f"the arguments of the layer {name!r} are damaged, or of another version: {error}. Expected "
+            "those that Keras's get_config() gives. Save the model again."
+        ) from error
     for part in ("query", "key", "value", "attention_output"):
         if "kernel" not in params.get(part, {}):
             raise WeightsError(
@@ -293,8 +308,8 @@ def _choose(layers: list[Stored], path: str, name: str | None) -> Stored:
     if not layers:
         raise WeightsError(
             f"{path} holds no attention layer: expected groups with query, key, value and output kernels, "
-            "as Keras 3 writes MultiHeadAttention and GroupQueryAttention. Save models in the old .h5 "
-            "format again with Keras 3."
+            "as Keras 3 writes MultiHeadAttention and GroupQueryAttention. Of weights in several shards, "
+            "load the .weights.json; save models in the old .h5 format again with Keras 3."
         )
     found = [layer for layer in layers if name is None or name in (layer.name, layer.path)]
     if len(found) == 1:

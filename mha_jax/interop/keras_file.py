@@ -1,21 +1,28 @@
-"""Attention layers in the files that Keras 3 saves: `.keras`, a zip of JSON and HDF5, and `.weights.h5`.
+"""Attention layers in the files that Keras 3 saves: `.keras`, a zip of JSON and HDF5, `.weights.h5`, and
+the shards that a `.weights.json` lists.
 
 HDF5 holds a group a layer, found here by what is in it: a group each for the query, key, value and output
 projection, with their kernel and bias as `vars/0` and `vars/1`. Its place follows the attributes of the
 model: `layers/<class>_<count>` in functional and sequential models. JSON nests the same way, which is how
 a group finds its configuration; files since Keras 3.10 or so also name every group.
+
+HDF5 can refer to other files: by links, by external storage and by virtual datasets. None is followed.
 """
 
-import json
+import contextlib
+import io
 import os
+import pathlib
 import re
-import zipfile
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from ml_dtypes import bfloat16
 
 from mha_jax.errors import WeightsError
+from mha_jax.files import Budget, DamageError, parse_json, reading, zip_parts
+from mha_jax.rooms import packages
 
 _PROJECTIONS = {
     "query": "query_dense",
@@ -24,6 +31,14 @@ _PROJECTIONS = {
     "gate": "gate_dense",
     "attention_output": "output_dense",
 }
+_EXPECTED = (
+    "Expected a .keras, .weights.h5 or .weights.json file, written by model.save or model.save_weights, "
+    "whole. Copy it or save it again."
+)
+# Characters of a place: groups in groups without end would have places without end.
+_LONGEST = 1024
+# Those that come with HDF5: deflate, shuffle, fletcher32. Others are libraries that it would load.
+_FILTERS = {1, 2, 3}
 _CLASSES = ("MultiHeadAttention", "GroupQueryAttention", "GroupedQueryAttention")
 
 
@@ -36,36 +51,135 @@ class Stored(NamedTuple):
     params: dict[str, dict[str, np.ndarray]]
 
 
+class _Tree(NamedTuple):
+    """What is in one HDF5 file, or in several shards of one, by place."""
+
+    groups: set[str]
+    names: dict[str, str]
+    datasets: dict[str, Any]
+
+
 def read(path: str | os.PathLike[str]) -> list[Stored]:
     """Return every attention layer of a file.
 
     Raises:
-      WeightsError: If it is no file of Keras's, or h5py is missing.
+      WeightsError: It is no file of Keras's, or damaged, or refers to other files.
+      MissingPackageError: h5py is not installed.
+
+    Cost: A `.keras` file is held in memory once while it is read.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise WeightsError("reading a file of Keras's needs h5py: pip install h5py.") from error
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            missing = {"config.json", "model.weights.h5"} - set(archive.namelist())
-            if missing:
-                raise WeightsError(
-                    f"{os.fspath(path)} is a zip file without {', '.join(sorted(missing))}, not what Keras "
-                    f"saves as .keras: it holds {', '.join(archive.namelist()[:9])}."
-                )
-            configs = _configs(json.loads(archive.read("config.json")))
-            with archive.open("model.weights.h5") as weights, h5py.File(weights, "r") as file:
-                return _layers(file, configs)
-    if h5py.is_hdf5(path):
-        with h5py.File(path, "r") as file:
-            return _layers(file, {})
-    with open(path, "rb") as file:
+    path = pathlib.Path(path)
+    with packages():
+        import h5py  # noqa: F401
+    with path.open("rb") as file, reading(str(path), _EXPECTED, WeightsError):
         start = file.read(8)
+        file.seek(0)
+        if start.startswith(b"PK"):
+            parts = zip_parts(file, ("config.json", "model.weights.h5"))
+            configs = _configs(parse_json(parts["config.json"]))
+            return _read_hdf5([io.BytesIO(parts["model.weights.h5"])], configs)
+        if start == b"\x89HDF\r\n\x1a\n":
+            return _read_hdf5([file], {})
+        if start.startswith(b"{"):
+            return _read_shards(path.parent, parse_json(file.read()))
     raise WeightsError(
-        f"{os.fspath(path)} is not a file that Keras saved: it starts with {start!r}. Expected a .keras or "
-        ".weights.h5 file, written by model.save or model.save_weights."
+        f"{path} is not a file that Keras saved: it starts with {start!r}. Expected a .keras, .weights.h5 or "
+        ".weights.json file, written by model.save or model.save_weights."
     )
+
+
+def _read_shards(folder: pathlib.Path, index: dict[str, Any]) -> list[Stored]:
+    """Read the shards that a `.weights.json` lists, which lie beside it."""
+    shards = {name for listed in index["weight_map"].values() for name in listed}
+    for name in sorted(shards):
+        if not re.fullmatch(r"[^/\\:]+\.weights\.h5", name) or (folder / name).is_symlink():
+            raise DamageError(f"it lists {name!r}, which is no .weights.h5 file beside it")
+    with contextlib.ExitStack() as stack:
+        return _read_hdf5(
+            [stack.enter_context((folder / name).open("rb")) for name in sorted(shards)], {}
+        )
+
+
+def _read_hdf5(streams: list[BinaryIO] | list[io.BytesIO], configs: dict[str, Any]) -> list[Stored]:
+    """Read the layers of one file, or of the shards of one."""
+    import h5py
+
+    size = sum(stream.seek(0, io.SEEK_END) for stream in streams)
+    tree = _Tree(set(), {}, {})
+    with contextlib.ExitStack() as stack:
+        for stream in streams:
+            _check_heaps(stream)
+            _explore(stack.enter_context(h5py.File(stream, "r")), tree)
+        return _layers(tree, configs, Budget(size))
+
+
+def _check_heaps(stream: BinaryIO | io.BytesIO) -> None:
+    """Refuse heaps of text with sizes that are wrong: HDF5 would walk round in them for ever."""
+    for begin in _find(stream, b"GCOL\x01\x00\x00\x00"):
+        stream.seek(begin + 8)
+        end, place = begin + int.from_bytes(stream.read(8), "little"), begin + 16
+        while place + 16 <= end:
+            stream.seek(place)
+            head = stream.read(16)
+            index, size = int.from_bytes(head[:2], "little"), int.from_bytes(head[8:], "little")
+            step = 16 + (size + 7) // 8 * 8 if index else size
+            if len(head) < 16 or place + step > end or (not index and place + size != end):
+                raise DamageError(f"the heap of text at byte {begin} has sizes that are wrong")
+            place += step
+
+
+def _find(stream: BinaryIO | io.BytesIO, mark: bytes) -> Iterator[int]:
+    """Yield the places of a mark."""
+    begin, kept = stream.seek(0), b""
+    while block := stream.read(1 << 20):
+        block = kept + block
+        place = block.find(mark)
+        while place >= 0:
+            yield begin + place
+            place = block.find(mark, place + 1)
+        kept = block[1 - len(mark) :]
+        begin += len(block) - len(kept)
+        stream.seek(begin + len(kept))
+
+
+def _explore(file: Any, tree: _Tree) -> None:
+    """Add what is in an HDF5 file to the tree; a group or dataset with two names has the first."""
+    import h5py
+    from h5py import h5o  # type: ignore[attr-defined]
+
+    seen, waiting = set(), [("", file)]
+    while waiting:
+        place, item = waiting.pop()
+        address = h5o.get_info(item.id).addr
+        if address in seen:
+            continue
+        seen.add(address)
+        if isinstance(item, h5py.Dataset):
+            tree.datasets.setdefault(place, item)
+            continue
+        tree.groups.add(place)
+        if place.rpartition("/")[2] == "vars" and "name" in item.attrs:
+            tree.names[place] = _text(item.attrs)
+        for name in item:
+            link, at = item.get(name, getlink=True), f"{place}/{name}".lstrip("/")
+            if not isinstance(link, h5py.HardLink):
+                raise DamageError(
+                    f"it has a {type(link).__name__} at {at!r}, which may lead to another file. "
+                    "Nothing of it was read"
+                )
+            child = item[name]
+            if not isinstance(child, (h5py.Group, h5py.Dataset)):
+                raise DamageError(f"it has a {type(child).__name__} at {at!r}")
+            if len(at) > _LONGEST:
+                raise DamageError(f"it has groups in groups, {at[:40]!r} and so on, too deep")
+            waiting.append((at, child))
+
+
+def _text(attributes: Any) -> str:
+    attribute = attributes.get_id("name")
+    if attribute.shape != () or attribute.dtype.kind not in "OS":
+        raise DamageError("a name is no text")
+    return str(attributes["name"])
 
 
 def _configs(node: Any, path: str = "") -> dict[str, dict[str, Any]]:
@@ -96,39 +210,63 @@ def _group_name(node: Any) -> str:
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
-def _layers(file: Any, configs: dict[str, dict[str, Any]]) -> list[Stored]:
-    groups = {"": file}
-    file.visititems(
-        lambda path, item: groups.update({path: item}) if hasattr(item, "keys") else None
-    )
+def _layers(tree: _Tree, configs: dict[str, dict[str, Any]], budget: Budget) -> list[Stored]:
     layers = []
-    for path, group in groups.items():
+    for place in sorted(tree.groups):
+        inside = f"{place}/".lstrip("/")
         parts = {
-            name: group[key]
+            name: f"{inside}{prefix}{attribute}"
             for name, attribute in _PROJECTIONS.items()
-            for key in (attribute, f"_{attribute}")
-            if key in group
+            for prefix in ("", "_")
+            if f"{inside}{prefix}{attribute}" in tree.groups
         }
         if len(parts) < 4:
             continue
-        config = configs.get(path)
-        own = group["vars"].attrs.get("name") if "vars" in group else None
-        name = own or (config or {}).get("name") or path.rpartition("/")[2]
-        params = {part: _weights(projection) for part, projection in parts.items()}
+        config = configs.get(place)
+        own = tree.names.get(f"{inside}vars")
+        name = own or (config or {}).get("name") or place.rpartition("/")[2]
+        params = {part: _weights(tree, projection, budget) for part, projection in parts.items()}
         if config is None:
             same = [c for c in configs.values() if c.get("name") == own]
             config = same[0] if len(same) == 1 else None
-        layers.append(Stored(name, path, config, params))
+        layers.append(Stored(name, place, config, params))
     return layers
 
 
-def _weights(projection: Any) -> dict[str, np.ndarray]:
-    stored = projection.get("vars", {})
+def _weights(tree: _Tree, projection: str, budget: Budget) -> dict[str, np.ndarray]:
+    if f"{projection}/vars/2" in tree.datasets:
+        raise WeightsError(
+            f"{projection} holds more than a kernel and a bias: the layer was quantized (int8, int4 or "
+            "float8) or changed otherwise. Save the layer before quantizing it."
+        )
     return {
-        part: _array(stored[key]) for part, key in (("kernel", "0"), ("bias", "1")) if key in stored
+        part: _array(place, tree.datasets[place], budget)
+        for part, place in (("kernel", f"{projection}/vars/0"), ("bias", f"{projection}/vars/1"))
+        if place in tree.datasets
     }
 
 
-def _array(dataset: Any) -> np.ndarray:
+def _array(place: str, dataset: Any, budget: Budget) -> np.ndarray:
+    """Read numbers that lie in the file itself, as many as it has."""
+    import h5py
+
+    properties = dataset.id.get_create_plist()
+    elsewhere = properties.get_external_count() or properties.get_layout() == h5py.h5d.VIRTUAL
+    if (
+        elsewhere
+        or dataset.dtype.kind not in "biufV"
+        or dataset.dtype.names
+        or dataset.shape is None
+    ):
+        where = "in another file. Nothing of it was read" if elsewhere else "not as numbers"
+        raise DamageError(f"{place!r} is stored {where}")
+    filters = {properties.get_filter(i)[0] for i in range(properties.get_nfilters())}
+    if filters - _FILTERS or (
+        dataset.chunks and np.prod(dataset.chunks, dtype=float) > dataset.size
+    ):
+        raise DamageError(
+            f"{place!r} is stored in pieces, or by filters {sorted(filters)}, of its own"
+        )
+    budget.take(repr(place), dataset.nbytes, dataset.id.get_storage_size(), bool(filters))
     value = dataset[()]
     return value.view(bfloat16) if dataset.attrs.get("dtype") == "bfloat16" else value

@@ -15,6 +15,8 @@ torch is imported by `export_layer` alone; `import_state` reads NumPy arrays wit
 (Type checkers take `torch` for this file: hence the ignores.)
 """
 
+import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,13 +97,14 @@ def import_state(
             'the start of its names as prefix="encoder.layers.0.self_attn.", say.'
         )
     width = kernels["attention_output"].shape[0]
-    if not isinstance(num_heads, int) or num_heads <= 0 or width % num_heads:
+    whole = isinstance(num_heads, numbers.Integral) and not isinstance(num_heads, bool)
+    if not whole or num_heads <= 0 or width % num_heads:
         raise WeightsError(
-            f"num_heads must divide the width of the layer: got num_heads={num_heads} and width {width}. "
+            f"num_heads must divide the width of the layer: got num_heads={num_heads!r} and width {width}. "
             "Pass the num_heads that the torch layer was made with."
         )
     _check_widths(kernels, biases, width)
-    heads = (num_heads, width // num_heads)
+    heads = (int(num_heads), width // int(num_heads))
     params: Params = {
         name: {"kernel": weights.array(f"{name} kernel", w.T).reshape(w.shape[1], *heads)}
         for name, w in kernels.items()
@@ -113,7 +116,7 @@ def import_state(
         shape = (width,) if name == "attention_output" else heads
         params[name]["bias"] = weights.array(f"{name} bias", bias).reshape(shape)
     module = MultiHeadAttention(
-        num_heads=num_heads,
+        num_heads=heads[0],
         key_dim=heads[1],
         dropout=dropout,
         use_bias=bool(biases),
@@ -210,14 +213,17 @@ def import_masks(
     key_padding_mask: ArrayLike | None = None,
     *,
     num_heads: int,
+    batch: int | None = None,
 ) -> dict[str, Any]:
     """Return the masks of a torch call as arguments of ours: what True hides there, False hides here.
 
     Args:
-      attn_mask: [T, S] or [B * N, T, S], True where a query may not attend. Floats that are added to
-        the logits count if they are 0 and -inf only.
+      attn_mask: [T, S] or [B * N, T, S], or [N, T, S] unbatched, True where a query may not attend. Floats
+        that are added to the logits count if they are 0 and -inf only.
       key_padding_mask: [B, S], or [S] unbatched, True (or -inf) for padding.
       num_heads: Heads N, which torch folds into the batch of `attn_mask`.
+      batch: B. If None, `key_padding_mask` tells it; without one, an `attn_mask` of N rows is that of an
+        unbatched call: pass 1 for a batch of one.
 
     Returns:
       {"attention_mask": ..., "value_mask": ...}, each where given: `layer.apply(variables, query,
@@ -232,18 +238,28 @@ def import_masks(
     [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     """
     result = {}
+    axes = None if batch is None else (batch,)  # before the heads; () for an unbatched call
+    if key_padding_mask is not None:
+        padding = _shown("key_padding_mask", key_padding_mask, ranks=(1, 2))
+        if axes not in (None, padding.shape[:-1]):
+            raise ShapeError(
+                f"key_padding_mask must be [B, S] with B = batch: got {padding.shape} and batch={batch}."
+            )
+        axes, result["value_mask"] = padding.shape[:-1], padding
     if attn_mask is not None:
         shown = _shown("attn_mask", attn_mask, ranks=(2, 3))
         if shown.ndim == 3:
-            if shown.shape[0] % num_heads:
+            rows = shown.shape[0]
+            if axes is None:
+                axes = () if rows == num_heads else (rows // num_heads,)
+            if rows != num_heads * math.prod(axes):
                 raise ShapeError(
-                    f"an attn_mask of three axes is [B * num_heads, T, S]: got {shown.shape} with "
-                    f"num_heads={num_heads}, which does not divide {shown.shape[0]}."
+                    f"an attn_mask of three axes is [B * num_heads, T, S], or [num_heads, T, S] of an "
+                    f"unbatched call: got {shown.shape} with num_heads={num_heads}"
+                    + (f" and a batch of {axes[0]}." if axes else ".")
                 )
-            shown = shown.reshape(-1, num_heads, *shown.shape[1:])
+            shown = shown.reshape(*axes, num_heads, *shown.shape[1:])
         result["attention_mask"] = shown
-    if key_padding_mask is not None:
-        result["value_mask"] = _shown("key_padding_mask", key_padding_mask, ranks=(1, 2))
     return result
 
 

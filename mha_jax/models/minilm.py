@@ -130,7 +130,7 @@ def load() -> SentenceEncoder:
     """Load all-MiniLM-L6-v2 from the files of the installed package.
 
     Raises:
-      WeightsError: The package or safetensors is absent, or the files are not the expected ones.
+      WeightsError: The package is absent, or its files are not the expected ones.
     """
     data = {name: _read(name) for name in SHA256}
     model = bert.Bert(CONFIG)

@@ -28,6 +28,8 @@ _DTYPES = {
     "torch ByteStorage": "u1",
     "torch BoolStorage": "?",
 }
+# Tensors may share their numbers, and become copies here: so many bytes for each byte of the file.
+_SHARED = 16
 _TENSOR = "torch._utils _rebuild_tensor_v2"
 _DICT = "collections OrderedDict"
 _RESAVE = "Save the weights anew with safetensors.torch.save_file."
@@ -102,7 +104,10 @@ older format. Save the weights anew with safetensors.torch.save_file.
     storages = {key: _numbers(stream, dtypes[key]) for key in keys}
     if stream.read(1):
         raise _damaged(f"it goes on after the last storage, at byte {stream.tell() - 1}")
-    return {name: _array(name, tensor, storages) for name, tensor in tensors.items()}
+    views = {name: _view(name, tensor, storages) for name, tensor in tensors.items()}
+    if (total := sum(view.nbytes for view in views.values())) > _SHARED * len(data):
+        raise _damaged(f"its tensors have {total:,} bytes, of {len(data):,} that they would share")
+    return {name: np.array(view, order="C") for name, view in views.items()}
 
 
 def _damaged(what: str) -> WeightsError:
@@ -244,7 +249,7 @@ def _numbers(stream: io.BytesIO, dtype: str) -> np.ndarray:
     return np.frombuffer(data, dtype)
 
 
-def _array(name: str, tensor: _Tensor, storages: dict[str, np.ndarray]) -> np.ndarray:
+def _view(name: str, tensor: _Tensor, storages: dict[str, np.ndarray]) -> np.ndarray:
     numbers, shape, strides = storages[tensor.storage.key], tensor.shape, tensor.strides
     end = tensor.offset + sum((size - 1) * stride for size, stride in zip(shape, strides)) + 1
     count = math.prod(shape)
@@ -253,5 +258,4 @@ def _array(name: str, tensor: _Tensor, storages: dict[str, np.ndarray]) -> np.nd
             f"{name} of shape {shape} and strides {strides} reaches beyond its {len(numbers)} numbers"
         )
     steps = [stride * numbers.itemsize for stride in strides]
-    view = np.lib.stride_tricks.as_strided(numbers[tensor.offset :], shape, steps)
-    return np.array(view, order="C")
+    return np.lib.stride_tricks.as_strided(numbers[tensor.offset :], shape, steps)

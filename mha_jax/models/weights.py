@@ -13,9 +13,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from mha_jax.errors import MhaError, WeightsError
+from mha_jax.files import DamageError, parse_json, reading
+
+_SAFETENSORS = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "u1",
+    "BOOL": "?",
+}
 
 
 def read_checked(
@@ -50,24 +70,50 @@ def read_checked(
 
 
 def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
-    """Read the tensors of a safetensors file by name.
+    """Read the tensors of a safetensors file by name, bfloat16 and float8 among them.
+
+    Args:
+      data: The whole file: the length of a JSON header, the header, the numbers.
+
+    Returns:
+      An array for every tensor, which looks into `data`.
 
     Raises:
-      WeightsError: The package safetensors is missing, or the file is damaged.
+      WeightsError: The file is damaged, or holds numbers of less than a byte.
+
+    >>> header = b'{"x": {"dtype": "BF16", "shape": [3], "data_offsets": [0, 6]}}'
+    >>> read_safetensors(len(header).to_bytes(8, "little") + header + bytes(6))["x"].dtype.name
+    'bfloat16'
     """
-    try:
-        import safetensors
-        import safetensors.numpy
-    except ImportError as error:
-        raise WeightsError(
-            "reading a safetensors file needs safetensors: pip install safetensors"
-        ) from error
-    try:
-        return safetensors.numpy.load(data)
-    except safetensors.SafetensorError as error:
-        raise WeightsError(
-            f"the file is no safetensors file, or damaged: {error}. Copy or install it again."
-        ) from error
+    with reading("the safetensors file", "Copy or install it again.", WeightsError):
+        begin = 8 + int.from_bytes(data[:8], "little")
+        if not 8 < begin <= len(data):
+            raise DamageError(f"its header ends at byte {begin:,} of {len(data):,}")
+        header = parse_json(data[8:begin])
+        header.pop("__metadata__", None)
+        numbers = memoryview(data)[begin:]
+        tensors = {name: _tensor(name, entry, numbers) for name, entry in header.items()}
+        ends = sorted(entry["data_offsets"] for entry in header.values())
+        if [0, *(end for _, end in ends)] != [*(start for start, _ in ends), len(numbers)]:
+            raise DamageError("its tensors overlap, or leave bytes between them")
+    return tensors
+
+
+def _tensor(name: str, entry: Mapping[str, Any], numbers: memoryview) -> np.ndarray:
+    if entry["dtype"] not in _SAFETENSORS:
+        raise DamageError(
+            f"{name} has dtype {entry['dtype']}, where {', '.join(_SAFETENSORS)} can be read"
+        )
+    dtype, shape = np.dtype(_SAFETENSORS[entry["dtype"]]), entry["shape"]
+    begin, end = entry["data_offsets"]
+    if not all(type(size) is int and size >= 0 for size in (begin, end, *shape)):
+        raise DamageError(f"{name} has shape {shape} and places {begin} to {end}")
+    if end > len(numbers) or end - begin != math.prod(shape) * dtype.itemsize:
+        raise DamageError(
+            f"{name} of shape {shape} and dtype {entry['dtype']} lies from {begin} to {end} of "
+            f"{len(numbers):,} bytes"
+        )
+    return np.frombuffer(numbers, dtype, math.prod(shape), begin).reshape(shape)
 
 
 def fill(

@@ -19,6 +19,7 @@ from absl import logging
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from mha_jax.errors import WorkdirError
+from mha_jax.files import reason
 
 FOLDER = "checkpoints"
 DIGESTS = "digests"
@@ -49,12 +50,6 @@ def digest(tree: Any) -> str:
         total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         total.update(array.tobytes())
     return total.hexdigest()
-
-
-def reason(error: Exception) -> str:
-    """Give the first line of an error; of a long one the end, where tensorstore says the cause."""
-    line = (str(error).strip().splitlines() or [repr(error)])[0]
-    return line if len(line) <= 200 else f"... {line[-150:]}"
 
 
 def read(manager: ocp.CheckpointManager, step: int, template: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mha_jax.errors import DataError
+from mha_jax.files import npy_array, reading, zip_parts
 from mha_jax.models.transformer import Config, Transformer
 from mha_jax.train.data import endless
 from mha_jax.train.losses import token_loss
@@ -34,11 +35,10 @@ def read_pairs(path: str, vocabulary: int) -> dict[str, np.ndarray]:
     expected = "Expected an .npz file with integers `source` [B, S] and `target` [B, T]."
     if not path or not pathlib.Path(path).is_file():
         raise DataError(f"config.data={path!r} is not a file. {expected}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            pairs = {name: file[name] for name in ("source", "target")}
-    except (ValueError, KeyError, OSError) as error:
-        raise DataError(f"config.data={path!r} cannot be read: {error}. {expected}") from error
+    names = ("source", "target")
+    with reading(f"config.data={path!r}", expected, DataError), open(path, "rb") as file:
+        parts = zip_parts(file, [f"{name}.npy" for name in names])
+        pairs = {name: npy_array(parts[f"{name}.npy"]) for name in names}
     for name, rows in pairs.items():
         if rows.ndim != 2 or rows.dtype.kind not in "iu" or len(rows) != len(pairs["source"]):
             raise DataError(f"{name} in {path!r} is {rows.dtype} {rows.shape}. {expected}")

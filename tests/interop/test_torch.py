@@ -304,15 +304,50 @@ def test_masks():
         S,
     )
     with pytest.raises(
-        ShapeError, match=r"\[B \* num_heads, T, S\]: got \(8, 5, 7\) with num_heads=3"
+        ShapeError,
+        match=r"\[B \* num_heads, T, S\].*: got \(8, 5, 7\) with num_heads=3 and a batch of 2",
     ):
         interop.import_masks(HIDDEN, num_heads=3)
+    for given in (
+        {"batch": 3},
+        {"key_padding_mask": PADDING[:1]},
+        {"key_padding_mask": PADDING[0]},
+    ):
+        with pytest.raises(ShapeError, match=r"an attn_mask of three axes .*got \(8, 5, 7\)"):
+            interop.import_masks(HIDDEN, num_heads=N, **given)
+    with pytest.raises(ShapeError, match=r"\[B, S\] with B = batch: got \(2, 7\) and batch=3"):
+        interop.import_masks(key_padding_mask=PADDING, num_heads=N, batch=3)
     with pytest.raises(ShapeError, match=r"attn_mask must have 2 or 3 axes, .*\(2, 4, 5, 7\)"):
         interop.import_masks(HIDDEN.reshape(B, N, T, S), num_heads=N)
     with pytest.raises(ShapeError, match=r"key_padding_mask must hold booleans.*dtype int64"):
         interop.import_masks(key_padding_mask=PADDING.astype(np.int64), num_heads=N)
     with pytest.raises(UnsupportedError, match=r"attn_mask holds floats other than 0 and -inf"):
         interop.import_masks(np.full((T, S), -1e9), num_heads=N)
+
+
+def test_a_mask_of_every_head_tells_an_unbatched_call_from_a_batch_of_one():
+    one = HIDDEN[:N]
+    assert interop.import_masks(one, num_heads=N)["attention_mask"].shape == (N, T, S)
+    for given in ({"batch": 1}, {"key_padding_mask": PADDING[:1]}):
+        got = interop.import_masks(one, num_heads=N, **given)
+        np.testing.assert_array_equal(got["attention_mask"], ~one[None])
+    got = interop.import_masks(one, PADDING[0], num_heads=N)
+    assert got["attention_mask"].shape == (N, T, S) and got["value_mask"].shape == (S,)
+    module, x = MultiHeadAttention(N, 3), np.ones((S, 5), np.float32)
+    variables = draw_variables(module, x[:T], x)
+    module.apply(variables, x[:T], x, **got)
+    with pytest.raises(ShapeError, match="attention_mask"):
+        module.apply(variables, x[None, :T], x[None], **got)
+
+
+def test_heads_may_be_counted_by_numpy():
+    state = {"in_proj_weight": np.ones((12, 4), np.float32), "out_proj.weight": np.eye(4)}
+    state["out_proj.weight"] = state["out_proj.weight"].astype(np.float32)
+    module, _ = interop.import_state(state, np.int64(2))
+    assert type(module.num_heads) is int and (module.num_heads, module.key_dim) == (2, 2)
+    for heads in (True, 2.0, "2", None, np.int64(-2), 3):
+        with pytest.raises(WeightsError, match="num_heads must divide the width of the layer"):
+            interop.import_state(state, heads)
 
 
 def test_torch_is_not_imported_for_states():

@@ -210,6 +210,13 @@ def test_calls_are_refused_in_every_protocol(call, protocol):
             file(state(x=tensor((3,), (1,), make="_rebuild_sparse_tensor"))),
             r"_rebuild_sparse_tensor",
         ),
+        (
+            file(
+                state(**{f"x{i}": tensor((9999,), (1,)) for i in range(30)}),
+                data=struct.pack("<q", 9999) + bytes(4 * 9999),
+            ),
+            r"its tensors have 1,199,880 bytes, of [\d,]+ that they would share",
+        ),
         (GOOD + b"more", r"goes on after the last storage"),
         (file(state(x=tensor((2,), (1,))), data=b"\xff" * 8), r"0 bytes for 18446744073709551615"),
     ],

@@ -1,5 +1,6 @@
 """Weights are found, checked, renamed and transposed as described."""
 
+import json
 import sys
 
 import jax
@@ -9,7 +10,8 @@ import pytest
 
 from mha_jax import WeightsError
 from mha_jax.errors import InputError
-from mha_jax.models.weights import fill, read_checked, read_safetensors
+from mha_jax.models.weights import _SAFETENSORS, fill, read_checked, read_safetensors
+from tests.drawn import damaged
 
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
@@ -46,20 +48,90 @@ def test_the_error_may_be_another(package):
         read_checked("none_of", "x", EMPTY, "none", InputError)
 
 
-def test_safetensors_are_read_and_damage_is_named():
+def pack(header, numbers=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + numbers
+
+
+def entry(dtype, shape, begin, end):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize("dtype", list(_SAFETENSORS))
+def test_safetensors_of_every_dtype(dtype):
+    item = np.dtype(_SAFETENSORS[dtype]).itemsize
+    one, other = entry(dtype, [2, 3], 0, 6 * item), entry("U8", [], 6 * item, 6 * item + 1)
+    numbers = bytes(range(6 * item)) if dtype != "BOOL" else b"\0\1\1\0\0\1"
+    got = read_safetensors(pack({"__metadata__": {"a": "b"}, "x": one, "y": other}, numbers + b"z"))
+    assert list(got) == ["x", "y"] and got["x"].shape == (2, 3) and got["y"] == ord("z")
+    assert got["x"].dtype == np.dtype(_SAFETENSORS[dtype]) and got["x"].tobytes() == numbers
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int32", "uint8", "bool"])
+def test_safetensors_as_the_package_writes_them(dtype):
     safetensors = pytest.importorskip("safetensors.numpy")
-    x = np.arange(6, dtype=np.float32).reshape(2, 3)
-    data = safetensors.save({"x": x})
-    np.testing.assert_array_equal(read_safetensors(data)["x"], x)
-    for damaged in (b"", data[:-1], data[:9], b"\xff" * 20):
-        with pytest.raises(WeightsError, match="no safetensors file, or damaged"):
-            read_safetensors(damaged)
+    given = {"x": np.arange(6).reshape(2, 3).astype(dtype), "none": np.ones((0, 5), dtype)}
+    got = read_safetensors(safetensors.save(given))
+    for name, array in given.items():
+        np.testing.assert_array_equal(got[name], array)
+        assert got[name].dtype == array.dtype
 
 
-def test_safetensors_missing_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(WeightsError, match="pip install safetensors"):
-        read_safetensors(b"")
+def test_safetensors_of_bfloat16_as_torch_writes_them():
+    torch = pytest.importorskip("torch")
+    save = pytest.importorskip("safetensors.torch").save
+    x = torch.arange(6.0).reshape(2, 3) / 7
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+        got = read_safetensors(save({"x": x.to(dtype)}))["x"]
+        np.testing.assert_array_equal(got.astype(np.float32), x.to(dtype).float().numpy())
+
+
+GIANT = entry("F32", [2**40], 0, 2**42)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", r"its header ends at byte 8 of 0"),
+        (b"\xff" * 20, r"its header ends at byte 18,446,744,073,709,551,623 of 20"),
+        (pack(b"{"), r"Expecting property name"),
+        (pack(b"[" * 100_000), r"recursion"),
+        (pack(b"[]"), r"its JSON is a list, not an object"),
+        (pack(b'{"x": 1, "x": 2}'), r"a name is there twice"),
+        (pack(b"\xff\xfe"), r"utf-8"),
+        (pack({"x": 3}), r"not subscriptable"),
+        (pack({"x": {}}), r"dtype"),
+        (pack({"x": entry("F4", [2], 0, 1)}, b"1"), r"x has dtype F4, where F64, .*BF16"),
+        (pack({"x": GIANT}), r"from 0 to 4398046511104 of 0 bytes"),
+        (
+            pack({"x": entry("F32", [2], 0, 4)}, b"1234"),
+            r"x of shape \[2\] and dtype F32 lies from",
+        ),
+        (pack({"x": entry("U8", [-1], 0, -1)}), r"x has shape \[-1\] and places 0 to -1"),
+        (pack({"x": entry("U8", [1.0], 0, 1)}, b"1"), r"x has shape \[1\.0\]"),
+        (pack({"x": entry("U8", [1] * 70, 0, 1)}, b"1"), r"dimension"),
+        (pack({"x": entry("U8", [1], 1, 2)}, b"12"), r"overlap, or leave bytes between"),
+        (pack({"x": entry("U8", [1], 0, 1)}, b"12"), r"overlap, or leave bytes between"),
+        (
+            pack({"x": entry("U8", [2], 0, 2), "y": entry("U8", [2], 1, 3)}, b"123"),
+            r"overlap, or leave bytes between",
+        ),
+    ],
+)
+def test_damaged_safetensors_are_named(data, message):
+    with pytest.raises(WeightsError, match=rf"safetensors file cannot be read: .*{message}.*again"):
+        read_safetensors(data)
+
+
+def test_safetensors_with_damaged_bytes_are_read_or_refused():
+    good = pack({"x": entry("F32", [2, 3], 0, 24), "y": entry("BF16", [4], 24, 32)}, bytes(32))
+    refused = 0
+    for data in damaged(good, 3000):
+        try:
+            assert sum(x.nbytes for x in read_safetensors(data).values()) <= len(data)
+        except WeightsError:
+            refused += 1
+    assert refused > 1500
 
 
 SHAPES = {
