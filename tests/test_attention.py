@@ -260,7 +260,8 @@ def test_scores_of_some_rows_know_their_positions_segments_and_validity():
 
 def test_scores_from_a_given_lse_are_the_same():
     lse = mj.attend(SCORED).lse
-    np.testing.assert_array_equal(mj.attention_scores(SCORED, lse), mj.attention_scores(SCORED))
+    scores = mj.attention_scores(SCORED)  # normalized by themselves: the same but for a rounding
+    np.testing.assert_allclose(mj.attention_scores(SCORED, lse), scores, rtol=1e-6)
     oracles.assert_close(lse, LSE, CLOSE)
 
 

@@ -18,6 +18,7 @@ from mha_jax.files import FREE, INFLATION, Budget, DamageError, npy_array, readi
 from mha_jax.interop import keras
 from tests.drawn import damaged
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 PLACE = "layers/multi_head_attention"
 SHAPES = {"query": (7, 2, 3), "key": (7, 2, 3), "value": (7, 2, 5), "output": (2, 5, 7)}
 CONFIG = {"name": "attention", "num_heads": 2, "key_dim": 3, "value_dim": 5, "use_bias": False}
@@ -328,7 +329,9 @@ for name in sys.argv[1:]:
     hdf5(path=tmp_path / "a.h5")
     (tmp_path / "b.keras").write_bytes(archive(compression=compression))
     command = [sys.executable, "-c", program, *["a.h5"][: compression == 0], "b.keras"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(command, **options, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -123,7 +123,8 @@ def multi_head_attention(
       dtype: Of the computation; that of inputs and parameters together if None.
       precision, backend: As for `dot_product_attention`.
       on_projection: Called with the name and the value of every projection; what it returns is used: to
-        rotate queries and keys, to normalize them, to look at them.
+        rotate queries and keys, to normalize them, to look at them. It sees the projections of masked tokens
+        too, which otherwise are zeroed before.
       cache: Keys and values of the tokens before, or None. Those of `value` are appended, then the
         queries attend to all that it holds; `value=None` appends nothing. Tokens that `value_mask`
         or `key_mask` marks False are not stored. A query stands at the position of its own token
@@ -247,9 +248,10 @@ class Layer:
         s_fold = k_fold if cache is None else _slots(q_fold, cache)
         rule, q_tokens, k_tokens = self._seen(masks, tokens, q_fold, k_fold, s_fold, cache)
 
-        # Zeroed here as after the projections: biases, and what looks at projections, see no hidden NaN.
-        shown = _hidden(q_tokens, rule.hides_invalid_queries)
-        read = _hidden(k_tokens, cache is not None or rule.hides_invalid_keys)
+        # Zeroed here as after the projections, unless somebody looks at them, as Keras's penalties do.
+        zeroed = self.on_projection is None
+        shown = _hidden(q_tokens, zeroed and rule.hides_invalid_queries)
+        read = _hidden(k_tokens, zeroed and (cache is not None or rule.hides_invalid_keys))
         x_q = zero_invalid(q_fold.fold(query.astype(dtype)), shown)
         x_v = zero_invalid(k_fold.fold(value.astype(dtype)), read)
         x_k = x_v if key is value else zero_invalid(k_fold.fold(key.astype(dtype)), read)
