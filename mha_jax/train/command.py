@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import pathlib
 import sys
 import time
@@ -63,9 +64,12 @@ def find_config(value: str) -> pathlib.Path:
     Raises:
       ConfigError: There is no such name and no such file.
     """
-    if pathlib.Path(value).is_file():
-        return pathlib.Path(value)
     name = value.removeprefix("configs/").removesuffix(".py")
+    if value.startswith("configs/") and name in NAMED:
+        return NAMED[name]
+    path = pathlib.Path(os.path.normpath(value))  # before links are followed
+    if path.is_file():
+        return path
     if name not in NAMED:
         raise ConfigError(
             f"--config={value} is no experiment and no file. Expected one of {', '.join(NAMED)}, or "
