@@ -22,13 +22,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from mha_jax.backends.pallas_tpu.order import Order, entry, order
 
 from benchmarks.tpu_schedule import Schedule, read_dump
 from mha_jax import Call, Causal, Dropout, Full, Window
 from mha_jax.attention.call import Output, State
 from mha_jax.attention.check import check
 from mha_jax.backends.pallas_tpu import PallasTPU
+from mha_jax.backends.pallas_tpu.patterns import Order, entry, order
 from mha_jax.backends.pallas_tpu.sizes import SIZES
 
 # Topology, and bf16 multiply-adds of one core in a cycle, times two.
