@@ -4,6 +4,7 @@ python -m benchmarks                        the rows that the claims rest on
 python -m benchmarks --all                  every feature as well
 python -m benchmarks --rows tiny decode --peers linen "torch sdpa"
 python -m benchmarks --json FILE --plot FILE.png --markdown
+python -m benchmarks --baseline ../before   ours beside ours of another checkout, in turns
 python -m benchmarks --list                 the rows and what they are
 python -m benchmarks tpu                    our TPU kernels by the compiler's schedule
 python -m benchmarks decoding               decoding with a cache beside decoding without
@@ -16,10 +17,12 @@ import sys
 from typing import Any
 
 from benchmarks import machine, plot, report
+from benchmarks.checkouts import HERE, Checkout
 from benchmarks.claims import claimed_rows, judge_all
 from benchmarks.measure import Settings, measure, progress
 from benchmarks.peers import NAMES, load
-from benchmarks.results import OURS, Result
+from benchmarks.peers.checkout import CheckoutPeer
+from benchmarks.results import BEFORE, OURS, Result
 from benchmarks.rows import ROWS, Row
 
 
@@ -33,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--all", action="store_true", help="all rows")
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
     parser.add_argument("--peers", nargs="+", metavar="PEER", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--baseline", metavar="CHECKOUT", help="compare with another checkout")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of timing (5)")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of a peer on a row (60)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: a test of the program")
@@ -70,7 +74,10 @@ def main(arguments: list[str] | None = None) -> list[Result]:
         print("\n".join(f"{row.name:34s} {row.title}" for row in ROWS.values()))
         return []
     rows = chosen(options)
+    if options.baseline and options.peers is None:
+        options.peers = []
     peers, absent = take_part(options)
+    checkouts = open_checkouts(options.baseline, peers)
     use_all_cores()
     known = machine.facts()
     print(machine.sentence(known), flush=True)
@@ -83,6 +90,11 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     verdicts = judge_all(results)
     if verdicts:
         print("\n" + report.claims_table(verdicts))
+    if options.baseline:
+        print(f"\nbefore: commit {machine.commit(options.baseline)}")
+        print(report.comparison(rows, results))
+    for checkout in checkouts:
+        checkout.close()
     if options.json:
         pathlib.Path(options.json).write_text(report.to_json(rows, results, verdicts, known))
     if options.plot:
@@ -90,6 +102,15 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     if options.markdown:
         print("\n" + report.markdown(rows, results, verdicts, known))
     return results
+
+
+def open_checkouts(baseline: str | None, peers: list[Any]) -> list[Checkout]:
+    """Put this checkout and the baseline, where one is asked for, in the place of our own peer."""
+    if baseline is None:
+        return []
+    checkouts = [Checkout(path, "runs:Served") for path in (HERE, baseline)]
+    peers[:1] = [CheckoutPeer(name, one) for name, one in zip((OURS, BEFORE), checkouts)]
+    return checkouts
 
 
 def use_all_cores() -> None:
@@ -100,7 +121,7 @@ def use_all_cores() -> None:
 
 def dispatch(arguments: list[str]) -> None:
     """Run the command, or the one for TPUs or for decoding."""
-    if arguments[:1] in (["tpu"], ["decoding"]):
+    if arguments[:1] in (["tpu"], ["decoding"], ["overhead"]):
         importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
     else:
         main(arguments)

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.claims import Verdict
 from benchmarks.machine import sentence
-from benchmarks.results import OURS, Result, best, find, ratio
+from benchmarks.results import BEFORE, OURS, Result, best, find, ratio
 from benchmarks.rows import Row
 
 SCHEMA = 1
@@ -63,14 +63,16 @@ def table(heads: list[str], lines: list[list[str]]) -> str:
 
 def row_table(row: Row, results: list[Result]) -> str:
     """Return what was measured of one row, and below it who was not and why."""
-    heads = ["peer", "a call", "lowest", "highest", "theirs/ours", "temporaries", "trace+compile"]
-    heads += ["first call"]
+    heads = ["peer", "a call", "lowest", "highest", "theirs/ours", "CPU", "theirs/ours"]
+    heads += ["temporaries", "trace+compile", "first call"]
     mine = [r for r in results if r.row == row.name]
     lines = [
         [
             r.peer,
             *map(seconds, (r.median, min(r.times), max(r.times))),
             times(ratio(results, row.name, r.peer)),
+            seconds(r.cpu_median),
+            times(ratio(results, row.name, r.peer, "cpu_median")),
             size(r.temporary_bytes),
             *map(seconds, (r.compile_median, r.first_call)),
         ]
@@ -80,6 +82,29 @@ def row_table(row: Row, results: list[Result]) -> str:
     text = [f"{row.name}: {row.title}", indent(table(heads, lines))]
     text += [f"  {r.peer}: {r.status}, {r.reason}" for r in mine if r.reason]
     return "\n".join(text)
+
+
+def comparison(rows: list[Row], results: list[Result]) -> str:
+    """Return ours over the baseline's of every row: below 1, the change was for the better."""
+    heads = ["row", OURS, BEFORE, f"{OURS}/{BEFORE}", "of lowest", "of CPU", "trace+compile"]
+    heads += ["temporaries", BEFORE, f"{OURS}/{BEFORE}"]
+    figures = ("median", "lowest", "cpu_median", "compile_median")
+    lines = []
+    for row in rows:
+        pair = find(results, row.name, OURS), find(results, row.name, BEFORE)
+        bytes_ = [None if r is None else r.temporary_bytes for r in pair]
+        share = bytes_[0] / bytes_[1] if bytes_[0] is not None and bytes_[1] else None
+        over = (ratio(results, row.name, OURS, figure, BEFORE) for figure in figures)
+        lines.append(
+            [
+                row.name,
+                *(seconds(r and r.median) for r in pair),
+                *(f"{x:.3f}" if x is not None else "-" for x in over),
+                *map(size, bytes_),
+                f"{share:.3f}" if share is not None else "-",
+            ]
+        )
+    return table(heads, lines)
 
 
 def claims_table(verdicts: list[Verdict]) -> str:

@@ -14,9 +14,9 @@ import pytest
 
 from benchmarks import __main__ as program
 from benchmarks import measure as measuring
-from benchmarks import report, runs
+from benchmarks import report, runs, timer
 from benchmarks.claims import CLAIMS, Claim, claimed_rows, judge, judge_all
-from benchmarks.measure import Settings, measure, rounds, sample
+from benchmarks.measure import Settings, measure, rounds
 from benchmarks.peers import MODULES, NAMES, load
 from benchmarks.peers.base import JaxPeer, dense_mask
 from benchmarks.peers.ours import Ours
@@ -223,21 +223,28 @@ class TestMeasure:
 
     def test_rounds_take_turns(self, monkeypatch):
         called = []
-        monkeypatch.setattr(measuring, "sample", lambda call, calls: called.append(call) or 1.0)
+
+        def sample(run, calls):
+            called.append(run)
+            return timer.Sample(1.0, 2.0, 0.5)
+
+        monkeypatch.setattr(runs.Run, "sample", sample)
         monkeypatch.setattr(measuring, "_calls", lambda run, wanted: 1)
-        measure(TINY, [Ours(), Scaled(1.0)], [], Settings(repeats=3))
+        results = measure(TINY, [Ours(), Scaled(1.0)], [], Settings(repeats=3))
         first, second = called[:2]
-        assert called == [first, second] * 3
+        assert called == [first, second, second, first, first, second]
         assert first != second
+        assert [(r.median, r.cpu_median) for r in results] == [(1.0, 2.0)] * 2
 
     def test_a_row_of_our_own_runs_alone(self):
         row = dataclasses.replace(TINY, alone=True)
         assert [r.peer for r in measure(row, [Ours(), Scaled(1.0)], [], QUICK)] == [OURS]
 
-    def test_a_sample_is_the_mean_of_its_calls_after_one_that_is_not_counted(self):
+    def test_a_sample_is_the_mean_of_its_calls_after_one_that_is_not_counted(self, monkeypatch):
         calls = []
-        clock = iter([10.0, 16.0])
-        assert sample(lambda: calls.append(1), 3, lambda: next(clock)) == 2.0
+        readings = iter([timer.Sample(10.0, 1.0, 0.0), timer.Sample(16.0, 10.0, 1.5)])
+        monkeypatch.setattr(timer, "clocks", lambda: next(readings))
+        assert timer.sample(timer.repeated(lambda: calls.append(1)), 3) == (2.0, 3.0, 0.5)
         assert len(calls) == 4
 
     def test_the_difference_is_relative_and_the_largest_of_all(self):
