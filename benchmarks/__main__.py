@@ -1,6 +1,6 @@
 """Measure mha_jax side by side with every installed peer.
 
-python -m benchmarks                        the rows that the claims rest on
+python -m benchmarks                        the rows of the README's table
 python -m benchmarks --all                  every feature as well
 python -m benchmarks --rows tiny decode --peers linen "torch sdpa"
 python -m benchmarks --json FILE --plot FILE.png --markdown
@@ -18,12 +18,11 @@ from typing import Any
 
 from benchmarks import machine, plot, report
 from benchmarks.checkouts import HERE, Checkout
-from benchmarks.claims import claimed_rows, judge_all
 from benchmarks.measure import Settings, measure, progress
 from benchmarks.peers import NAMES, load
 from benchmarks.peers.checkout import CheckoutPeer
 from benchmarks.results import BEFORE, OURS, Result
-from benchmarks.rows import ROWS, Row
+from benchmarks.rows import PUBLISHED, ROWS, Row
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,9 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
 def chosen(options: argparse.Namespace) -> list[Row]:
     """Return the rows that the command line asks for."""
-    names = list(options.rows or (ROWS if options.all else claimed_rows()))
-    if options.rows is None and not options.all:
-        names += [name for name in ROWS if name.startswith("function-4096")]
+    names = list(options.rows or (ROWS if options.all else PUBLISHED))
     unknown = [name for name in names if name not in ROWS]
     if unknown:
         sys.exit(f"error: no row {', '.join(unknown)}. --list names them all.")
@@ -87,20 +84,17 @@ def main(arguments: list[str] | None = None) -> list[Result]:
         results += measure(row, peers, absent, settings, progress)
         progress("")
         print("\n" + report.row_table(row, results), flush=True)
-    verdicts = judge_all(results)
-    if verdicts:
-        print("\n" + report.claims_table(verdicts))
     if options.baseline:
         print(f"\nbefore: commit {machine.commit(options.baseline)}")
         print(report.comparison(rows, results))
     for checkout in checkouts:
         checkout.close()
     if options.json:
-        pathlib.Path(options.json).write_text(report.to_json(rows, results, verdicts, known))
+        pathlib.Path(options.json).write_text(report.to_json(rows, results, known))
     if options.plot:
         plot.draw(rows, results, options.plot, machine.sentence(known))
     if options.markdown:
-        print("\n" + report.markdown(rows, results, verdicts, known))
+        print("\n" + report.markdown(rows, results, known))
     return results
 
 

@@ -1,5 +1,6 @@
 """A checkout of mha_jax in a process of its own, with these benchmarks and its package."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -65,7 +66,8 @@ class Checkout:
     def close(self) -> None:
         """End the process."""
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what a process that ended has not read
+            self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
 

@@ -1,15 +1,14 @@
-"""Results as text: a table on the terminal, a table in Markdown, the claims, JSON."""
+"""Results as text: a table on the terminal, a table in Markdown, JSON."""
 
 import dataclasses
 import json
 from typing import Any
 
-from benchmarks.claims import Verdict
 from benchmarks.machine import sentence
 from benchmarks.results import BEFORE, OURS, Result, best, find, ratio
 from benchmarks.rows import Row
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def seconds(value: float | None) -> str:
@@ -107,35 +106,11 @@ def comparison(rows: list[Row], results: list[Result]) -> str:
     return table(heads, lines)
 
 
-def claims_table(verdicts: list[Verdict]) -> str:
-    """Return the claims, each beside its figure."""
-    heads = ["claim", "rival", "ours", "theirs", "ours/theirs", "at most", "met"]
-    words = {True: "yes", False: "NO", None: "?"}
-    lines = []
-    for v in verdicts:
-        per_work = v.claim.work != 1.0
-        lines.append(
-            [
-                f"{v.claim.row}: {v.claim.words}",
-                v.rival,
-                *map(seconds, (v.ours, v.theirs)),
-                times(v.ratio) + (" a unit" if per_work and v.ratio is not None else ""),
-                f"{v.claim.at_most:.3f}",
-                words[v.met],
-            ]
-        )
-    text = ["claims", indent(table(heads, lines))]
-    text += [f"  {v.claim.row}, {v.claim.words}: not measured: {v.why}" for v in verdicts if v.why]
-    return "\n".join(text)
-
-
 def indent(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())
 
 
-def markdown(
-    rows: list[Row], results: list[Result], verdicts: list[Verdict], known: dict[str, Any]
-) -> str:
+def markdown(rows: list[Row], results: list[Result], known: dict[str, Any]) -> str:
     """Return the README's table: our time, then each peer's time over ours."""
     peers = list(dict.fromkeys(r.peer for r in results if r.peer != OURS))
     seen = [p for p in peers if any(r.peer == p and r.median is not None for r in results)]
@@ -165,7 +140,6 @@ def markdown(
         "are those of the compiled program.",
         "\n".join(lines),
         *(["\n".join(f"- {note}" for note in notes + left_out)] if notes + left_out else []),
-        *([_claims_markdown(verdicts)] if verdicts else []),
         f"Measured by `python -m benchmarks`: {sentence(known)}.",
     ]
     return "\n\n".join(parts)
@@ -180,27 +154,12 @@ def _absent(results: list[Result]) -> dict[str, str]:
     return {r.peer: r.reason for r in results if r.status == "absent"}
 
 
-def _claims_markdown(verdicts: list[Verdict]) -> str:
-    lines = ["| claim | measured, ours/theirs | at most | met |", "|---|---:|---:|---|"]
-    words = {True: "yes", False: "**no**", None: "not measured"}
-    for v in verdicts:
-        rival = f" ({v.rival})" if v.rival else ""
-        lines.append(
-            f"| `{v.claim.row}`: {v.claim.words} | {times(v.ratio)}{rival} "
-            f"| {v.claim.at_most:.3f}x | {words[v.met]} |"
-        )
-    return "\n".join(lines)
-
-
-def to_json(
-    rows: list[Row], results: list[Result], verdicts: list[Verdict], known: dict[str, Any]
-) -> str:
+def to_json(rows: list[Row], results: list[Result], known: dict[str, Any]) -> str:
     """Return everything as JSON, one object."""
     whole = {
         "schema": SCHEMA,
         **known,
         "rows": [dataclasses.asdict(row) | {"title": row.title} for row in rows],
         "results": [result.to_json() for result in results],
-        "claims": [dataclasses.asdict(v) | {"met": v.met} for v in verdicts],
     }
     return json.dumps(whole, indent=1)

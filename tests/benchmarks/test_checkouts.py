@@ -24,7 +24,7 @@ def test_the_package_is_the_checkouts(checkout):
 
 
 def test_an_error_comes_back_and_the_process_goes_on(checkout):
-    with pytest.raises(RuntimeError, match="AttributeError: .*has no attribute 'AGE'"):
+    with pytest.raises(RuntimeError, match=r"AttributeError: .*has no attribute 'AGE'"):
         checkout.call("attribute", "AGE")
     assert checkout.call("attribute", "VERSION") == "of old"
 
@@ -37,7 +37,7 @@ def test_a_process_that_ended_is_named(checkout):
 
 
 def test_a_folder_without_the_package_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="holds no package mha_jax. Give the root of a checkout"):
+    with pytest.raises(SystemExit, match=r"holds no package mha_jax\. Give the root of a checkout"):
         Checkout(tmp_path, "checkouts:Package")
 
 
