@@ -88,6 +88,7 @@ SQUARE = (4096, 4096)
 # Every chip with every head size and every length, each feature on old chips and new ones.
 GRID = {
     "v4-32": Compiled("v4", 32, (2048, 2048), 16, (4, 1), options=dropped, arrays=KEY),
+    "v4-narrow": Compiled("v4", 32, (16384, 16384), 16, (1, 1), options=causal),
     "v4-64": Compiled("v4", 64, (4095, 4095), 0, (4, 1), options=window),
     "v4-128": Compiled(
         "v4",
