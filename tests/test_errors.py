@@ -90,6 +90,8 @@ CORE = [
         "got int32[3]",
     ),
     wrong("prefix_floats", lambda: dot(mask=mj.PrefixLM(0.5)), "got float32[]"),
+    wrong("sinks_of_kv_heads", lambda: dot(sinks=ones(K)), "[N] = [6]", "got float32[3]"),
+    wrong("one_sink", lambda: dot(sinks=0.5), "logit for every query head", "jnp.full(6, logit)"),
     wrong("no_kv_heads", lambda: dot(k=KEYS[:, :, :0], v=VALUES[:, :, :0]), "must divide", "0 key"),
     wrong("dtypes_differ", lambda: dot(Q.astype("bfloat16")), "one dtype", "bfloat16", "Cast them"),
     wrong("integer_q", lambda: dot(Q.astype(int)), "floating-point", "int32", "Embed or cast"),

@@ -114,6 +114,23 @@ def _folded(x: Array) -> Array:
     return x if x.ndim == 4 else x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
 
 
+def checked_sinks(sinks: Any, heads: int) -> Array:
+    """Return the logits of sinks, one for each query head.
+
+    Raises:
+      ShapeError: If they are none.
+    """
+    if not isinstance(sinks, (jax.Array, np.ndarray)) or not (
+        sinks.shape == (heads,) and jnp.issubdtype(sinks.dtype, jnp.floating)
+    ):
+        got = _of(sinks) if hasattr(sinks, "dtype") else repr(sinks)
+        raise ShapeError(
+            f"sinks must be a floating-point logit for every query head, [N] = [{heads}]: got {got}. "
+            f"One for all heads is jnp.full({heads}, logit)."
+        )
+    return jnp.asarray(sinks)
+
+
 def _dropout(dropout: Any) -> Dropout | None:
     """Return dropout with its key as data, None where nothing is dropped."""
     if dropout is None:
