@@ -79,8 +79,10 @@ class Tiles:
         s, kv = problem.k.shape[1:3]
         self.tiling, self.layout, self.dtype = tiling, tiling.layout, problem.accumulator
         self.scale = problem.logits.scale
-        # A power of two goes into q, once for each row instead of each logit: it rounds nothing.
-        if abs(math.frexp(self.scale)[0]) == 0.5 and self.scale != 1:
+        # A power of two goes into q, once for each row instead of each logit: it rounds nothing, and where it
+        # is a moderate one and q has the range of float32, leaves that range nowhere.
+        exact = abs(math.frexp(self.scale)[0]) == 0.5 and 2**-16 <= abs(self.scale) < 1
+        if exact and problem.q.dtype != jnp.float16:
             q = problem.q * jnp.asarray(self.scale, problem.q.dtype)
             logits = dataclasses.replace(problem.logits, scale=1.0)
             problem = dataclasses.replace(problem, q=q, logits=logits)
@@ -332,7 +334,7 @@ class ByQueries:
 
     def _merged(self, tile: Any) -> Any:
         """Merge [*#lead, #G, #block_q, #block_k] to [*#lead, #r, #block_k]."""
-        if tile.ndim == 0:  # a rule that says the same of every pair
+        if np.ndim(tile) == 0:  # a rule that says the same of every pair
             return tile
         lead, (heads, rows, columns) = tile.shape[:-3], tile.shape[-3:]
         groups, size = self.tiles.groups, self.tiles.tiling.block_q
@@ -361,7 +363,7 @@ class ByKeys(ByQueries):
 
     def _merged(self, tile: Any) -> Any:
         """Merge [*#lead, #block_k, #G, #block_q] to [*#lead, #block_k, #r]."""
-        if tile.ndim == 0:
+        if np.ndim(tile) == 0:
             return tile
         lead, (columns, heads, rows) = tile.shape[:-3], tile.shape[-3:]
         groups, size = self.tiles.groups, self.tiles.tiling.block_q
