@@ -46,13 +46,24 @@ def attend(call: Call, backend: Any = None) -> Output:
     >>> attend(Call(x, x, x)).out.shape
     (2, 5, 3, 8)
     """
-    return _attend(call, backend, Names())
-
-
-def _attend(call: Call, backend: Any, names: Names) -> Output:
-    out, m, l = run(_zero_hidden(check(call, names)), backend)
+    out, m, l = run(checked(call), backend)
     lead = call.q.shape[:-3]
     return Output(_unfolded(out, lead), _unfolded(softmax.logsumexp(m, l), lead))
+
+
+def checked(call: Call, names: Names = Names()) -> Problem:  # noqa: B008
+    """Return the problem of a call, with zeros where no token is, so that NaN and Inf there reach nothing.
+
+    Raises:
+      ShapeError: If the call is malformed.
+    """
+    problem = check(call, names)
+    q, k, v = problem.q, problem.k, problem.v
+    if problem.mask.hides_invalid_keys:
+        k, v = (zero_invalid(x, problem.k_tokens) for x in (k, v))
+    if problem.mask.hides_invalid_queries:
+        q = zero_invalid(q, problem.q_tokens)
+    return dataclasses.replace(problem, q=q, k=k, v=v)
 
 
 def _unfolded(x: Array, lead: tuple[int, ...]) -> Array:
@@ -122,10 +133,10 @@ def dot_product_attention(
     )
     if flax:
         call = attention_fn.with_flax_arguments(call, flax)
-    out, lse = _attend(call, backend, _ARGUMENTS)
     if (module := flax.get("module")) is not None:
-        attention_fn.sow(module, attention_scores(call, lse))
-    return out
+        attention_fn.sow(module, attention_scores(call))
+    # Without the lse, whose few operations cost an eager call much.
+    return _unfolded(run(checked(call, _ARGUMENTS), backend).out, call.q.shape[:-3])
 
 
 _ARGUMENTS = Names("query", "key", "value", "query_tokens", "key_tokens")
@@ -159,7 +170,7 @@ def attention_scores(
     >>> attention_scores(Call(x, x, x), rows=slice(0, 1)).shape
     (1, 2, 1, 5)
     """
-    problem = _zero_hidden(check(call))
+    problem = checked(call)
     lead = call.q.shape[:-3]
     b, t, n, _ = problem.q.shape
     if lse is not None and lse.shape != (*lead, n, t):
@@ -217,16 +228,6 @@ def _chosen(name: str, which: Any, count: int) -> Int[ArrayLike, "M"]:
             f"{count - 1}."
         )
     return chosen
-
-
-def _zero_hidden(problem: Problem) -> Problem:
-    """Zero what the mask hides by token, so that NaN and Inf there reach no output or gradient."""
-    q, k, v = problem.q, problem.k, problem.v
-    if problem.mask.hides_invalid_keys:
-        k, v = (zero_invalid(x, problem.k_tokens) for x in (k, v))
-    if problem.mask.hides_invalid_queries:
-        q = zero_invalid(q, problem.q_tokens)
-    return dataclasses.replace(problem, q=q, k=k, v=v)
 
 
 def _of_rows(problem: Problem, rows: Int[ArrayLike, "R"]) -> Problem:
