@@ -19,7 +19,7 @@ from mha_jax.attention.cache import Cache
 from mha_jax.attention.call import Call
 from mha_jax.attention.check import check_mask
 from mha_jax.attention.dropout import Dropout
-from mha_jax.attention.functions import attention_scores, checked
+from mha_jax.attention.functions import after_sinks, attention_scores, checked
 from mha_jax.attention.masks import Causal, Dense, Full, Mask, ValidKeys, ValidQueries, Window
 from mha_jax.attention.tokens import Tokens, zero_invalid
 from mha_jax.engine.run import run
@@ -222,7 +222,7 @@ def attend_layer(
     call = Call(q, k, v, q_tokens, k_tokens, rule, dropout=dropout, precision=layer.precision)
     if cache is not None:
         call, cache = cache.extend(call, given.query_tokens, given.key_tokens)
-    out, m, l = run(checked(call), layer.backend)
+    out, m, l = after_sinks(call, run(checked(call), layer.backend))
     if layer.use_gate:
         out = out * project("gate", x_q)
     results: list[Any] = [q_fold.unfold(project("attention_output", out))]
