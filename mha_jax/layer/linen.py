@@ -164,7 +164,7 @@ class MultiHeadAttention(Arguments, nn.Module):
         params = nn.meta.unbox(self.variables.get("params", {}))
         observe = None
         if not self.is_initializing():
-            projections.check_names(params, self.use_bias, self.use_gate)
+            projections.check_names(params, self.has_bias, self.use_gate)
             if self.is_mutable_collection("losses"):
                 observe = _sow_losses(self, params, query, value)
         weights = Weights.of(params, lambda name, x: projected[name](x), self.param_dtype)
@@ -183,10 +183,9 @@ def _projections(layer: MultiHeadAttention, inputs: Inputs) -> dict[str, Project
     names = ["query", "key", "value", *(["gate"] if layer.use_gate else []), "attention_output"]
     made: dict[str, Made | None] = dict.fromkeys(names)
     if layer.is_initializing():
-        bias = layer.bias_initializer if layer.use_bias else None
-        rest = layer.kernel_initializer, bias, layer.param_dtype
-        shapes = layer.shapes(*axes.widths(*inputs[:3]))
-        made = {name: Made(shape, *rest) for name, shape in shapes.items()}
+        for name, shape in layer.shapes(*axes.widths(*inputs[:3])).items():
+            bias = layer.bias_initializer if layer.has_bias(name) else None
+            made[name] = Made(shape, layer.kernel_initializer, bias, layer.param_dtype)
     return {name: Projection(made[name], layer.precision, name=name) for name in names}
 
 

@@ -273,7 +273,7 @@ class MultiHeadAttention(Arguments, nnx.Module):
         True
         """
         params = nn.meta.unbox(variables.get("params", {}))
-        projections.check_names(params, module.use_bias, module.use_gate)
+        projections.check_names(params, module.has_bias, module.use_gate)
         widths = (params[name]["kernel"].shape[0] for name in ("query", "value", "key"))
         names = (field.name for field in dataclasses.fields(cls))
         layer = cls(
