@@ -271,8 +271,8 @@ def _reads_segments(mask: Mask) -> bool:
     return _reads_segments(mask.a) if isinstance(mask, Not) else isinstance(mask, SameSegment)
 
 
-def mask_array(a) -> Array:
-    """Return a mask's array as booleans.
+def mask_array(a, name: str = "a mask") -> Array:
+    """Return a mask's array as booleans; `name` is what the caller calls it.
 
     Of traced integers, whose values cannot be seen, 1 alone means "may attend": what is no truth value hides.
 
@@ -282,20 +282,20 @@ def mask_array(a) -> Array:
     a = a if isinstance(a, np.ndarray) else jnp.asarray(a)
     if jnp.issubdtype(a.dtype, jnp.floating):
         raise ShapeError(
-            f"a mask holds True or False (or 1 and 0): got dtype {a.dtype}. "
+            f"{name} holds True or False (or 1 and 0): got dtype {a.dtype}. "
             "If it is added to the logits (0 and -1e9, say), pass it as `bias`; "
             "if it marks what may be attended, pass mask != 0."
         )
     if not (jnp.issubdtype(a.dtype, jnp.integer) or a.dtype == jnp.bool_):
         raise ShapeError(
-            f"a mask holds True or False (or 1 and 0): got dtype {a.dtype}. Pass mask.astype(bool)."
+            f"{name} holds True or False (or 1 and 0): got dtype {a.dtype}. Pass mask.astype(bool)."
         )
     if a.dtype != jnp.bool_ and not isinstance(a, jax.core.Tracer):
         seen = np.asarray(a)
         other = seen[(seen != 0) & (seen != 1)]
         if other.size:
             raise ShapeError(
-                f"a mask holds True or False (or 1 and 0): got {a.dtype} with the value {other[0]}. "
+                f"{name} holds True or False (or 1 and 0): got {a.dtype} with the value {other[0]}. "
                 "Numbers that are added to the logits are a bias: pass bias=mask.astype(float). Lengths are "
                 "jnp.arange(S)[None] < lengths[:, None]. If anything but 0 may be attended, pass mask != 0."
             )

@@ -162,6 +162,10 @@ class Arguments:
             setattr(layer, name, _CHECKS[name](name, value))
         return layer
 
+    def has_bias(self, name: str) -> bool:
+        """Whether a projection adds a bias."""
+        return self.use_bias
+
     @property
     def kv_heads(self) -> int:
         """Key-value heads K."""

@@ -88,17 +88,17 @@ class Folding:
 
     def fold(self, x: Array) -> Array:
         """Turn [<axes>, *rest] into [B, length, *rest]."""
-        order = (*self.batch_axes, *self.attended)
         rest = x.shape[len(self.shape) :]
-        x = jnp.transpose(x, (*order, *range(len(order), x.ndim)))
-        return x.reshape(math.prod(self.batch), self.length, *rest)
+        shape = (math.prod(self.batch), self.length, *rest)
+        x = _transposed(x, (*self.batch_axes, *self.attended))
+        return x if x.shape == shape else x.reshape(shape)
 
     def unfold(self, y: Array) -> Array:
         """Turn [B, length, *rest] back into [<axes>, *rest]."""
         order = (*self.batch_axes, *self.attended)
-        y = y.reshape(*self.batch, *self.extent, *y.shape[2:])
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return jnp.transpose(y, (*back, *range(len(order), y.ndim)))
+        shape = (*self.batch, *self.extent, *y.shape[2:])
+        y = y if y.shape == shape else y.reshape(shape)
+        return _transposed(y, tuple(sorted(range(len(order)), key=order.__getitem__)))
 
     def fold_flags(self, name: str, flags: ArrayLike) -> Array:
         """Fold a padding mask over the input's axes, missing leading ones broadcast, to [B, length].
@@ -106,7 +106,7 @@ class Folding:
         Raises:
           ShapeError: If it does not broadcast to the input's shape without its features.
         """
-        flags = mask_array(flags)
+        flags = mask_array(flags, name)
         if flags.ndim > len(self.shape) or any(
             x not in (1, y) for x, y in zip(flags.shape[::-1], self.shape[::-1])
         ):
@@ -117,6 +117,13 @@ class Folding:
         return self.fold(jnp.broadcast_to(flags, self.shape))
 
 
+def _transposed(x: Array, order: tuple[int, ...]) -> Array:
+    """Put the leading axes in order; the others stay."""
+    if order == tuple(range(len(order))):
+        return x
+    return jnp.transpose(x, (*order, *range(len(order), x.ndim)))
+
+
 def fold_mask(mask: ArrayLike, query: Folding, key: Folding, heads: int) -> Array:
     """Fold an attention mask (batch axes, N, query axes, key axes) to [#B, #N, #T, #S].
 
@@ -125,7 +132,7 @@ def fold_mask(mask: ArrayLike, query: Folding, key: Folding, heads: int) -> Arra
     Raises:
       ShapeError: If the mask does not broadcast to the scores.
     """
-    mask = mask_array(mask)
+    mask = mask_array(mask, "attention_mask")
     groups = (query.batch, (heads,), query.extent, key.extent)
     shape = sum(groups, ())
     pairs = len(query.extent) + len(key.extent)

@@ -219,8 +219,7 @@ def _scores(model, layer, heads, variables, tokens, mask):
         for name in ("query", "key")
     }
     q, k = (
-        product(name, weights["kernel"], weights.get("bias"), x, 1)
-        for name, weights in chosen.items()
+        product(name, weights["kernel"], weights.get("bias"), x) for name, weights in chosen.items()
     )
     key_tokens = Tokens(x.shape[1], valid=None if mask is None else jnp.asarray(mask))
     return attention_scores(Call(q, k, k, k_tokens=key_tokens, mask=ValidKeys()))
