@@ -9,14 +9,19 @@ from hypothesis import strategies as st
 
 from mha_jax import (
     Causal,
+    ChunkedCausal,
     Dense,
+    Dilated,
     Full,
     Mask,
+    PrefixLM,
     SameSegment,
+    ShapeError,
     Tokens,
     ValidKeys,
     ValidQueries,
     Window,
+    dot_product_attention,
 )
 from mha_jax.attention.masks import And, Not, Or, Reach
 from mha_jax.attention.tokens import extents
@@ -61,6 +66,12 @@ def plain(mask, q, k):
         return kp <= qp
     if isinstance(mask, Window):
         return (qp - mask.left <= kp) & (kp <= qp + mask.right)
+    if isinstance(mask, ChunkedCausal):
+        return (kp <= qp) & (np.floor(kp / mask.size) == np.floor(qp / mask.size))
+    if isinstance(mask, Dilated):
+        return np.isin(kp - qp, np.arange(-99, 99) * mask.step)
+    if isinstance(mask, PrefixLM):
+        return (kp <= qp) | (kp < np.reshape(mask.lengths, (-1, 1, 1, 1)))
     if isinstance(mask, Dense):
         return np.asarray(mask.array)
     if isinstance(mask, SameSegment):
@@ -85,6 +96,9 @@ PLAIN_RULES = st.one_of(
     st.just(ValidKeys()),
     st.just(ValidQueries()),
     st.builds(Window, st.integers(-3, 8), st.integers(-3, 8)),
+    st.builds(ChunkedCausal, st.integers(1, 7)),
+    st.builds(Dilated, st.integers(1, 5)),
+    st.builds(PrefixLM, st.integers(0, 9) | st.sampled_from([np.array([2, 7], np.int32)])),
     st.builds(
         lambda shape, seed: Dense(flags(seed, *shape)), st.sampled_from(SHAPES), st.integers(0, 9)
     ),
@@ -169,6 +183,20 @@ def test_plain_tokens_are_decided_while_tracing():
     facts = extents(Tokens(32).facts(), 8)
     reach = (Causal() & Window(3, 3) | ~Window(5, 5)).reach(facts, facts)
     assert all(isinstance(x, (np.ndarray, np.bool_)) for x in reach)
+
+
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (lambda: ChunkedCausal(0), r"got size=0\. Expected a positive integer"),
+        (lambda: ChunkedCausal(2.5), r"got size=2\.5\."),
+        (lambda: Dilated(-1), r"got step=-1\. Expected a positive integer"),
+        (lambda: Dilated(True), r"got step=True\."),
+    ],
+)
+def test_sizes_of_rules_are_positive_integers(make, sentence):
+    with pytest.raises(ShapeError, match=sentence):
+        make()
 
 
 def test_windows_are_those_of_keras_and_jax():
@@ -260,6 +288,57 @@ def test_a_new_mask_needs_only_visible():
     facts = extents(Tokens(4).facts(), 2)
     reach = Even().reach(facts, facts)
     assert reach.some and not reach.every
+
+
+LOW, HIGH = -(2**31), 2**31 - 1
+ENDS = np.array([[LOW, LOW + 1, -2, -1, 0, 1, 2, HIGH - 1, HIGH]], np.int32)
+SIZES = [0, 1, 2, 2**30, HIGH - 1, HIGH, HIGH + 1, HIGH + 2, 2**32 - 2, 2**32 - 1, 2**32, 2**63]
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_a_window_is_right_at_the_ends_of_32_bits(xp):
+    tokens = Tokens(ENDS.size, pos=xp.asarray(ENDS))
+    facts = extents(tokens.facts(), 1)
+    ahead = ENDS.astype(object) - ENDS.astype(object).T  # Python's integers have no end
+    for size in (*SIZES, *(-x for x in SIZES)):
+        for mask, want in (
+            (Window(size, 2**40), ahead >= -size),
+            (Window(2**40, size), ahead <= size),
+        ):
+            np.testing.assert_array_equal(mask.matrix(tokens, tokens), want.astype(bool), str(mask))
+            q, k = (jax.tree.map(lambda a, s=s: a.reshape(s), facts) for s in ((-1, 1), (1, -1)))
+            some, every = mask.reach(q, k)
+            assert not (want.astype(bool) & ~np.asarray(some)).any()
+            np.testing.assert_array_equal(every, want.astype(bool), str(mask))
+
+
+def test_a_mask_takes_an_array_on_either_side():
+    array = flags(0, T, S)
+    tokens = Tokens(T), Tokens(S)
+    for xp in (np, jnp):
+        a = xp.asarray(array)
+        for both in (Causal() & a, a & Causal()):
+            np.testing.assert_array_equal(both.matrix(*tokens), array & np.tri(T, S, dtype=bool))
+        for either in (Window(0, 0) | a, a | Window(0, 0)):
+            np.testing.assert_array_equal(either.matrix(*tokens), array | np.eye(T, S, dtype=bool))
+    np.testing.assert_array_equal((~Dense(array.astype(int))).matrix(*tokens), ~array)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.uint8])
+def test_integers_mean_what_booleans_do_traced_or_not(dtype):
+    array = flags(0, T, S).astype(dtype)
+    q, k = jnp.ones((1, T, 1, 2)), jnp.ones((1, S, 1, 2))
+    v = jnp.eye(S)[None, :, None]
+    for run in (dot_product_attention, jax.jit(dot_product_attention)):
+        seen = run(q, k, v, mask=jnp.asarray(array))[0, :, 0] > 0
+        np.testing.assert_array_equal(seen, array == 1)
+
+
+def test_traced_integers_that_are_no_truth_values_hide():
+    q = jnp.ones((1, 2, 1, 2))
+    additive = jnp.array([[0, -10000], [0, 2]])
+    out = jax.jit(dot_product_attention)(q, q, q, mask=additive)
+    np.testing.assert_array_equal(out, 0)
 
 
 def test_the_base_class_has_no_rule():

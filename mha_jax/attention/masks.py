@@ -1,13 +1,13 @@
 """Masks: a lazy algebra of rules on (query token, key token) that never becomes T x S.
 
-A mask says `visible`: may this query token attend to this key token? It is written with comparison
-and bit operators only, so that NumPy arrays, tracers and values inside a kernel all work, and with
+A mask says `visible`: may this query token attend to this key token? It is written with operators
+only, so that NumPy arrays, tracers and values inside a kernel all work, and with
 facts that broadcast, so that it neither knows nor cares how a tile is laid out. It may also say
 `reach`: what is certain about a whole tile, from the intervals of its facts. A tile where no pair
 is visible is skipped, one where every pair is runs unmasked. `&`, `|` and `~` combine both.
 
-Every array leaf of a mask is a [#B, #N, #T, #S] boolean, and only `Dense` has one: a tile of a mask
-is `jax.tree.map(cut, mask)`. `True` means "may attend". A row that sees nothing gives zeros.
+Every array leaf of a mask broadcasts to [#B, #N, #T, #S]: the booleans of `Dense`, the lengths of `PrefixLM`.
+A tile of a mask is `jax.tree.map(cut, mask)`. `True` means "may attend". A row that sees nothing gives zeros.
 
 To add a mask: subclass `Mask`, register it as a pytree with static fields, write `visible`.
 
@@ -21,12 +21,13 @@ import numbers
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from typing_extensions import dataclass_transform
 
 from mha_jax.attention.tokens import Facts, Tokens
 from mha_jax.errors import ShapeError
-from mha_jax.types import ArrayLike, Bool
+from mha_jax.types import ArrayLike, Bool, Int
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -40,6 +41,10 @@ def static(**options: Any) -> Any:
 def pytree(cls: _Class) -> _Class:
     """Make a class a frozen dataclass and a pytree."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+def _is_integer(x: Any) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
 class Reach(NamedTuple):
@@ -61,12 +66,42 @@ class Reach(NamedTuple):
         return Reach(~self.every, ~self.some)
 
 
+def check_mask(name: str, mask: Any) -> None:
+    """Refuse what is no rule.
+
+    Raises:
+      ShapeError: Saying how to write one.
+    """
+    if not isinstance(mask, Mask):
+        raise ShapeError(
+            f"{name} must be a Mask: got {mask if isinstance(mask, type) else type(mask).__name__}. Write a "
+            "rule, Causal() or Window(4, 0) & ValidKeys() say; an array of booleans is Dense(array), "
+            "or attention_mask= of the layer."
+        )
+
+
+def _rule(other: Any) -> "Mask":
+    """Return what stands beside a mask in `&` or `|` as a mask: an array is a `Dense` one."""
+    if isinstance(other, (jax.Array, np.ndarray)):
+        return Dense(other)
+    check_mask("what is combined with a mask", other)
+    return other
+
+
 ANYTHING = Reach(np.True_, np.False_)
 EVERYTHING = Reach(np.True_, np.True_)
 
 
 class Mask:
-    """A rule on (query token, key token)."""
+    """A rule on (query token, key token).
+
+    `&`, `|` and `~` combine rules, and rules with boolean arrays, [T, S] or [*B, N, T, S] say.
+
+    >>> (np.eye(2, dtype=bool) | Causal()).matrix(Tokens(2), Tokens(2)).astype(int).tolist()
+    [[1, 0], [1, 1]]
+    """
+
+    __array_ufunc__ = None  # NumPy leaves `array & mask` to the mask
 
     def visible(self, q: Facts, k: Facts) -> Any:
         """Return booleans that broadcast to the tile: True where the query may attend to the
@@ -89,21 +124,35 @@ class Mask:
 
     def matrix(self, q: Tokens, k: Tokens) -> Bool[np.ndarray, "*B T S"]:
         """Return the mask as NumPy, [T, S] or [#B, #N, T, S]: to look at, not to compute with."""
-        seen = np.asarray(self.visible(q.as_queries(), k.as_keys()))
+        mask = jax.tree.map(lambda a: a if isinstance(a, Mask) else np.asarray(a, bool), self)
+        seen = np.asarray(mask.visible(q.as_queries(), k.as_keys()))
         shape = np.broadcast_shapes(seen.shape, (1, 1, q.length, k.length))
         seen = np.broadcast_to(seen, shape)
         return seen[0, 0] if shape[:2] == (1, 1) else seen
 
-    def __and__(self, other: "Mask") -> "Mask":
+    def __and__(self, other: "Mask | ArrayLike") -> "Mask":
+        other = _rule(other)
         if isinstance(other, Full):
             return self
         return other if isinstance(self, Full) else And(self, other)
 
-    def __or__(self, other: "Mask") -> "Mask":
-        return Or(self, other)
+    def __or__(self, other: "Mask | ArrayLike") -> "Mask":
+        return Or(self, _rule(other))
+
+    def __rand__(self, other: ArrayLike) -> "Mask":
+        return _rule(other) & self
+
+    def __ror__(self, other: ArrayLike) -> "Mask":
+        return _rule(other) | self
 
     def __invert__(self) -> "Mask":
         return Not(self)
+
+    def __bool__(self) -> bool:
+        raise ShapeError(
+            f"{type(self).__name__} is a rule, neither true nor false: `and`, `or`, `not` and `if` cannot "
+            "read it. Combine rules by `&`, `|` and `~`; ask `mask is None` for a missing one."
+        )
 
 
 @pytree
@@ -132,6 +181,31 @@ class Causal(Mask):
         return Reach(q_high >= k_low, q_low >= k_high)
 
 
+_LOW, _HIGH = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+_SPAN = 2**32 - 1  # from the lowest to the highest position
+
+
+def _plus(position: Any, steps: int) -> Any:
+    """Return position + steps, or the highest position where that is beyond it; steps >= 0."""
+    steps = min(steps, _SPAN)
+    most = np.int32(_HIGH - steps)
+    xp: Any = jnp if isinstance(position, jax.Array) else np
+    return xp.minimum(position, most) + _word(steps)
+
+
+def _minus(position: Any, steps: int) -> Any:
+    """Return position - steps, or the lowest position where that is beyond it; steps >= 0."""
+    steps = min(steps, _SPAN)
+    least = np.int32(_LOW + steps)
+    xp: Any = jnp if isinstance(position, jax.Array) else np
+    return xp.maximum(position, least) - _word(steps)
+
+
+def _word(steps: int) -> np.int32:
+    """Return a count of steps modulo 2**32."""
+    return np.uint32(steps).astype(np.int32)
+
+
 @pytree
 class Window(Mask):
     """A query sees `left` keys before its position, its own, and `right` keys after it.
@@ -145,29 +219,136 @@ class Window(Mask):
 
     def __post_init__(self):
         for name, size in (("left", self.left), ("right", self.right)):
-            if not isinstance(size, numbers.Integral) or isinstance(size, bool):
+            if not _is_integer(size):
                 raise ShapeError(
                     f"Window counts keys on each side: got {name}={size!r}. Expected an integer; for no "
                     "limit on one side pass a size larger than any sequence."
                 )
+            object.__setattr__(self, name, int(size))
 
     def visible(self, q, k):
-        ahead = k.positions - q.positions
-        return (ahead >= -self.left) & (ahead <= self.right)
+        return self._after(q.positions, k.positions) & self._before(q.positions, k.positions)
+
+    def reach(self, q, k):
+        (q_low, q_high), (k_low, k_high) = q.positions, k.positions
+        some = self._after(q_low, k_high) & self._before(q_high, k_low)
+        every = self._after(q_high, k_low) & self._before(q_low, k_high)
+        return Reach(some & (self.left + self.right >= 0), every)
+
+    # No difference of two positions is taken: it may leave 32 bits. A row's first and last visible position
+    # are, and stop at the ends, where a comparison says the same of every position there is.
+
+    def _after(self, q, k):
+        """Whether k >= q - left."""
+        if self.left < 0:
+            return k > _plus(q, -self.left - 1)
+        return k >= _minus(q, self.left)
+
+    def _before(self, q, k):
+        """Whether k <= q + right."""
+        if self.right < 0:
+            return k < _minus(q, -self.right - 1)
+        return k <= _plus(q, self.right)
+
+
+@pytree
+class ChunkedCausal(Mask):
+    """A query sees the keys of its own chunk of `size` positions, at its own position and before.
+
+    Chunks begin at the positions that are multiples of `size`: Llama 4's local layers.
+
+    >>> ChunkedCausal(2).matrix(Tokens(4), Tokens(4)).astype(int).tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    """
+
+    size: int = static()
+
+    def __post_init__(self):
+        if not _is_integer(self.size) or self.size < 1:
+            raise ShapeError(
+                f"ChunkedCausal counts the positions of a chunk: got size={self.size!r}. Expected a positive "
+                "integer, 8192 for Llama 4; a chunk without end is Causal()."
+            )
+
+    def visible(self, q, k):
+        return (q.positions >= k.positions) & (self._start(q.positions) == self._start(k.positions))
+
+    def reach(self, q, k):
+        (q_low, q_high), (k_low, k_high) = (
+            tuple(self._start(end) for end in side.positions) for side in (q, k)
+        )
+        same = Reach(
+            (q_low <= k_high) & (k_low <= q_high),
+            (q_low == q_high) & (k_low == k_high) & (q_low == k_low),
+        )
+        return Causal().reach(q, k) & same
+
+    def _start(self, positions: Any) -> Any:
+        """Return the first position of a chunk."""
+        return positions - positions % self.size
+
+
+@pytree
+class Dilated(Mask):
+    """A query sees the keys whose distance from it is a multiple of `step`, on both sides.
+
+    `Causal() & Window(4 * 7, 0) & Dilated(7)` sees five keys of the past, every seventh.
+    """
+
+    step: int = static()
+
+    def __post_init__(self):
+        if not _is_integer(self.step) or self.step < 1:
+            raise ShapeError(
+                f"Dilated counts positions from one key to the next: got step={self.step!r}. Expected a "
+                "positive integer; 1 sees every key."
+            )
+
+    def visible(self, q, k):
+        return (k.positions - q.positions) % self.step == 0
 
     def reach(self, q, k):
         (q_low, q_high), (k_low, k_high) = q.positions, k.positions
         low, high = k_low - q_high, k_high - q_low
-        some = (high >= -self.left) & (low <= self.right)
-        return Reach(
-            some & (self.left + self.right >= 0), (low >= -self.left) & (high <= self.right)
+        some = high // self.step * self.step >= low
+        return Reach(some, (self.step == 1) | ((low == high) & some))
+
+
+@pytree
+class PrefixLM(Mask):
+    """Every query sees the first `lengths` positions, and of the others those at its own and before.
+
+    Args:
+      lengths: Of the prefixes: an integer, or integers of the batch axes [*#B].
+
+    >>> PrefixLM(2).matrix(Tokens(3), Tokens(3)).astype(int).tolist()
+    [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
+    """
+
+    lengths: Int[ArrayLike, "..."] | int
+
+    def visible(self, q, k):
+        return (q.positions >= k.positions) | (k.positions < self._each())
+
+    def reach(self, q, k):
+        k_low, k_high = k.positions
+        lengths = self._each()
+        return Causal().reach(q, k) | Reach(k_low < lengths, k_high < lengths)
+
+    def _each(self) -> Any:
+        """Return the lengths as they broadcast against the facts; `check` has laid them so for backends."""
+        return (
+            np.reshape(self.lengths, (-1, 1, 1, 1)) if np.ndim(self.lengths) == 1 else self.lengths
         )
 
 
 @pytree
 class SameSegment(Mask):
     """A query sees the keys of its own packed sequence; a negative segment is padding, never
-    seen."""
+    seen.
+
+    `SameSegment() & Causal()` on `Tokens.packed(ids)` is the mask of documents.
+    """
 
     def visible(self, q, k):
         return (q.segment == k.segment) & (k.segment >= 0)

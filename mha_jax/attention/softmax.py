@@ -12,7 +12,7 @@ Source: Milakov & Gimelshein 2018, arXiv:1805.02867; Rabe & Staats 2021, arXiv:2
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
+from jax import lax, nn
 
 from mha_jax.types import Array, Float, Size
 
@@ -80,16 +80,33 @@ def grow(
 
 
 def reciprocal(l: Float[Array, "*R"]) -> Float[Array, "*R"]:
-    """Return 1 / l, and 0 for rows that saw no key."""
-    seen = l > 0
+    """Return 1 / l, and 0 for rows that saw no key. A NaN, of a row that saw one, stays."""
+    seen = l != 0
     return jnp.where(seen, 1 / jnp.where(seen, l, jnp.ones_like(l)), jnp.zeros_like(l))
 
 
 def logsumexp(m: Float[Array, "*R"], l: Float[Array, "*R"]) -> Float[Array, "*R"]:
     """Return m + log(l), and -inf for rows that saw no key; m counts as a constant in derivatives."""
     m = lax.stop_gradient(m)
-    seen = l > 0
+    seen = l != 0
     return jnp.where(seen, finite(m) + jnp.log(jnp.where(seen, l, jnp.ones_like(l))), -jnp.inf)
+
+
+def share(
+    m: Float[Array, "B N T"], l: Float[Array, "B N T"], sinks: Array
+) -> Float[Array, "B N T"]:
+    """Return the part of every row's weight that its keys keep beside a sink: sigmoid(lse - sink).
+
+    The differences are taken before the sums, so that large logits lose nothing.
+
+    Source: Xiao et al. 2023, arXiv:2309.17453; gpt-oss, a learned logit for each head.
+    """
+    seen = l > 0
+    sinks = jnp.asarray(sinks, m.dtype)[None, :, None]
+    gap = finite(lax.stop_gradient(m)) - sinks + jnp.log(jnp.where(seen, l, jnp.ones_like(l)))
+    return jnp.where(
+        seen, nn.sigmoid(jnp.where(seen, gap, jnp.zeros_like(gap))), jnp.zeros_like(gap)
+    )
 
 
 def shift(m: Float[Array, "*R"], l: Float[Array, "*R"]) -> tuple[Array, Array]:
@@ -100,7 +117,7 @@ def shift(m: Float[Array, "*R"], l: Float[Array, "*R"]) -> tuple[Array, Array]:
     A row that saw no key has c = inf and r = 0: its weights are 0 whatever its logits are.
     """
     m = lax.stop_gradient(m)
-    seen = l > 0
+    seen = l != 0
     log = jnp.log(jnp.where(seen, l, jnp.ones_like(l)))
     c = lax.stop_gradient(finite(m) + log)
     r = jnp.exp((c - finite(m)) - log)
