@@ -15,9 +15,12 @@ import numpy as np
 from mha_jax import (
     Call,
     Causal,
+    ChunkedCausal,
     Dense,
+    Dilated,
     Dropout,
     Full,
+    PrefixLM,
     SameSegment,
     Tokens,
     ValidKeys,
@@ -148,11 +151,14 @@ def _restarted_causal():
 
 
 def q_packed():
-    return Tokens(T, pos=Q_POSITION, segment=Q_SEGMENT)
+    return Tokens.packed(Q_SEGMENT)
 
 
 def k_packed():
-    return Tokens(S, pos=K_POSITION, segment=K_SEGMENT)
+    return Tokens.packed(K_SEGMENT)
+
+
+PREFIXES = np.array([11, 29], np.int32)
 
 
 CASES = [
@@ -194,6 +200,29 @@ CASES = [
         (~_same_segment() | _restarted_causal()) & SHARED,
         q_tokens=q_packed,
         k_tokens=k_packed,
+    ),
+    Case("chunked_causal", ChunkedCausal(11), (COLUMNS <= ROWS) & (COLUMNS // 11 == ROWS // 11)),
+    Case(
+        "chunked_causal_bottom_right",
+        ChunkedCausal(16),
+        (COLUMNS <= ROWS + S - T) & (COLUMNS // 16 == (ROWS + S - T) // 16),
+        q_tokens=lambda: Tokens(T, start=S - T),
+    ),
+    Case(
+        "prefix_lm",
+        PrefixLM(PREFIXES),
+        (COLUMNS <= ROWS) | (PREFIXES[:, None, None, None] > COLUMNS),
+        rate=0.1,
+    ),
+    Case(
+        "prefix_lm_shared_in_algebra",
+        PrefixLM(7) & ~Dilated(5) & Dense(SHARED),
+        ((COLUMNS <= ROWS) | (COLUMNS < 7)) & ((COLUMNS - ROWS) % 5 != 0) & SHARED,
+    ),
+    Case(
+        "dilated_window",
+        Causal() & Window(12, 0) & Dilated(3),
+        _between(-12, 0) & ((COLUMNS - ROWS) % 3 == 0),
     ),
     Case("dense_shared", Dense(SHARED), SHARED),
     Case("dense_per_head", Dense(PER_HEAD), PER_HEAD),

@@ -9,10 +9,14 @@ from hypothesis import strategies as st
 
 from mha_jax import (
     Causal,
+    ChunkedCausal,
     Dense,
+    Dilated,
     Full,
     Mask,
+    PrefixLM,
     SameSegment,
+    ShapeError,
     Tokens,
     ValidKeys,
     ValidQueries,
@@ -61,6 +65,12 @@ def plain(mask, q, k):
         return kp <= qp
     if isinstance(mask, Window):
         return (qp - mask.left <= kp) & (kp <= qp + mask.right)
+    if isinstance(mask, ChunkedCausal):
+        return (kp <= qp) & (np.floor(kp / mask.size) == np.floor(qp / mask.size))
+    if isinstance(mask, Dilated):
+        return np.isin(kp - qp, np.arange(-99, 99) * mask.step)
+    if isinstance(mask, PrefixLM):
+        return (kp <= qp) | (kp < np.reshape(mask.lengths, (-1, 1, 1, 1)))
     if isinstance(mask, Dense):
         return np.asarray(mask.array)
     if isinstance(mask, SameSegment):
@@ -85,6 +95,9 @@ PLAIN_RULES = st.one_of(
     st.just(ValidKeys()),
     st.just(ValidQueries()),
     st.builds(Window, st.integers(-3, 8), st.integers(-3, 8)),
+    st.builds(ChunkedCausal, st.integers(1, 7)),
+    st.builds(Dilated, st.integers(1, 5)),
+    st.builds(PrefixLM, st.integers(0, 9) | st.sampled_from([np.array([2, 7], np.int32)])),
     st.builds(
         lambda shape, seed: Dense(flags(seed, *shape)), st.sampled_from(SHAPES), st.integers(0, 9)
     ),
@@ -169,6 +182,20 @@ def test_plain_tokens_are_decided_while_tracing():
     facts = extents(Tokens(32).facts(), 8)
     reach = (Causal() & Window(3, 3) | ~Window(5, 5)).reach(facts, facts)
     assert all(isinstance(x, (np.ndarray, np.bool_)) for x in reach)
+
+
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (lambda: ChunkedCausal(0), r"got size=0\. Expected a positive integer"),
+        (lambda: ChunkedCausal(2.5), r"got size=2\.5\."),
+        (lambda: Dilated(-1), r"got step=-1\. Expected a positive integer"),
+        (lambda: Dilated(True), r"got step=True\."),
+    ],
+)
+def test_sizes_of_rules_are_positive_integers(make, sentence):
+    with pytest.raises(ShapeError, match=sentence):
+        make()
 
 
 def test_windows_are_those_of_keras_and_jax():

@@ -7,16 +7,12 @@ import pytest
 
 import mha_jax as mj
 from mha_jax import Causal, SameSegment, Tokens, ValidKeys, Window
-from mha_jax.backends.blockwise import Blockwise
 from tests import oracles
+from tests.backends import backends, tiles
 from tests.drawn import draw, draw_variables
 
 B, T, S, N, K, H, V, D = 2, 5, 7, 4, 2, 3, 2, 6
-BACKENDS = {
-    "reference": "reference",
-    "blockwise": "blockwise",
-    "small_tiles": Blockwise(block_q=2, block_k=4),
-}
+BACKENDS = backends(small_tiles=tiles(2, 4))
 EPSILON = np.finfo(np.float32).eps
 RANDOM = np.random.default_rng(0)
 PAIRS = RANDOM.random((B, N, T, S)) < 0.6

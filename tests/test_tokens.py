@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mha_jax import Tokens
+from mha_jax import ShapeError, Tokens
 from mha_jax.attention.tokens import extents, zero_invalid
 
 ARRAYS = ("index", "pos", "segment", "valid")
@@ -114,3 +114,23 @@ def test_zero_invalid_keeps_the_dtype(dtype):
     out = zero_invalid(jnp.ones((1, 2, 3, 4), dtype), Tokens(2, valid=np.array([[True, False]])))
     assert out.dtype == dtype
     np.testing.assert_array_equal(out[:, 1], 0)
+
+
+@given(ids=st.lists(st.integers(-1, 3), min_size=1, max_size=12))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_packed_positions_restart_with_every_sequence(ids):
+    want, last = [], None
+    for x in ids:
+        want.append(want[-1] + 1 if x == last else 0)
+        last = x
+    for array in (np.array([ids]), jnp.array([ids], jnp.int32)):
+        tokens = Tokens.packed(array)
+        assert isinstance(tokens.positions, type(array))
+        assert tokens.positions.dtype == np.int32
+        assert tokens.positions.tolist() == [want]
+        assert tokens.segment is array
+
+
+def test_packed_takes_integers():
+    with pytest.raises(ShapeError, match=r"got float32\[1, 2\].*\[\*B, L\]"):
+        Tokens.packed(np.ones((1, 2), np.float32))

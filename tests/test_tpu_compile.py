@@ -12,9 +12,12 @@ from jax import export
 from mha_jax import (
     Call,
     Causal,
+    ChunkedCausal,
     Dense,
+    Dilated,
     Dropout,
     MultiHeadAttention,
+    PrefixLM,
     SameSegment,
     Tokens,
     Window,
@@ -84,10 +87,19 @@ def packed(ids):
     return {"q_tokens": tokens, "k_tokens": tokens, "mask": SameSegment() & Causal()}
 
 
+def chunked():
+    return {"mask": ChunkedCausal(1000) & ~Dilated(3)}
+
+
+def prefix(lengths):
+    return {"mask": PrefixLM(lengths)}
+
+
 KEY = {"key": WORDS}
 SQUARE = (4096, 4096)
 # Every chip with every head size and every length, each feature on old chips and new ones.
 GRID = {
+    "v4-chunked": Compiled("v4", 64, (2048, 2048), options=chunked),
     "v4-32": Compiled("v4", 32, (2048, 2048), 16, (4, 1), options=dropped, arrays=KEY),
     "v4-narrow": Compiled("v4", 32, (16384, 16384), 16, (1, 1), options=causal),
     "v4-64": Compiled("v4", 64, (4095, 4095), 0, (4, 1), options=window),
@@ -111,6 +123,12 @@ GRID = {
     "v5p-256": Compiled("v5p", 256, SQUARE, options=causal),
     "v6e-32": Compiled(
         "v6e", 32, (2048, 2048), options=packed, arrays={"ids": shape_of(1, 2048, dtype=jnp.int32)}
+    ),
+    "v6e-prefix": Compiled(
+        *("v6e", 64, (2048, 2048)),
+        batch=2,
+        options=prefix,
+        arrays={"lengths": shape_of(2, dtype=jnp.int32)},
     ),
     "v6e-64": Compiled("v6e", 64, SQUARE, 32, (4, 1), options=dropped, arrays=KEY),
     "v6e-128": Compiled("v6e", 128, (4095, 4095), options=window),

@@ -41,6 +41,8 @@ class Call:
       bias: Added to the scaled and capped logits, [T, S] or [*B, N, T, S], axes of 1 broadcast;
         differentiable.
       dropout: Dropout on the weights, or None.
+      sinks: A logit for every query head [N] that takes part in the denominator of the softmax alone, or
+        None: weights sum to less than 1. The statistics, lse, are those of the keys.
       scale: Factor on q . k, 1 / sqrt(H) if None. A Python number or a concrete array is part of the
         program; a traced one is multiplied into q.
       logit_cap: The scaled products become `logit_cap * tanh(x / logit_cap)`, or None.
@@ -61,6 +63,7 @@ class Call:
     mask: Any = dataclasses.field(default_factory=Full)
     bias: Any = None
     dropout: Any = None
+    sinks: Any = None
     scale: Any = static(default=None)
     logit_cap: Any = static(default=None)
     precision: Precision = static(default=None)

@@ -15,7 +15,7 @@ import numpy as np
 
 from mha_jax.attention.call import Call, Logits, Problem
 from mha_jax.attention.dropout import Dropout
-from mha_jax.attention.masks import And, Mask, Not, Or, SameSegment
+from mha_jax.attention.masks import And, Mask, Not, Or, PrefixLM, SameSegment
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array
@@ -61,7 +61,7 @@ def check(call: Call, names: Names = Names()) -> Problem:  # noqa: B008
         v=_folded(v),
         q_tokens=q_tokens,
         k_tokens=k_tokens,
-        mask=jax.tree.map(lambda a: _mask_array(a, shape), call.mask),
+        mask=_mask(call.mask, shape),
         bias=None if call.bias is None else _bias(call.bias, shape),
         dropout=_dropout(call.dropout),
         logits=Logits(scale, _cap(call.logit_cap), call.precision),
@@ -112,6 +112,23 @@ def _arrays(call: Call, names: Names) -> tuple[Array, Array, Array]:
 def _folded(x: Array) -> Array:
     """Fold the batch axes of [*B, L, N, H] into one."""
     return x if x.ndim == 4 else x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+
+
+def checked_sinks(sinks: Any, heads: int) -> Array:
+    """Return the logits of sinks, one for each query head.
+
+    Raises:
+      ShapeError: If they are none.
+    """
+    if not isinstance(sinks, (jax.Array, np.ndarray)) or not (
+        sinks.shape == (heads,) and jnp.issubdtype(sinks.dtype, jnp.floating)
+    ):
+        got = _of(sinks) if hasattr(sinks, "dtype") else repr(sinks)
+        raise ShapeError(
+            f"sinks must be a floating-point logit for every query head, [N] = [{heads}]: got {got}. "
+            f"One for all heads is jnp.full({heads}, logit)."
+        )
+    return jnp.asarray(sinks)
 
 
 def _dropout(dropout: Any) -> Dropout | None:
@@ -234,6 +251,33 @@ def mask_array(a) -> Array:
             f"a mask holds True or False (or 1 and 0): got dtype {a.dtype}. Pass mask.astype(bool)."
         )
     return a.astype(bool)
+
+
+def _mask(mask: Mask, shape: tuple[int, ...]) -> Mask:
+    """Return a mask whose arrays broadcast to the logits with one batch axis."""
+
+    def fit(part):
+        if isinstance(part, PrefixLM):
+            return PrefixLM(_of_examples("the lengths of PrefixLM", part.lengths, shape[:-3]))
+        return _mask_array(part, shape)
+
+    return jax.tree.map(fit, mask, is_leaf=lambda part: isinstance(part, PrefixLM))
+
+
+def _of_examples(name: str, a: Any, lead: tuple[int, ...]) -> Array:
+    """Return integers of examples as [#B, 1, 1, 1]."""
+    a = a if isinstance(a, np.ndarray) else jnp.asarray(a)
+    sizes = zip(a.shape[::-1], lead[::-1])
+    if (
+        not jnp.issubdtype(a.dtype, jnp.integer)
+        or a.ndim > len(lead)
+        or any(x not in (1, y) for x, y in sizes)
+    ):
+        raise ShapeError(
+            f"{name} must be an integer or integers of the batch axes {lead}, each axis of that size or 1: "
+            f"got {a.dtype}{list(a.shape)}."
+        )
+    return jnp.asarray(_fold_batch(_int32(name, a)[..., None, None, None], lead, 3))
 
 
 def _mask_array(a, shape: tuple[int, ...]) -> Array:

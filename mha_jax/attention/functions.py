@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 
 from mha_jax.attention import attention_fn, softmax
 from mha_jax.attention.call import Call, Output, Problem, logits
-from mha_jax.attention.check import Names, check
+from mha_jax.attention.check import Names, check, checked_sinks
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Dense, Full, Mask
 from mha_jax.attention.tokens import Tokens, zero_invalid
@@ -50,7 +50,12 @@ def attend(call: Call, backend: Any = None) -> Output:
 
 
 def _attend(call: Call, backend: Any, names: Names) -> Output:
-    out, m, l = run(_zero_hidden(check(call, names)), backend)
+    problem = check(call, names)
+    sinks = None if call.sinks is None else checked_sinks(call.sinks, problem.q.shape[2])
+    out, m, l = run(_zero_hidden(problem), backend)
+    if sinks is not None:
+        share = softmax.share(m, l, sinks).swapaxes(1, 2)[..., None]
+        out = (out.astype(m.dtype) * share).astype(out.dtype)
     lead = call.q.shape[:-3]
     return Output(_unfolded(out, lead), _unfolded(softmax.logsumexp(m, l), lead))
 
@@ -68,6 +73,7 @@ def dot_product_attention(
     *,
     mask: Mask | ArrayLike | None = None,
     bias: Float[ArrayLike, "..."] | None = None,
+    sinks: Float[ArrayLike, "N"] | None = None,
     dropout: Dropout | None = None,
     query_tokens: Tokens | None = None,
     key_tokens: Tokens | None = None,
@@ -87,6 +93,8 @@ def dot_product_attention(
       mask: A `Mask`, or a boolean array [T, S], [*B, T, S] or [*B, N, T, S], axes of 1 broadcast.
         True means "may attend".
       bias: Added to the scaled logits, [T, S] or [*B, N, T, S], axes of 1 broadcast; differentiable.
+      sinks: A logit for every query head, [N], that takes part in the denominator of the softmax alone, so
+        that a query's weights sum to less than 1; differentiable.
       dropout: `Dropout(key, rate)`, or None.
       query_tokens, key_tokens: Positions, segments and validity; plain ones if None.
       scale: Factor on the logits; 1 / sqrt(H) if None.
@@ -116,6 +124,7 @@ def dot_product_attention(
         mask=Full() if rule is None else rule,
         bias=bias,
         dropout=dropout,
+        sinks=sinks,
         scale=scale,
         logit_cap=logit_cap,
         precision=precision,
@@ -148,7 +157,8 @@ def attention_scores(
       heads: Which query heads; all if None.
 
     Returns:
-      Scores in the dtype of `call.q`; the rows sum to 1, or to 0 where a query sees no key.
+      Scores in the dtype of `call.q`; the rows sum to 1, to less where there are sinks, to 0 where a query
+      sees no key.
 
     Raises:
       ShapeError: If the call is malformed, or `lse` is not of its shape.
@@ -168,13 +178,20 @@ def attention_scores(
             "Pass attend(call).lse of the same call, or None."
         )
     near = None if lse is None else lse.reshape(b, n, t, 1)
+    sinks = None if call.sinks is None else checked_sinks(call.sinks, n)
     if heads is not None:
         heads = _chosen("heads", heads, n)
         problem, near = _of_heads(problem, heads), None if near is None else near[:, heads]
+        sinks = None if sinks is None else sinks[heads]
     if rows is not None:
         rows = _chosen("rows", rows, t)
         problem, near = _of_rows(problem, rows), None if near is None else near[:, :, rows]
-    return _unfolded(softmax.scores(logits(problem), near).astype(call.q.dtype), lead)
+    x = logits(problem)
+    scores = softmax.scores(x, near)
+    if sinks is not None:
+        _, m, l = softmax.first(x)
+        scores = scores * softmax.share(m[..., 0], l[..., 0], sinks)[..., None]
+    return _unfolded(scores.astype(call.q.dtype), lead)
 
 
 def explain(call: Call, platform: str | None = None) -> dict[str, str]:

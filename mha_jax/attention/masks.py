@@ -1,13 +1,13 @@
 """Masks: a lazy algebra of rules on (query token, key token) that never becomes T x S.
 
-A mask says `visible`: may this query token attend to this key token? It is written with comparison
-and bit operators only, so that NumPy arrays, tracers and values inside a kernel all work, and with
+A mask says `visible`: may this query token attend to this key token? It is written with operators
+only, so that NumPy arrays, tracers and values inside a kernel all work, and with
 facts that broadcast, so that it neither knows nor cares how a tile is laid out. It may also say
 `reach`: what is certain about a whole tile, from the intervals of its facts. A tile where no pair
 is visible is skipped, one where every pair is runs unmasked. `&`, `|` and `~` combine both.
 
-Every array leaf of a mask is a [#B, #N, #T, #S] boolean, and only `Dense` has one: a tile of a mask
-is `jax.tree.map(cut, mask)`. `True` means "may attend". A row that sees nothing gives zeros.
+Every array leaf of a mask broadcasts to [#B, #N, #T, #S]: the booleans of `Dense`, the lengths of `PrefixLM`.
+A tile of a mask is `jax.tree.map(cut, mask)`. `True` means "may attend". A row that sees nothing gives zeros.
 
 To add a mask: subclass `Mask`, register it as a pytree with static fields, write `visible`.
 
@@ -26,7 +26,7 @@ from typing_extensions import dataclass_transform
 
 from mha_jax.attention.tokens import Facts, Tokens
 from mha_jax.errors import ShapeError
-from mha_jax.types import ArrayLike, Bool
+from mha_jax.types import ArrayLike, Bool, Int
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -40,6 +40,10 @@ def static(**options: Any) -> Any:
 def pytree(cls: _Class) -> _Class:
     """Make a class a frozen dataclass and a pytree."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+def _is_integer(x: Any) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
 class Reach(NamedTuple):
@@ -145,7 +149,7 @@ class Window(Mask):
 
     def __post_init__(self):
         for name, size in (("left", self.left), ("right", self.right)):
-            if not isinstance(size, numbers.Integral) or isinstance(size, bool):
+            if not _is_integer(size):
                 raise ShapeError(
                     f"Window counts keys on each side: got {name}={size!r}. Expected an integer; for no "
                     "limit on one side pass a size larger than any sequence."
@@ -165,9 +169,103 @@ class Window(Mask):
 
 
 @pytree
+class ChunkedCausal(Mask):
+    """A query sees the keys of its own chunk of `size` positions, at its own position and before.
+
+    Chunks begin at the positions that are multiples of `size`: Llama 4's local layers.
+
+    >>> ChunkedCausal(2).matrix(Tokens(4), Tokens(4)).astype(int).tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    """
+
+    size: int = static()
+
+    def __post_init__(self):
+        if not _is_integer(self.size) or self.size < 1:
+            raise ShapeError(
+                f"ChunkedCausal counts the positions of a chunk: got size={self.size!r}. Expected a positive "
+                "integer, 8192 for Llama 4; a chunk without end is Causal()."
+            )
+
+    def visible(self, q, k):
+        return (q.positions >= k.positions) & (self._start(q.positions) == self._start(k.positions))
+
+    def reach(self, q, k):
+        (q_low, q_high), (k_low, k_high) = (
+            tuple(self._start(end) for end in side.positions) for side in (q, k)
+        )
+        same = Reach(
+            (q_low <= k_high) & (k_low <= q_high),
+            (q_low == q_high) & (k_low == k_high) & (q_low == k_low),
+        )
+        return Causal().reach(q, k) & same
+
+    def _start(self, positions: Any) -> Any:
+        """Return the first position of a chunk."""
+        return positions - positions % self.size
+
+
+@pytree
+class Dilated(Mask):
+    """A query sees the keys whose distance from it is a multiple of `step`, on both sides.
+
+    `Causal() & Window(4 * 7, 0) & Dilated(7)` sees five keys of the past, every seventh.
+    """
+
+    step: int = static()
+
+    def __post_init__(self):
+        if not _is_integer(self.step) or self.step < 1:
+            raise ShapeError(
+                f"Dilated counts positions from one key to the next: got step={self.step!r}. Expected a "
+                "positive integer; 1 sees every key."
+            )
+
+    def visible(self, q, k):
+        return (k.positions - q.positions) % self.step == 0
+
+    def reach(self, q, k):
+        (q_low, q_high), (k_low, k_high) = q.positions, k.positions
+        low, high = k_low - q_high, k_high - q_low
+        some = high // self.step * self.step >= low
+        return Reach(some, (self.step == 1) | ((low == high) & some))
+
+
+@pytree
+class PrefixLM(Mask):
+    """Every query sees the first `lengths` positions, and of the others those at its own and before.
+
+    Args:
+      lengths: Of the prefixes: an integer, or integers of the batch axes [*#B].
+
+    >>> PrefixLM(2).matrix(Tokens(3), Tokens(3)).astype(int).tolist()
+    [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
+    """
+
+    lengths: Int[ArrayLike, "..."] | int
+
+    def visible(self, q, k):
+        return (q.positions >= k.positions) | (k.positions < self._each())
+
+    def reach(self, q, k):
+        k_low, k_high = k.positions
+        lengths = self._each()
+        return Causal().reach(q, k) | Reach(k_low < lengths, k_high < lengths)
+
+    def _each(self) -> Any:
+        """Return the lengths as they broadcast against the facts; `check` has laid them so for backends."""
+        return (
+            np.reshape(self.lengths, (-1, 1, 1, 1)) if np.ndim(self.lengths) == 1 else self.lengths
+        )
+
+
+@pytree
 class SameSegment(Mask):
     """A query sees the keys of its own packed sequence; a negative segment is padding, never
-    seen."""
+    seen.
+
+    `SameSegment() & Causal()` on `Tokens.packed(ids)` is the mask of documents.
+    """
 
     def visible(self, q, k):
         return (q.segment == k.segment) & (k.segment >= 0)

@@ -12,7 +12,7 @@ Source: Milakov & Gimelshein 2018, arXiv:1805.02867; Rabe & Staats 2021, arXiv:2
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
+from jax import lax, nn
 
 from mha_jax.types import Array, Float, Size
 
@@ -90,6 +90,23 @@ def logsumexp(m: Float[Array, "*R"], l: Float[Array, "*R"]) -> Float[Array, "*R"
     m = lax.stop_gradient(m)
     seen = l > 0
     return jnp.where(seen, finite(m) + jnp.log(jnp.where(seen, l, jnp.ones_like(l))), -jnp.inf)
+
+
+def share(
+    m: Float[Array, "B N T"], l: Float[Array, "B N T"], sinks: Array
+) -> Float[Array, "B N T"]:
+    """Return the part of every row's weight that its keys keep beside a sink: sigmoid(lse - sink).
+
+    The differences are taken before the sums, so that large logits lose nothing.
+
+    Source: Xiao et al. 2023, arXiv:2309.17453; gpt-oss, a learned logit for each head.
+    """
+    seen = l > 0
+    sinks = jnp.asarray(sinks, m.dtype)[None, :, None]
+    gap = finite(lax.stop_gradient(m)) - sinks + jnp.log(jnp.where(seen, l, jnp.ones_like(l)))
+    return jnp.where(
+        seen, nn.sigmoid(jnp.where(seen, gap, jnp.zeros_like(gap))), jnp.zeros_like(gap)
+    )
 
 
 def shift(m: Float[Array, "*R"], l: Float[Array, "*R"]) -> tuple[Array, Array]:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mha_jax.errors import ShapeError
 from mha_jax.types import ArrayLike, Bool, Int
 
 
@@ -57,6 +58,37 @@ class Tokens:
     pos: Int[ArrayLike, "#B L"] | None = None
     segment: Int[ArrayLike, "#B L"] | None = None
     valid: Bool[ArrayLike, "#B L"] | None = None
+
+    @classmethod
+    def packed(cls, ids: Int[ArrayLike, "*B L"]) -> "Tokens":
+        """Return the tokens of sequences packed one behind the other: positions restart with each.
+
+        Args:
+          ids: A number for every sequence, the same for its tokens side by side; negative for padding.
+
+        Raises:
+          ShapeError: If the ids are no integers.
+
+        >>> Tokens.packed(np.array([[4, 4, 4, 7, 7, -1]])).positions.tolist()
+        [[0, 1, 2, 0, 1, 0]]
+        """
+        ids = ids if isinstance(ids, np.ndarray) else jnp.asarray(ids)
+        if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.ndim == 0:
+            raise ShapeError(
+                f"Tokens.packed takes one integer for every token, the number of its sequence: got "
+                f"{ids.dtype}{list(ids.shape)}. Expected [*B, L], [[0, 0, 0, 1, 1, -1]] say."
+            )
+        xp, last = (np if isinstance(ids, np.ndarray) else jnp), ids.ndim - 1
+        rows = xp.arange(ids.shape[-1], dtype=np.int32).reshape((*(1,) * last, -1))
+        first = xp.concatenate(
+            [xp.ones_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], last
+        )
+        begins = xp.where(first, rows, xp.zeros((), np.int32))
+        if isinstance(begins, np.ndarray):
+            begins = np.maximum.accumulate(begins, last)
+        else:
+            begins = jax.lax.cummax(begins, axis=last)
+        return cls(ids.shape[-1], pos=rows - begins, segment=ids)
 
     @property
     def rows(self) -> Int[ArrayLike, "#B L"]:

@@ -1,6 +1,7 @@
 """Backend: what runs a problem, and what it inherits."""
 
 import dataclasses
+from typing import Any
 
 from mha_jax.attention.call import Moves, Output, Problem, State
 
@@ -50,3 +51,7 @@ class Backend:
     def partitionable(self) -> "Backend | None":
         """Return this backend in a form that XLA can cut over devices, or None: then shards run alone."""
         return None
+
+    def effects(self) -> set[Any]:
+        """Return the effects of the passes, as JAX names them, if they are more than their results."""
+        return set()

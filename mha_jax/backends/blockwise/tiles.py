@@ -79,8 +79,7 @@ class Tiles:
         s, kv = problem.k.shape[1:3]
         self.tiling, self.layout, self.dtype = tiling, tiling.layout, problem.accumulator
         self.scale = problem.logits.scale
-        # A power of two goes into q, once for each row instead of each logit: it rounds nothing.
-        if abs(math.frexp(self.scale)[0]) == 0.5 and self.scale != 1:
+        if _goes_into_q(self.scale, problem):
             q = problem.q * jnp.asarray(self.scale, problem.q.dtype)
             logits = dataclasses.replace(problem.logits, scale=1.0)
             problem = dataclasses.replace(problem, q=q, logits=logits)
@@ -386,6 +385,18 @@ def scan(step: Callable, carry: Any, groups: int, lines: int) -> tuple[Any, Any]
 def numbers(count: int) -> Array:
     """Return 0 to `count` as what all indices are: unsigned, so that slices check for no negative ones."""
     return jnp.arange(count, dtype=jnp.uint32)
+
+
+def _goes_into_q(scale: float, problem: Problem) -> bool:
+    """Say whether to scale every query instead of every logit.
+
+    A power of two rounds nothing. Another factor rounds a query once, no more than the product does that
+    follows, and leaves no product of two numbers that the compiler may add to a third without rounding
+    (`scale * dot - m`), which it does or not as the code around the pass has it.
+    """
+    exact = abs(math.frexp(scale)[0]) == 0.5
+    rounds_little = problem.q.dtype == problem.accumulator and 2.0**-24 <= abs(scale) <= 1
+    return scale != 1 and (exact or rounds_little)
 
 
 def _blocks(length: Size, size: Size) -> int:

@@ -40,6 +40,7 @@ class Plan:
     vectors: dict[str, str]  # name -> side, "q" or "k"
     slabs: tuple[str, ...]
     mask: Mask  # its leaves are names
+    integers: tuple[str, ...]  # those of leaves that are no booleans
     q_tokens: Tokens
     k_tokens: Tokens
     dropout: Dropout | None
@@ -92,6 +93,7 @@ def make_plan(
                 add_vector(f"{side}.{field}", side, jnp.asarray(a)[:, None])
     leaves, tree = jax.tree.flatten(problem.mask)
     names = [add_dense(f"mask.{i}", leaf) for i, leaf in enumerate(leaves)]
+    integers = tuple(name for name, leaf in zip(names, leaves) if leaf.dtype != jnp.bool_)
     if problem.bias is not None:
         add_dense("bias", jnp.asarray(problem.bias))
     if problem.dropout is not None:
@@ -114,6 +116,7 @@ def make_plan(
         vectors=sides,
         slabs=tuple(slabs),
         mask=jax.tree.unflatten(tree, names),
+        integers=integers,
         q_tokens=_plain(problem.q_tokens),
         k_tokens=_plain(problem.k_tokens),
         dropout=dropout,

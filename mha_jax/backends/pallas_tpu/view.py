@@ -234,7 +234,8 @@ class View:
         """Return which pairs of a part are visible."""
 
         def leaf(name):
-            return self.dense(name, part).astype(jnp.int32) != 0
+            x = self.dense(name, part).astype(jnp.int32)
+            return x if name in self.plan.integers else x != 0
 
         mask = jax.tree.map(leaf, self.plan.mask)
         seen = mask.visible(self.facts("q", part), self.facts("k", part))

@@ -1,0 +1,275 @@
+"""Rotary positions against complex numbers in float64, and their scalings against the published formulas."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mha_jax as mj
+from mha_jax import Causal, Rotary, SameSegment, ShapeError, Tokens
+from mha_jax.attention.rotary import NTK, Linear, Llama3, Scaling, YaRN
+from tests import oracles
+
+B, L, N, H = 2, 11, 3, 24
+
+
+def draw(*shape, dtype=np.float32):
+    return np.random.default_rng(0).standard_normal(shape).astype(dtype)
+
+
+def turned(x, coordinates, frequencies, interleaved=False, magnitude=1.0):
+    """Turn pairs as complex numbers; coordinates [B, L, A], frequencies of every axis's pairs [P]."""
+    x = np.asarray(x, np.float64)
+    angles = np.concatenate(
+        [c[..., None] * frequencies for c in np.moveaxis(coordinates, -1, 0)], -1
+    )
+    size = 2 * angles.shape[-1]
+    front = x[..., :size]
+    z = front[..., 0::2] + 1j * front[..., 1::2]
+    if not interleaved:
+        z = front[..., : size // 2] + 1j * front[..., size // 2 :]
+    z = z * magnitude * np.exp(1j * angles)[:, :, None]
+    out = x.copy()
+    if interleaved:
+        out[..., 0:size:2], out[..., 1:size:2] = z.real, z.imag
+    else:
+        out[..., : size // 2], out[..., size // 2 : size] = z.real, z.imag
+    return out
+
+
+def plain(size, base=10000.0):
+    return np.array([base ** (-2 * i / size) for i in range(size // 2)])
+
+
+POSITIONS = np.random.default_rng(1).integers(0, 500, (B, L)).astype(np.int32)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("fraction, size", [(1.0, 24), (0.5, 12), (0.25, 6)])
+def test_pairs_turn_by_their_positions(interleaved, fraction, size):
+    x = draw(B, L, N, H)
+    rotary = Rotary(base=500.0, fraction=fraction, interleaved=interleaved)
+    want = turned(x, POSITIONS[..., None], plain(size, 500.0), interleaved)
+    got = jax.jit(rotary.__call__)(x, POSITIONS)
+    oracles.assert_close(got, want, 500 * 2e-7)  # an angle's rounding grows with it
+    with jax.enable_x64(True):
+        oracles.assert_close(rotary(np.asarray(x, np.float64), POSITIONS), want, 1e-12)
+
+
+def test_each_axis_turns_its_share():
+    x, axes = draw(B, 15, N, H), (3, 5)
+    rotary = Rotary(axes=axes)
+    places = np.broadcast_to(np.arange(15), (B, 15))
+    coordinates = np.stack(np.unravel_index(places, axes), -1).astype(np.int32)
+    want = turned(x, coordinates, plain(12))
+    oracles.assert_close(rotary(x, np.arange(15)), want, 1e-5)
+    oracles.assert_close(rotary(x, coordinates), want, 1e-5)
+    oracles.assert_close(jax.jit(rotary.__call__)(x, places), want, 1e-5)
+
+
+def llama3(inverse, factor, low, high, old):
+    """Llama 3.1's `apply_scaling`, pair by pair."""
+    out = []
+    for freq in inverse:
+        wavelength = 2 * math.pi / freq
+        if wavelength < old / high:
+            out.append(freq)
+        elif wavelength > old / low:
+            out.append(freq / factor)
+        else:
+            smooth = (old / wavelength - low) / (high - low)
+            out.append((1 - smooth) * freq / factor + smooth * freq)
+    return np.array(out)
+
+
+def yarn(base, size, factor, old, fast, slow, truncate):
+    """The paper's equations 17 to 19 and 23."""
+    low, high = (
+        size * math.log(old / (b * 2 * math.pi)) / (2 * math.log(base)) for b in (fast, slow)
+    )
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    out = []
+    for i in range(size // 2):
+        freq = base ** (-2 * i / size)
+        ramp = min(max((i - low) / (high - low), 0), 1)
+        out.append(freq / factor * ramp + freq * (1 - ramp))
+    return np.array(out)
+
+
+BASE, SIZE = 10000.0, 128
+FORMULAS = [
+    (Linear(4.0), plain(SIZE) / 4, 1.0),
+    (NTK(4.0), plain(SIZE, BASE * 4 ** (128 / 126)), 1.0),
+    (Llama3(8.0), llama3(plain(SIZE), 8.0, 1.0, 4.0, 8192), 1.0),
+    (Llama3(32.0, 2.0, 3.0, 1000), llama3(plain(SIZE), 32.0, 2.0, 3.0, 1000), 1.0),
+    (YaRN(4.0, 4096), yarn(BASE, SIZE, 4.0, 4096, 32, 1, True), 0.1 * math.log(4) + 1),
+    (
+        YaRN(32.0, 4096, truncate=False, attention=1.3),
+        yarn(BASE, SIZE, 32.0, 4096, 32, 1, False),
+        1.3,
+    ),
+]
+
+
+@pytest.mark.parametrize("scaling, frequencies, magnitude", FORMULAS, ids=lambda x: str(x)[:20])
+def test_scalings_are_those_of_their_papers(scaling, frequencies, magnitude):
+    rotary = Rotary(scaling=scaling)
+    np.testing.assert_allclose(rotary.frequencies(SIZE), frequencies, rtol=1e-12)
+    x = draw(1, 5, 1, SIZE)
+    want = turned(x, np.arange(5)[None, :, None], frequencies, magnitude=magnitude)
+    oracles.assert_close(rotary(x, np.arange(5)), want, 2e-6)
+
+
+CONFIGS = [
+    ({"rope_theta": 1e6}, Rotary(1e6)),
+    ({"rotary_pct": 0.25, "rotary_emb_base": 10000}, Rotary(fraction=0.25)),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, Rotary(scaling=Linear(2.0))),
+    (
+        {
+            "rope_theta": 500000.0,
+            "max_position_embeddings": 131072,
+            "rope_scaling": {
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+        },
+        Rotary(500000.0, scaling=Llama3(8.0)),
+    ),
+    (
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000,
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            }
+        },
+        Rotary(150000.0, scaling=YaRN(32.0, 4096, truncate=False)),
+    ),
+    (
+        {"max_position_embeddings": 8192, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        Rotary(scaling=YaRN(2.0, 8192)),
+    ),
+]
+
+
+@pytest.mark.parametrize("config, rotary", CONFIGS)
+def test_configs_of_hugging_face(config, rotary):
+    assert Rotary.from_config(config) == rotary
+    assert Rotary.from_config(rotary.to_config()) == rotary
+
+
+def test_deepseeks_magnitude_is_that_of_both_its_weights():
+    rope = {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 0.5}
+    config = {"max_position_embeddings": 4096, "rope_scaling": rope}
+    want = (0.1 * math.log(40) + 1) / (0.05 * math.log(40) + 1)
+    assert math.isclose(Rotary.from_config(config).scaling.magnitude, want)
+
+
+def test_ntk_is_a_larger_base_in_a_config():
+    again = Rotary.from_config(Rotary(scaling=NTK(4.0)).to_config(head_size=H))
+    np.testing.assert_allclose(again.frequencies(H), Rotary(scaling=NTK(4.0)).frequencies(H))
+
+
+def test_logits_know_distances_alone():
+    q, k = draw(1, L, N, H), draw(1, L, N, H)[:, ::-1].copy()
+    rotary = Rotary(scaling=YaRN(4.0, 64))
+
+    @jax.jit
+    def out(shift):
+        at = jnp.arange(L, dtype=jnp.int32)[None] + shift
+        return mj.dot_product_attention(rotary(q, at), rotary(k, at), q)
+
+    np.testing.assert_allclose(out(0), out(97), atol=2e-5)
+
+
+def test_packed_sequences_are_turned_as_if_alone():
+    x, rotary = draw(1, L, N, H), Rotary()
+    tokens = Tokens.packed(np.array([[3] * 7 + [5] * 4]))
+    turned = rotary(x, tokens.positions)
+    both = mj.dot_product_attention(
+        *(turned, turned, x),
+        mask=SameSegment() & Causal(),
+        query_tokens=tokens,
+        key_tokens=tokens,
+    )
+    alone = rotary(x[:, 7:], np.arange(4))
+    want = mj.dot_product_attention(alone, alone, x[:, 7:], mask=Causal())
+    np.testing.assert_allclose(both[:, 7:], want, atol=1e-6)
+
+
+def test_gradients_are_turned_back():
+    x, d = draw(1, L, N, H), draw(1, L, N, H)[..., ::-1].copy()
+    _, vjp = jax.vjp(lambda x: Rotary(fraction=0.5)(x, POSITIONS[:1]), x)
+    want = turned(d, -POSITIONS[:1, :, None], plain(12))
+    oracles.assert_close(vjp(d)[0], want, 1e-4)
+
+
+def test_a_scaling_of_ones_own_is_one_class():
+    @dataclasses.dataclass(frozen=True)
+    class Still(Scaling):
+        def frequencies(self, base, size):
+            return np.zeros(size // 2)
+
+    x = draw(1, 3, 1, 4)
+    np.testing.assert_array_equal(Rotary(scaling=Still())(x, np.arange(3)), x)
+    with pytest.raises(ShapeError, match="no name for Still"):
+        Rotary(scaling=Still()).to_config()
+
+
+def test_the_dtype_is_kept_and_angles_are_not_rounded_to_it():
+    x = jnp.asarray(draw(1, 3, 1, H), jnp.bfloat16)
+    got = Rotary()(x, np.array([1000, 1001, 1002]))
+    assert got.dtype == jnp.bfloat16
+    want = turned(x, np.array([1000, 1001, 1002])[None, :, None], plain(H))
+    assert oracles.relative_error(got, want) < 2**-8
+
+
+X = np.ones((B, L, N, H), np.float32)
+WRONG = [
+    (lambda: Rotary()(X[..., :5], np.arange(L)), r"head size 5.*multiple of 2; change key_dim"),
+    (lambda: Rotary(axes=(2, 2))(X[..., :6], np.arange(L)), r"axes=\(2, 2\).*multiple of 4"),
+    (lambda: Rotary(fraction=0.01)(X, np.arange(L)), r"fraction=0.01 is 0"),
+    (lambda: Rotary()(X, np.arange(L + 1)), r"\(2, 11\).*got int\d+\[12\]"),
+    (lambda: Rotary()(X, np.ones(L)), r"must be integers.*got float64\[11\]"),
+    (lambda: Rotary()(X, np.ones((B, L, 2), int)), r"got int\d+\[2, 11, 2\]"),
+    (lambda: Rotary(base=0.5), r"base of Rotary.*got 0\.5"),
+    (lambda: Rotary(base="1e4"), r"base of Rotary.*got '1e4'"),
+    (lambda: Rotary(fraction=1.5), r"fraction of Rotary.*got 1\.5.*rotary=None"),
+    (lambda: Rotary(scaling={"factor": 2}), r"scaling of Rotary.*from_config"),
+    (lambda: Rotary(axes=7), r"axes of Rotary.*got 7.*\(14, 14\)"),
+    (lambda: Linear(0.0), r"factor of Linear must be a positive number: got 0\.0"),
+    (lambda: YaRN(4.0, 9, fast=-1), r"fast of YaRN must be a positive number: got -1"),
+    (lambda: Llama3(8.0, low=4.0, high=1.0), r"low of Llama3 must be below high: got low=4\.0"),
+    (lambda: Rotary(interleaved=True).to_config(), r"nothing of interleaved=True and axes=None"),
+    (lambda: Rotary(scaling=NTK(2.0)).to_config(), r"got head_size=None"),
+    (
+        lambda: Rotary.from_config({"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+        r"type 'dynamic' are none of \['linear', 'llama3', 'yarn'\].*cache",
+    ),
+    (
+        lambda: Rotary.from_config({"rope_parameters": {"full_attention": {}}}),
+        r"each type of layer: got \['full_attention'\]",
+    ),
+    (
+        lambda: Rotary.from_config({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
+        r"original_length of YaRN must be a positive number: got None",
+    ),
+]
+
+
+@pytest.mark.parametrize("make, sentence", WRONG)
+def test_wrong_rotary_positions_are_explained(make, sentence):
+    with pytest.raises(ShapeError, match=sentence):
+        make()
