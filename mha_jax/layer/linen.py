@@ -7,12 +7,11 @@ D input width   E output width   H query-key head size   V value head size
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, Never
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from typing_extensions import Never
 
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.dropout import Dropout

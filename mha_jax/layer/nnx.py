@@ -7,14 +7,13 @@ is its `variables["params"]`, and `nnx.update(layer, variables["params"])` goes 
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Never
 
 import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from typing_extensions import Never
 
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.dropout import Dropout
