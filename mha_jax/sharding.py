@@ -11,7 +11,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
@@ -19,6 +18,7 @@ from mha_jax.attention.tokens import Tokens
 from mha_jax.backends.sequence import Gather as Gather
 from mha_jax.backends.sequence import Heads as Heads
 from mha_jax.backends.sequence import Ring as Ring
+from mha_jax.engine.mesh import explicit_axes
 from mha_jax.engine.run import Sharded as Sharded
 from mha_jax.errors import ShapeError
 from mha_jax.types import Params
@@ -133,7 +133,7 @@ def balanced(x: Any, axis: int, parts: int, tokens: Tokens | None = None) -> tup
 
     Args:
       x: An array, or a tree of them, whose axis `axis` is the tokens'.
-      axis: That axis, from the front.
+      axis: That axis.
       parts: The number of devices that have shards of the tokens.
       tokens: The tokens of `x`, plain ones if None.
 
@@ -164,9 +164,18 @@ def restored(x: Any, axis: int, parts: int) -> Any:
 
 
 def _taken(x: Any, order: np.ndarray, axis: int) -> Any:
-    return jax.tree.map(
-        lambda a: (np if isinstance(a, np.ndarray) else jnp).take(a, order, axis=axis), x
-    )
+    """Take entries of an axis of arrays, which keep their type where it says how they lie on a mesh."""
+
+    def take(a):
+        where = (*[slice(None)] * (axis % a.ndim), order)
+        if isinstance(a, np.ndarray):
+            return a[where]
+        place = jax.typeof(a).sharding
+        if explicit_axes(place.mesh):
+            return a.at[where].get(out_sharding=place)
+        return a[where]
+
+    return jax.tree.map(take, x)
 
 
 def _length(x: Any, axis: int, tokens: Tokens | None = None) -> int:

@@ -400,6 +400,26 @@ def test_any_length_is_balanced_and_restored(length, parts):
     jax.tree.map(np.testing.assert_array_equal, again, x)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_the_layer_on_a_balanced_batch(kind):
+    mesh = jax.make_mesh((2, 4), ("data", "context"), axis_types=(kind,) * 2)
+    x = numbers(8, B, 16, 24)
+    layer = mj.MultiHeadAttention(4, 8, num_kv_heads=2, dropout=0.2, training=True)
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    variables = layer.init(rngs, x, x)
+
+    def apply(variables, x, tokens=None):
+        tokens = {"query_tokens": tokens, "key_tokens": tokens}
+        return layer.apply(variables, x, x, use_causal_mask=True, rngs=rngs, **tokens)
+
+    y, tokens = mj.sharding.balanced(on(mesh, x, P("data", "context")), 1, 4)
+    out = jit(apply)(on(mesh, variables), y, tokens)
+    assert jax.typeof(out).sharding.spec == jax.typeof(y).sharding.spec
+    again = mj.sharding.restored(out, -2, 4)
+    assert jax.typeof(again).sharding.spec == jax.typeof(y).sharding.spec
+    assert_equal_to_rounding(again, jit(apply)(variables, x))
+
+
 # ---- what is chosen, and what is refused -----------------------------------------------------------
 
 
