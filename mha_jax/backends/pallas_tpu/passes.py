@@ -94,9 +94,10 @@ def cotangent(tuning: Tuning, problem: Problem, state: State, cotangent: Output)
     given, problem = problem, _computable(problem)
     shift, ratio = _shift(problem, state)
     # What rebuilt weights lack to be weights, their rows' cotangents take.
-    d_out = cotangent.out.astype(jnp.float32) * ratio.swapaxes(1, 2)[..., None]
+    d_out = cotangent.out.astype(jnp.float32)
     delta = jnp.sum(d_out * state.out.astype(jnp.float32), -1).swapaxes(1, 2)
-    extra = {"shift": shift, "delta": delta - cotangent.lse * ratio}
+    extra = {"shift": shift, "delta": (delta - cotangent.lse) * ratio}
+    d_out = d_out * ratio.swapaxes(1, 2)[..., None]
     d_out = d_out.astype(problem.v.dtype)
     dq, dk, dv, d_bias = _backward(tuning, problem, given.q.dtype, d_out, extra)
     if given.bias is not None:
