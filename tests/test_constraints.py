@@ -1,6 +1,7 @@
 """Constraints against Keras 3.15, as functions and within its optimizer's step."""
 
 import json
+from functools import partial
 
 import flax.core
 import flax.linen as nn
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+import mha_jax as mj
 from mha_jax.errors import ShapeError, WeightsError
 from mha_jax.layer import constraints
 
@@ -273,3 +275,23 @@ def test_a_function_cannot_be_written():
 def test_the_base_class_has_no_rule():
     with pytest.raises(NotImplementedError, match="Constraint is no constraint by itself"):
         constraints.Constraint()(WEIGHTS)
+
+
+def test_stacked_layers_are_constrained_each_by_itself():
+    x = jnp.ones((2, 5, 7))
+    keys = jax.random.split(jax.random.key(0), 3)
+    draw = partial(mj.init_params, query=x, value=x, num_heads=2, key_dim=3, use_gate=True)
+    draw = partial(draw, bias_initializer="random_normal")
+    layers = [draw(key) for key in keys]
+    for rule in (
+        "unit_norm",
+        {"class_name": "MaxNorm", "config": {"max_value": 0.3, "axis": [0, 1]}},
+    ):
+        each = [constraints.constrain(layer, kernel=rule) for layer in layers]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        boxed = jax.tree.map(lambda a: nn.Partitioned(a, (None,) * a.ndim), stacked)
+        got = constraints.constrain({"block": stacked}, kernel=rule)["block"]
+        unboxed = nn.meta.unbox(constraints.constrain({"block": boxed}, kernel=rule)["block"])
+        jax.tree.map(np.testing.assert_array_equal, unboxed, got)
+        want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), got, want)

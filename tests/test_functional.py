@@ -158,3 +158,26 @@ def test_on_projection_sees_every_projection():
         "gate": heads,
         "attention_output": (B, T, D),
     }
+
+
+def test_nan_of_padding_reaches_no_gradient_where_projections_are_seen():
+    params = mj.init_params(jax.random.key(0), X, Y, Z, **SIZES)
+    hole = np.where(VALID[..., None], Y, np.nan)
+    seen = {}
+
+    def look(name, y):
+        seen[name] = y
+        return y
+
+    def loss(params, value, look=None):
+        options = {"value_mask": VALID, "on_projection": look}
+        return (mj.multi_head_attention(params, X, value, Z, **options) ** 2).sum()
+
+    want = jax.grad(loss)(params, Y)
+    got = jax.grad(loss)(params, hole, lambda _, y: y)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+    loss(params, hole, look)
+    whole = jnp.einsum("BSD,DNH->BSNH", Y, params["value"]["kernel"])  # the bias is 0
+    np.testing.assert_allclose(
+        seen["value"], np.where(VALID[..., None, None], whole, 0), rtol=1e-5, atol=1e-6
+    )

@@ -8,7 +8,8 @@ the heads of the output kernel [N, V, *E] and of the biases [N, H], as in Keras.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -139,7 +140,8 @@ def serialize(constraint: Any) -> dict[str, Any] | None:
 def constrain(params: Params, *, kernel: Any = None, bias: Any = None) -> Params:
     """Return the parameters with every kernel and every bias in its constraint.
 
-    Pass the parameters of one layer: in a whole model, other layers' kernels are kernels too.
+    Pass the parameters of one layer: in a whole model, other layers' kernels are kernels too. Of attention
+    layers that a scan or a vmap has stacked, each is constrained by itself.
 
     Args:
       params: A tree of dicts; leaves under the keys "kernel" and "bias" count, at any depth.
@@ -154,12 +156,16 @@ def constrain(params: Params, *, kernel: Any = None, bias: Any = None) -> Params
     """
     rules = {"kernel": get(kernel), "bias": get(bias)}
 
-    def project(path: Any, leaf: Any) -> Any:
+    def project(path: Any, leaf: Any, stacked: int = 0) -> Any:
+        if _is_layer(leaf):
+            (kernel,) = jax.tree.leaves(leaf["query"]["kernel"])  # out of its box
+            each = partial(project, stacked=kernel.ndim - 3)
+            return jax.tree_util.tree_map_with_path(each, leaf)
         keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         rule = rules.get(keys[-1]) if keys else None
         if rule is None:
             return leaf
-        result = rule(leaf)
+        result = reduce(lambda f, _: jax.vmap(f), range(stacked), rule)(leaf)
         if jnp.shape(result) != jnp.shape(leaf):
             raise ShapeError(
                 f"the constraint {rule!r} turned {keys[-1]} of shape {jnp.shape(leaf)} into shape "
@@ -167,7 +173,15 @@ def constrain(params: Params, *, kernel: Any = None, bias: Any = None) -> Params
             )
         return result
 
-    return jax.tree_util.tree_map_with_path(project, params)
+    return jax.tree_util.tree_map_with_path(project, params, is_leaf=_is_layer)
+
+
+def _is_layer(tree: Any) -> bool:
+    """Whether a tree is that of one attention layer, or of layers stacked in front of its own axes."""
+    names = ("query", "key", "value", "attention_output")
+    return isinstance(tree, Mapping) and all(
+        isinstance(tree.get(name), Mapping) and "kernel" in tree[name] for name in names
+    )
 
 
 def as_optax(*, kernel: Any = None, bias: Any = None) -> Any:

@@ -115,7 +115,7 @@ def multi_head_attention(
       dropout: `Dropout(key, rate)`, or None.
       on_projection: Called with the name and the value of every projection; what it returns is used: to
         rotate queries and keys, to normalize them, to look at them. It sees the projections of masked tokens
-        too, which otherwise are zeroed before.
+        too, of zeros where these hold NaN or Inf.
       cache: Keys and values of the tokens before, or None. Those of `value` are appended, then the
         queries attend to all that it holds; `value=None` appends nothing. Tokens that `value_mask`
         or `key_mask` marks False are not stored. A query stands at the position of its own token
@@ -209,13 +209,10 @@ def attend_layer(
         y = jax.nn.sigmoid(y) if name == "gate" else y
         return y if on_projection is None else on_projection(name, y)
 
-    # Zeroed here as after the projections, unless somebody looks at them, as Keras's penalties do.
-    zeroed = on_projection is None
-    shown = _hidden(q_tokens, zeroed and rule.hides_invalid_queries)
-    read = _hidden(k_tokens, zeroed and (cache is not None or rule.hides_invalid_keys))
-    x_q = zero_invalid(q_fold.fold(query), shown)
-    x_v = zero_invalid(k_fold.fold(value), read)
-    x_k = x_v if key is value else zero_invalid(k_fold.fold(key), read)
+    seen, hides = on_projection is not None, cache is not None or rule.hides_invalid_keys
+    x_q = _entering(q_fold.fold(query), q_tokens, rule.hides_invalid_queries, seen)
+    x_v = _entering(k_fold.fold(value), k_tokens, hides, seen)
+    x_k = x_v if key is value else _entering(k_fold.fold(key), k_tokens, hides, seen)
     q, k, v = project("query", x_q), project("key", x_k), project("value", x_v)
     if given.attention_mask is not None:
         rule = rule & Dense(axes.fold_mask(given.attention_mask, q_fold, s_fold, q.shape[2]))
@@ -301,9 +298,15 @@ def _valid(tokens: Tokens, folding: axes.Folding, name: str, flags: ArrayLike) -
     return dataclasses.replace(tokens, valid=valid)
 
 
-def _hidden(tokens: Tokens, hides: bool) -> Tokens:
-    """Return tokens whose validity counts only where invalid ones are surely not seen."""
-    return tokens if hides else Tokens(tokens.length)
+def _entering(x: Array, tokens: Tokens, hidden: bool, seen: bool) -> Array:
+    """Return an input without what hidden tokens hold, so that NaN and Inf there reach no kernel's gradient.
+
+    They are zero; where their projections are seen, as Keras's penalties do, only NaN and Inf are.
+    """
+    if not hidden or tokens.valid is None:
+        return x
+    zeroed = zero_invalid(x, tokens)
+    return jnp.where(jnp.isfinite(x), x, zeroed) if seen else zeroed
 
 
 def _slots(query: axes.Folding, cache: Cache) -> axes.Folding:
