@@ -90,7 +90,9 @@ class Pass:
 
         for level in reversed(self.levels):
             in_axes = tuple(0 if there else None for there in level.mapped)
-            function = jax.vmap(function, in_axes=in_axes, axis_size=level.size)
+            function = jax.vmap(
+                function, in_axes=in_axes
+            )  # a shard's axis may be shorter than the level
         return function
 
 
