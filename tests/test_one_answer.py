@@ -146,9 +146,7 @@ def test_idle_dropout_is_the_same_program(backend, mask):
 @pytest.mark.parametrize("mask", ["none", "all"])
 def test_the_default_is_one_of_the_backends(mask):
     out = jax.jit(function(mask, "blockwise", False))(PARAMS, X, Y, Z)[0]
-    layer = mj.MultiHeadAttention.from_config(
-        layer_of(mask, "blockwise").get_config() | {"backend": None}
-    )
+    layer = layer_of(mask, "blockwise").clone(backend=None)
     automatic = jax.jit(lambda p, *a: layer.apply({"params": p}, *a, **MASKS[mask][1]))
     np.testing.assert_array_equal(automatic(PARAMS, X, Y, Z), out)
 

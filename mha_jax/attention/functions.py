@@ -172,9 +172,9 @@ def attention_scores(
     problem = _zero_hidden(check(call))
     lead = call.q.shape[:-3]
     b, t, n, _ = problem.q.shape
-    if lse is not None and lse.shape != (*lead, n, t):
+    if lse is not None and getattr(lse, "shape", None) != (*lead, n, t):
         raise ShapeError(
-            f"lse of shape {lse.shape} is not of this call: expected {(*lead, n, t)}, [*B, N, T]. "
+            f"lse of shape {np.shape(lse)} is not of this call: expected {(*lead, n, t)}, [*B, N, T]. "
             "Pass attend(call).lse of the same call, or None."
         )
     near = None if lse is None else lse.reshape(b, n, t, 1)
@@ -223,10 +223,12 @@ def explain(call: Call, platform: str | None = None) -> dict[str, str]:
 def _chosen(name: str, which: Any, count: int) -> Int[ArrayLike, "M"]:
     """Return which of `count` heads or rows were asked for, as indices; traced ones as they are."""
     if isinstance(which, jax.core.Tracer):
-        return which
+        if which.ndim == 1 and jnp.issubdtype(which.dtype, jnp.integer):
+            return which
+        which = f"{which.dtype}{list(which.shape)}"
     try:
         chosen = np.arange(count)[which]
-    except IndexError:
+    except (IndexError, TypeError):
         chosen = None
     if chosen is None or chosen.ndim != 1:
         raise ShapeError(

@@ -36,17 +36,21 @@ class Backend:
 
     def cotangent(self, problem: Problem, state: State, cotangent: Output) -> Moves:
         """Return the cotangents of q, k, v and bias, given those of out and lse."""
-        return self.differentiable().cotangent(problem, state, cotangent)
+        return self.tiled().cotangent(problem, state, cotangent)
 
     def tangent(self, problem: Problem, state: State, direction: Moves) -> Output:
         """Return the tangents of out and lse along a direction."""
-        return self.differentiable().tangent(problem, state, direction)
+        return self.tiled().tangent(problem, state, direction)
+
+    def tiled(self) -> "Backend":
+        """Return the tiled backend, which runs everything."""
+        from mha_jax.backends.blockwise import Blockwise
+
+        return Blockwise()
 
     def differentiable(self) -> "Backend":
         """Return a backend whose `cotangent` and `tangent` JAX can differentiate: the tiled one."""
-        from mha_jax.backends.blockwise import Blockwise
-
-        return Blockwise(exhaustive=True)
+        return self.tiled().differentiable()
 
     def partitionable(self) -> "Backend | None":
         """Return this backend in a form that XLA can cut over devices, or None: then shards run alone."""

@@ -331,7 +331,7 @@ class ByQueries:
 
     def _merged(self, tile: Any) -> Any:
         """Merge [*#lead, #G, #block_q, #block_k] to [*#lead, #r, #block_k]."""
-        if tile.ndim == 0:  # a rule that says the same of every pair
+        if np.ndim(tile) == 0:  # a rule that says the same of every pair
             return tile
         lead, (heads, rows, columns) = tile.shape[:-3], tile.shape[-3:]
         groups, size = self.tiles.groups, self.tiles.tiling.block_q
@@ -360,7 +360,7 @@ class ByKeys(ByQueries):
 
     def _merged(self, tile: Any) -> Any:
         """Merge [*#lead, #block_k, #G, #block_q] to [*#lead, #block_k, #r]."""
-        if tile.ndim == 0:
+        if np.ndim(tile) == 0:
             return tile
         lead, (columns, heads, rows) = tile.shape[:-3], tile.shape[-3:]
         groups, size = self.tiles.groups, self.tiles.tiling.block_q
@@ -390,13 +390,14 @@ def numbers(count: int) -> Array:
 def _goes_into_q(scale: float, problem: Problem) -> bool:
     """Say whether to scale every query instead of every logit.
 
-    A power of two rounds nothing. Another factor rounds a query once, no more than the product does that
-    follows, and leaves no product of two numbers that the compiler may add to a third without rounding
-    (`scale * dot - m`), which it does or not as the code around the pass has it.
+    A moderate power of two rounds nothing and leaves the range of float32 nowhere. Another moderate factor
+    rounds a query once, no more than the product does that follows, and leaves no product of two numbers that
+    the compiler may add to a third without rounding (`scale * dot - m`), which it does or not as the code
+    around the pass has it.
     """
-    exact = abs(math.frexp(scale)[0]) == 0.5
-    rounds_little = problem.q.dtype == problem.accumulator and 2.0**-24 <= abs(scale) <= 1
-    return scale != 1 and (exact or rounds_little)
+    dtype = problem.q.dtype
+    exact = abs(math.frexp(scale)[0]) == 0.5 and dtype != jnp.float16
+    return 2**-16 <= abs(scale) < 1 and (exact or dtype == problem.accumulator)
 
 
 def _blocks(length: Size, size: Size) -> int:

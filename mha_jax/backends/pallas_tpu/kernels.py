@@ -104,7 +104,7 @@ def _forward_block(view: View, precision: Any) -> None:
             share = share * dropout.factor
         refs["out"][here] = (acc_ref[...] * share).astype(refs["out"].dtype)
         m, l = as_line(m_ref[...]), as_line(jnp.broadcast_to(l, l_ref.shape))
-        refs["m"][:, here] = jnp.where(l > 0, m, -jnp.inf)
+        refs["m"][:, here] = jnp.where(l != 0, m, -jnp.inf)
         refs["l"][:, here] = l
 
 
