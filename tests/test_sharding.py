@@ -194,7 +194,9 @@ def test_explicit_axes_are_read_off_the_types():
     given, options = arrays(kv=4, bias=(1, N, 1, S)), {"dropout": dropped()}
     with jax.set_mesh(mesh):
         actual, program = run(both_passes(options), placed(mesh, given, BOTH))
-    assert set(exchanges(program)) == {"all-reduce"}
+    # The partitioners of jax 0.7.2 and 0.8.0 gather what lies on Explicit axes; that of 0.10.2 does not.
+    gathered = {"all-gather"} if jax.__version_info__ < (0, 10) else set()
+    assert set(exchanges(program)) == {"all-reduce"} | gathered
     assert_equal_to_rounding(actual, jit(both_passes(options))(given))
 
 
