@@ -19,6 +19,10 @@ from mha_jax import (
     ValidQueries,
     Window,
 )
+from mha_jax.attention.check import check
+from mha_jax.backends.blockwise import Blockwise, few_rows
+from mha_jax.backends.pallas_tpu import PallasTPU
+from mha_jax.backends.reference import Reference
 from tests.backends import backends, tiles
 from tests.drawn import draw, draw_variables
 
@@ -175,3 +179,139 @@ def test_no_gradient_reaches_a_hidden_pair(name, mask):
     np.testing.assert_array_equal(gradient[~seen], 0)
     alone = seen.sum(-1, keepdims=True) == 1  # a weight of 1 has slope 0
     assert (gradient[seen & ~alone] != 0).all()
+
+
+# ---- NaN and Inf behind any mask ---------------------------------------------------------------
+
+T2, S2 = 19, 31
+Q_PACKED = np.sort(np.random.default_rng(4).integers(0, 3, (B, T2)), -1).astype(np.int32)
+K_PACKED = np.sort(np.random.default_rng(5).integers(0, 3, (B, S2)), -1).astype(np.int32)
+Q_PACKED[:, -2:] = K_PACKED[:, -3:] = -1
+BY_HEAD = np.random.default_rng(6).random((B, N, T2, S2)) < 0.3
+HIDING = {
+    "causal": Causal(),
+    "window": Window(4, 3),
+    "segments": SameSegment(),
+    "algebra": (SameSegment() & Causal()) | Window(0, 2),
+    "by_head": Dense(BY_HEAD),
+}
+TILED = {
+    "reference": Reference(),
+    "default": None,
+    "small_tiles": Blockwise(block_q=8, block_k=16),
+    "exhaustive": Blockwise(block_q=8, block_k=16, exhaustive=True),
+}
+KERNEL = {"pallas_tpu": PallasTPU(interpret=True)}
+
+
+def poisoned_keys_and_values(k, v, value):
+    """Put a value into one feature of some keys, and into one of some other keys' values."""
+    keys, values = np.zeros((B, S2), bool), np.zeros((B, S2), bool)
+    keys[0, 17:19] = keys[1, 5] = keys[:, -1] = values[:, 23] = True
+    k = jnp.where((keys[..., None] & (np.arange(H) == 1))[:, :, None], jnp.float32(value), k)
+    v = jnp.where((values[..., None] & (np.arange(V) == 0))[:, :, None], jnp.float32(value), v)
+    return k, v, keys | values
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [(name, mask) for name in TILED for mask in HIDING]
+    + [("pallas_tpu", "algebra"), ("pallas_tpu", "by_head")],
+)
+def test_what_any_mask_hides_reaches_nothing(name, mask):
+    """Rows that see no NaN are the same to the last bit, and so is all that they alone see."""
+    tokens = Tokens(T2, segment=Q_PACKED), Tokens(S2, segment=K_PACKED)
+    q, k, v = draw(1, B, T2, N, H), draw(2, B, S2, K, H), draw(3, B, S2, K, V)
+    seen = np.broadcast_to(HIDING[mask].matrix(*tokens), (B, N, T2, S2))
+    blind = ~seen.any(-1)
+
+    @jax.jit
+    def run(q, k, v, d_out, d_lse):
+        def forward(q, k, v):
+            call = Call(q, k, v, *tokens, HIDING[mask], logit_cap=3.0)
+            return mj.attend(call, (TILED | KERNEL)[name])
+
+        output, vjp = jax.vjp(forward, q, k, v)
+        return output, vjp(mj.Output(d_out, d_lse))
+
+    d_out, d_lse = draw(4, B, T2, N, V), jnp.where(blind, 0, draw(5, B, N, T2))
+    for value in (np.nan, np.inf, -np.inf):
+        bad_k, bad_v, bad = poisoned_keys_and_values(k, v, value)
+        bad_q = jnp.where(blind.all(1)[..., None, None], jnp.float32(value), q)
+        dirty = (seen & bad[:, None, None]).any(-1)
+        assert dirty.any() and not (dirty | blind).all()
+        across = dirty.swapaxes(1, 2)[..., None]
+        # Nobody asks for the rows that see a NaN, and what comes back to rows that see nothing is one.
+        silent = jnp.where(across, 0, d_out), jnp.where(dirty, 0, d_lse)
+        nan = jnp.where(blind.swapaxes(1, 2)[..., None], jnp.nan, silent[0])
+        (out, lse), clean = run(q, k, v, *silent)
+        (got, got_lse), gradients = run(bad_q, bad_k, bad_v, nan, silent[1])
+        np.testing.assert_array_equal(jnp.where(across, 0, got), jnp.where(across, 0, out))
+        np.testing.assert_array_equal(np.asarray(got_lse)[~dirty], np.asarray(lse)[~dirty])
+        assert np.isnan(np.asarray(got)[across[..., 0]]).any(-1).all()
+        for a, b in zip(gradients, clean):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        # Somebody does: what they see is NaN, and nothing else is.
+        _, clean = run(q, k, v, d_out, d_lse)
+        _, gradients = run(bad_q, bad_k, bad_v, d_out, d_lse)
+        reached = (seen & dirty[..., None]).any(2).reshape(B, K, N // K, S2).any(2).swapaxes(1, 2)
+        for a, b, nan in zip(gradients, clean, (across[..., 0], reached, reached)):
+            assert np.isnan(np.asarray(a)[nan]).any(-1).all()
+            np.testing.assert_allclose(
+                np.asarray(a)[~nan], np.asarray(b)[~nan], rtol=1e-5, atol=1e-6
+            )
+
+
+def test_few_rows_are_not_reached_either():
+    """A step over many keys has a way of its own."""
+    q, k, v = draw(1, 1, 1, N, H), draw(2, 1, 1031, K, H), draw(3, 1, 1031, K, V)
+    call = Call(q, k, v, Tokens(1, start=700), None, Causal())
+    assert few_rows.worthwhile(check(call))
+    clean = mj.attend(call)
+    hidden = np.arange(1031)[None] > 700
+    for value in (np.nan, np.inf, -np.inf):
+        bad = dataclasses.replace(
+            call, k=poisoned(k, ~hidden, value), v=poisoned(v, ~hidden, -value)
+        )
+        same_bits(mj.attend(bad), clean)
+    assert not few_rows.worthwhile(
+        check(dataclasses.replace(call, mask=Dense(BY_HEAD[:1, :, :1, :1])))
+    )
+
+
+@pytest.mark.parametrize("mask", HIDING)
+def test_gradients_and_tangents_of_scores_and_outputs_are_not_reached(mask):
+    tokens = Tokens(T2, segment=Q_PACKED), Tokens(S2, segment=K_PACKED)
+    q, k, v = draw(1, B, T2, N, H), draw(2, B, S2, K, H), draw(3, B, S2, K, V)
+    seen = np.broadcast_to(HIDING[mask].matrix(*tokens), (B, N, T2, S2))
+    bad_k, bad_v, bad = poisoned_keys_and_values(k, v, np.nan)
+    dirty = (seen & bad[:, None, None]).any(-1)
+    rows = dirty.swapaxes(1, 2)[..., None]
+
+    def scores(q, k):
+        found = mj.attention_scores(Call(q, k, v, *tokens, HIDING[mask]))
+        return jnp.where(dirty[..., None], 0, found**2).sum()
+
+    def out(q, k, v):
+        return jnp.where(rows, 0, mj.attend(Call(q, k, v, *tokens, HIDING[mask])).out)
+
+    reached = (seen & dirty[..., None]).any(2).reshape(B, K, N // K, S2).any(2).swapaxes(1, 2)
+    pairs = zip(jax.grad(scores, (0, 1))(q, bad_k), jax.grad(scores, (0, 1))(q, k))
+    for (got, want), nan in zip(pairs, (rows[..., 0], reached)):
+        np.testing.assert_allclose(
+            np.asarray(got)[~nan], np.asarray(want)[~nan], rtol=1e-5, atol=1e-6
+        )
+    moves = draw(6, *q.shape), draw(7, *k.shape), draw(8, *v.shape)
+    bad_moves = moves[0], *poisoned_keys_and_values(*moves[1:], np.nan)[:2]
+    got = jax.jvp(out, (q, bad_k, bad_v), bad_moves)[1]
+    np.testing.assert_allclose(got, jax.jvp(out, (q, k, v), moves)[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*TILED, *KERNEL])
+def test_a_row_of_nan_says_so_in_its_statistics(name):
+    """Not that it saw no key."""
+    q, k, v = (jnp.full((1, 3, 1, 2), x, jnp.float32) for x in (1, 1, 1))
+    for bias in (np.nan, np.inf):
+        call = Call(q, k, v, bias=jnp.full((3, 3), bias, jnp.float32))
+        out, lse = mj.attend(call, (TILED | KERNEL)[name])
+        assert np.isnan(out).all() and np.isnan(lse).all()

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Full, Mask, static
-from mha_jax.attention.tokens import Tokens
+from mha_jax.attention.tokens import Tokens, finite, replaced
 from mha_jax.types import Array, ArrayLike, Float, Keys, Precision, Queries, Values
 
 
@@ -165,17 +165,38 @@ class Moves(NamedTuple):
 
 
 def logits(problem: Problem) -> Float[Array, "B N T S"]:
-    """Return every logit in the accumulator's dtype, -inf where the mask hides the key."""
+    """Return every logit in the accumulator's dtype, -inf where the mask hides the key.
+
+    NaN and Inf in what is hidden reach no gradient: products are taken of finite numbers, and the logits of
+    the tokens that hold others are marked beside.
+    """
     b, t, n, h = problem.q.shape
+    q, q_mark = _apart(problem.q, problem)
+    k, k_mark = _apart(problem.k, problem)
     dot = jnp.einsum(
         "BTKGH,BSKH->BKGTS",
-        problem.q.reshape(b, t, problem.k.shape[2], problem.groups, h),
-        problem.k,
+        q.reshape(b, t, problem.k.shape[2], problem.groups, h),
+        k,
         precision=problem.logits.precision,
         preferred_element_type=problem.accumulator,
     )
     x = problem.logits.capped(dot.reshape(b, n, t, problem.k.shape[1]))
+    if q_mark is not None and k_mark is not None:
+        k_mark = jnp.repeat(k_mark, problem.groups, 1)
+        x = x + q_mark[..., :, None] + k_mark[..., None, :]
     if problem.bias is not None:
         x = x + problem.bias.astype(x.dtype)
     visible = problem.mask.visible(problem.q_tokens.as_queries(), problem.k_tokens.as_keys())
     return jnp.where(visible, x, -jnp.inf)
+
+
+def _apart(x: Array, problem: Problem) -> tuple[Array, Array | None]:
+    """Return tokens as finite numbers, and marks [B, heads, L]: NaN where they were none, else 0.
+
+    Where the mask hides nothing, they stay as they are.
+    """
+    if isinstance(problem.mask, Full):
+        return x, None
+    real = finite(x)
+    mark = jnp.where(real[..., 0], 0, jnp.nan).astype(problem.accumulator)
+    return replaced(x, real, 0.0), mark.swapaxes(1, 2)

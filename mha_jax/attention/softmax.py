@@ -93,10 +93,15 @@ def reciprocal(l: Float[Array, "*R"]) -> Float[Array, "*R"]:
 
 
 def logsumexp(m: Float[Array, "*R"], l: Float[Array, "*R"]) -> Float[Array, "*R"]:
-    """Return m + log(l), and -inf for rows that saw no key; m counts as a constant in derivatives."""
+    """Return m + log(l), -inf for rows that saw no key, NaN for those whose sum is none.
+
+    m counts as a constant in derivatives, and the sums of NaN as their own logarithm: a row that nobody asks
+    for then moves nothing.
+    """
     m = lax.stop_gradient(m)
-    seen = l != 0
-    return jnp.where(seen, finite(m) + jnp.log(jnp.where(seen, l, jnp.ones_like(l))), -jnp.inf)
+    seen = l > 0
+    log = finite(m) + jnp.log(jnp.where(seen, l, jnp.ones_like(l)))
+    return jnp.where(seen, log, jnp.where(l == 0, -jnp.inf, l))
 
 
 def share(

@@ -11,6 +11,7 @@ side as [#B, 1, 1, S]; for whole tiles each fact is an interval (low, high), `Fa
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -149,3 +150,23 @@ def zero_invalid(x: jax.Array, tokens: Tokens) -> jax.Array:
         return x
     valid = tokens.valid.reshape(*tokens.valid.shape, *(1,) * (x.ndim - 2))
     return jnp.where(valid, x, jnp.zeros((), x.dtype))
+
+
+def finite(x: jax.Array) -> jax.Array:
+    """Return which tokens of data [..., H] hold finite numbers only, [..., 1]."""
+    # A sum of numbers: that of booleans takes XLA seconds to compile where x is a constant.
+    return jnp.sum(jnp.where(jnp.isfinite(x), 0.0, 1.0), -1, keepdims=True) == 0
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def replaced(x: jax.Array, keep: jax.Array, value: float) -> jax.Array:
+    """Return x, and `value` in place of what is not kept; its derivative is that of x everywhere.
+
+    What stands for a number does not hide that it was one: who sees it has its gradient.
+    """
+    return jnp.where(keep, x, jnp.asarray(value, x.dtype))
+
+
+@replaced.defjvp
+def _replaced_jvp(value, primals, tangents):
+    return replaced(*primals, value), tangents[0]

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mha_jax.attention import softmax
+from mha_jax.attention import hidden, softmax
 from mha_jax.attention.call import Moves, Output, Problem, State, logits
+from mha_jax.attention.hidden import Rows
+from mha_jax.attention.masks import Dense
 from mha_jax.backends.base import Backend
 
 
@@ -19,11 +21,14 @@ class Reference(Backend):
     """Attention by the formula. O(T S) memory."""
 
     def forward(self, problem: Problem) -> State:
+        problem = hidden.forward(problem)
         x = logits(problem)
         m = lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
         p = softmax.weights(x, m)
         l = jnp.sum(p, axis=-1, keepdims=True)
         p = p * softmax.reciprocal(l)
+        if hidden.anything(problem):
+            p = jnp.where(x == -jnp.inf, 0, p)  # in rows of NaN too
         b, n, t, s = p.shape
         if problem.dropout is not None:
             kept = problem.dropout.keep(b, n, problem.q_tokens.rows, problem.k_tokens.rows)
@@ -38,8 +43,22 @@ class Reference(Backend):
         return State(out, m[..., 0], l[..., 0])
 
     def cotangent(self, problem: Problem, state: State, cotangent: Output) -> Moves:
+        if hidden.anything(problem):
+            problem, cotangent = self._contained(problem, state, cotangent)
         function, moved = self._of_moves(problem)
         return jax.vjp(function, moved)[1](cotangent)[0]
+
+    def _contained(self, problem: Problem, state: State, cotangent: Output):
+        """Return the same for autodiff: rows without weights see nothing, NaN stands in q alone."""
+        q, d_out, out = (x.swapaxes(1, 2) for x in (problem.q, cotangent.out, state.out))
+        rows = Rows(q, d_out, jnp.zeros_like(state.m), cotangent.lse)
+        one = jnp.ones_like(state.l)
+        # The sum of a row that saw a NaN is one.
+        rows = hidden.rows(rows, out, state.l, one + 0 * state.l, True)
+        lse = jnp.where(jnp.isfinite(rows.delta) & jnp.isfinite(cotangent.lse), cotangent.lse, 0)
+        mask = problem.mask & Dense((rows.shift != jnp.inf)[..., None])
+        problem = dataclasses.replace(problem, q=rows.q.swapaxes(1, 2), mask=mask)
+        return problem, Output(rows.d_out.swapaxes(1, 2), lse)
 
     def tangent(self, problem: Problem, state: State, direction: Moves) -> Output:
         function, moved = self._of_moves(problem)

@@ -57,7 +57,8 @@ def _attend_jvp(runner: Runner, primals: tuple, tangents: tuple) -> tuple[State,
         return state, State(*map(jnp.zeros_like, state))
     types = Output(jax.typeof(state.out), jax.typeof(state.l))
     moved = linear_map(_tangent, _cotangent, Saved(problem, state, runner), moves, types)
-    return state, State(moved.out, jnp.zeros_like(state.m), state.l * moved.lse)
+    per_lse = jnp.where(jnp.isnan(state.l), 1, state.l)  # as in `softmax.logsumexp`
+    return state, State(moved.out, jnp.zeros_like(state.m), per_lse * moved.lse)
 
 
 attend.defjvp(_attend_jvp, symbolic_zeros=True)

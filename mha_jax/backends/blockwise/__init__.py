@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 
+from mha_jax.attention import hidden
 from mha_jax.attention.call import Moves, Output, Problem, State
 from mha_jax.backends.base import Backend
 from mha_jax.backends.blockwise import few_rows, passes
@@ -124,13 +125,17 @@ class Blockwise(Backend):
     def forward(self, problem: Problem) -> State:
         if not self.apart and few_rows.worthwhile(problem):
             return few_rows.forward(problem)
-        return passes.forward(Tiles(problem, self.tiling(problem)))
+        # What a cache holds is read in place: it is not looked through.
+        seen = problem if problem.heads_first else hidden.forward(problem)
+        return passes.forward(Tiles(seen, self.tiling(problem)))
 
     def cotangent(self, problem: Problem, state: State, cotangent: Output) -> Moves:
-        return passes.cotangent(Tiles(problem, self.tiling(problem)), state, cotangent)
+        tiles = Tiles(hidden.cleaned(problem), self.tiling(problem))
+        return passes.cotangent(tiles, state, cotangent)
 
     def tangent(self, problem: Problem, state: State, direction: Moves) -> Output:
-        return passes.tangent(Tiles(problem, self.tiling(problem)), state, direction)
+        seen, direction = hidden.tangent(problem, direction)
+        return passes.tangent(Tiles(seen, self.tiling(problem)), state, direction)
 
     def differentiable(self) -> Backend:
         return dataclasses.replace(self, exhaustive=True)

@@ -7,7 +7,8 @@ Tiles would first turn keys and values heads first, which costs more than the at
 queries of an example stand in one block-diagonal matrix [K H, T G K], so that one product with the keys
 as they lie, [S, K H], gives every logit, [S, T, G, K]. It multiplies K times as many numbers as needed,
 most of them zeros, and still wins while reading the keys is what takes the time. The values are weighted
-and summed as they lie, too.
+and summed as they lie, too. A NaN or an Inf in one head of a key is one in all of its heads: masks by head
+go by tiles.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mha_jax.attention import softmax
+from mha_jax.attention import hidden, softmax
 from mha_jax.attention.call import Problem, State
 
 _MOST_ROWS = 32
@@ -37,8 +38,9 @@ def worthwhile(problem: Problem) -> bool:
     b, t, n, _ = problem.q.shape
     if not all(isinstance(size, int) for size in (b, t, problem.k.shape[1])):
         return False
+    by_head = any(a.shape[1] > 1 for a in jax.tree.leaves(problem.mask))
     many = problem.k.shape[1] > _FEWEST_KEYS or problem.k.size >= _FEWEST_NUMBERS
-    return not problem.heads_first and t * n <= _MOST_ROWS and many
+    return not problem.heads_first and not by_head and t * n <= _MOST_ROWS and many
 
 
 def forward(problem: Problem) -> State:
@@ -76,6 +78,8 @@ def forward(problem: Problem) -> State:
     parts = _parts(s)
     p = p.reshape(b, parts, s // parts, t, groups, kv, 1)
     out = p * problem.v.astype(dtype).reshape(b, parts, s // parts, 1, 1, kv, v)
+    if hidden.anything(problem):
+        out = jnp.where(p == 0, 0, out)
     out = (out.sum(2).sum(1) * inverse[..., None]).swapaxes(2, 3)
     m, l = (x[:, 0].transpose(0, 3, 2, 1).reshape(b, n, t) for x in (m, l))
     return State(out.reshape(b, t, n, v).astype(problem.v.dtype), m, l)

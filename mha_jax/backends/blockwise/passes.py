@@ -11,8 +11,9 @@ transposed, [*, block_k, r], so that the gradients of keys and values are plain 
 import jax.numpy as jnp
 from jax import lax
 
-from mha_jax.attention import softmax
+from mha_jax.attention import hidden, softmax
 from mha_jax.attention.call import Moves, Output, State
+from mha_jax.attention.hidden import Rows
 from mha_jax.backends.blockwise.tiles import ByKeys, ByQueries, Place, Tiles, scan
 
 
@@ -55,15 +56,13 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
     """Return the cotangents of q, k, v and bias."""
     problem, dtype, order = tiles.problem, tiles.dtype, tiles.visits(by_rows=False)
     by, rules = ByKeys(tiles, order.masked), tiles.rules
+    d_out, out = (tiles.queries(x.astype(dtype)) for x in (cotangent.out, state.out))
     shift, ratio = softmax.shift(state.m, state.l)
-    # What rebuilt weights lack to be weights, their rows' cotangents take.
-    ratio_rows = jnp.swapaxes(ratio, 1, 2)[..., None]
-    d_out = tiles.queries(cotangent.out.astype(dtype) * ratio_rows)
-    delta = jnp.sum(d_out * tiles.queries(state.out.astype(dtype)), -1)
-    delta = delta - tiles.statistics(cotangent.lse * ratio)
+    shift = tiles.statistics(shift, jnp.inf)
+    ratio, l, d_lse = (tiles.statistics(x) for x in (ratio, state.l, cotangent.lse))
+    rows = hidden.rows(Rows(tiles.q, d_out, shift, d_lse), out, l, ratio, tiles.hides)
     if problem.dropout is not None:
-        d_out = d_out * jnp.asarray(problem.dropout.factor, dtype)
-    sides = (tiles.q, d_out, tiles.statistics(shift, jnp.inf), delta)
+        rows = rows._replace(d_out=rows.d_out * jnp.asarray(problem.dropout.factor, dtype))
 
     def column(g, j, carry):
         k_tile = tiles.keys_of(tiles.k, Place(g, 0, j))
@@ -74,7 +73,7 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
         def block(i, carry):
             at = Place(g, i, j)
             d_bias, dq, dk, dv = carry
-            q, do, shift, delta = (tiles.rows_of(x, at) for x in sides)
+            q, do, shift, delta = (tiles.rows_of(x, at) for x in rows)
             capped = rules.capped(tiles.dot("...sh,...rh->...sr", k_tile, q))
             x = by.logits(capped, at)
             p = jnp.exp(x - shift[..., None, :])
@@ -88,10 +87,13 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
             dx = p * (dp - delta[..., None, :])
             if d_bias is not None:
                 d_bias = tiles.add_dense(d_bias, dx.swapaxes(-1, -2), at)
+            q = q.astype(dtype)
+            if by.masked and tiles.hides:  # rows of NaN reach nothing that is hidden from them
+                q = jnp.where(jnp.isnan(q), 0, q)
             if rules.cap is not None:
-                dx = dx * rules.slope(capped)
+                dx = tiles.shown(dx, dx * rules.slope(capped))
             dv = dv + tiles.dot("...sr,...rv->...sv", kept, do)
-            dk = dk + tiles.dot("...sr,...rh->...sh", dx, q.astype(dtype))
+            dk = dk + tiles.dot("...sr,...rh->...sh", dx, q)
             dq = tiles.add_transposed(dq, tiles.dot("...hs,...sr->...hr", k_transposed, dx), at)
             return d_bias, dq, dk, dv
 
@@ -100,8 +102,8 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
         return (d_bias, dq), (dk, dv)
 
     d_bias = None if tiles.bias is None else jnp.zeros(tiles.bias.shape, dtype)
-    *lead, rows, size = tiles.q.shape
-    carry = (d_bias, jnp.zeros((*lead, size, rows), dtype))
+    *lead, length, size = tiles.q.shape
+    carry = (d_bias, jnp.zeros((*lead, size, length), dtype))
     (d_bias, dq), (dk, dv) = scan(column, carry, tiles.layout.groups, tiles.k_blocks)
     dk = tiles.keys_back(dk) * jnp.asarray(rules.scale, dtype)
     dq = tiles.transposed_back(dq) * jnp.asarray(tiles.scale, dtype)
@@ -149,7 +151,7 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
             dx = dx * rules.slope(capped)
             if d_bias is not None:
                 dx = dx + by.dense(d_bias, at)
-            dp = p * dx
+            dp = tiles.shown(p, p * dx)
             d_lse = d_lse + jnp.sum(dp, -1, keepdims=True)
             kept = p
             if problem.dropout is not None:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mha_jax.attention import hidden
 from mha_jax.attention.call import Problem
 from mha_jax.attention.tokens import Facts
 from mha_jax.backends import visits
@@ -86,6 +87,7 @@ class Tiles:
             logits = dataclasses.replace(problem.logits, scale=1.0)
             problem = dataclasses.replace(problem, q=q, logits=logits)
         self.problem, self.rules = problem, problem.logits
+        self.hides = hidden.anything(problem)
         self.batch, self.kv_heads, self.groups = b, kv, n // kv
         self.q_blocks, self.k_blocks = _blocks(t, tiling.block_q), _blocks(s, tiling.block_k)
         self.t, self.s = self.q_blocks * tiling.block_q, self.k_blocks * tiling.block_k
@@ -179,6 +181,10 @@ class Tiles:
         if self.tiling.halves and precision is None and self.problem.q.dtype == jnp.bfloat16:
             a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
         return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=self.dtype)
+
+    def shown(self, p: Array, x: Array) -> Array:
+        """Return x, and 0 where the weights p of a tile are 0, whatever x is there."""
+        return jnp.where(p == 0, jnp.zeros((), x.dtype), x) if self.hides else x
 
     def dense_of(self, dense: Array, at: Place) -> Array:
         """Cut [#B, #N, #T, #S] to [*#lead, #G, #block_q, #block_k]."""

@@ -143,6 +143,12 @@ def slopes(view: View, p: Array, dp: Array, keep: Array | None, part: Part) -> A
     return p * (dp - view.vector("delta", part))
 
 
+def without_nan(x: Array) -> Array:
+    """Put zeros in place of NaN; not every TPU compares numbers of 16 bits."""
+    wide = x.astype(jnp.float32)
+    return jnp.where(wide == wide, wide, 0.0).astype(x.dtype)
+
+
 def backward(view: View, precision: Any) -> None:
     """Add what blocks of keys give to dq, dk and dv; rows are keys, tiles are transposed."""
     refs = view.refs
@@ -194,8 +200,13 @@ def _backward_block(view: View, precision: Any) -> None:
             refs["d_bias_sum"][part.rows] += by_lane(ds)
         if bias_side == "q":
             refs["d_bias"][:, here] += jnp.sum(ds, axis=0, keepdims=True)
-        ds = (ds if slope is None else ds * slope).astype(q.dtype)
-        dk_sum[part.rows] += dot(ds, q[here], (1, 0), precision)
+        if slope is not None:
+            # Where a part hides something, slopes may be NaN there.
+            some = part.kinds and view.plan.hides
+            ds = jnp.where(ds == 0, 0.0, ds * slope) if some else ds * slope
+        ds = ds.astype(q.dtype)
+        q_rows = without_nan(q[here]) if part.kinds and view.plan.hides else q[here]
+        dk_sum[part.rows] += dot(ds, q_rows, (1, 0), precision)
         dq_sum[here] += dot(ds, k[view.rows_of_part(part)], (0, 0), precision)
 
     view.each_tile(lambda parts: staggered(parts, start, finish))

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from mha_jax.attention import hidden
 from mha_jax.attention.call import Logits, Problem
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Mask
@@ -46,6 +47,7 @@ class Plan:
     dropout: Dropout | None
     rules: Logits
     has_bias: bool
+    hides: bool
 
     @property
     def outer_vectors(self) -> list[str]:
@@ -122,8 +124,19 @@ def make_plan(
         dropout=dropout,
         rules=problem.logits,
         has_bias=problem.bias is not None,
+        hides=contains(problem),
     )
     return plan, streams
+
+
+def contains(problem: Problem) -> bool:
+    """Return whether NaN and Inf are kept from what a mask hides them from: where data decide what that is.
+
+    Looking through keys and values takes 15 % of the forward kernel's bundles at T 4096, H 128 (v5e). Under a
+    mask that is known while compiling, causal or a window, a NaN reaches the rows of the tiles of its key.
+    """
+    facts = problem.mask, problem.q_tokens, problem.k_tokens
+    return hidden.anything(problem) and bool(jax.tree.leaves(facts))
 
 
 def _plain(tokens: Tokens) -> Tokens:

@@ -15,11 +15,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mha_jax.attention import softmax
+from mha_jax.attention import hidden, softmax
 from mha_jax.attention.call import Moves, Output, Problem, State
+from mha_jax.attention.hidden import Rows
 from mha_jax.backends.pallas_tpu import kernels
 from mha_jax.backends.pallas_tpu import operands as ops
-from mha_jax.backends.pallas_tpu.operands import Plan, Stream, folds, make_plan
+from mha_jax.backends.pallas_tpu.operands import Plan, Stream, contains, folds, make_plan
 from mha_jax.backends.pallas_tpu.patterns import LANES
 from mha_jax.backends.pallas_tpu.sizes import Tuning
 from mha_jax.backends.pallas_tpu.view import View
@@ -30,6 +31,8 @@ def forward(tuning: Tuning, problem: Problem) -> State:
     """Attend; return the output and every row's (m, l)."""
     dtype = problem.v.dtype
     problem = _computable(problem)
+    if contains(problem):
+        problem = hidden.forward(problem)
     g = tuning.sizes.lay(problem, "q")
     plan, streams = make_plan(problem, g)
     size_v = problem.v.shape[-1]
@@ -92,13 +95,14 @@ def _upper_half(x: Array) -> Array:
 def cotangent(tuning: Tuning, problem: Problem, state: State, cotangent: Output) -> Moves:
     """Return the cotangents of q, k, v and bias."""
     given, problem = problem, _computable(problem)
+    d_out, out = (x.astype(jnp.float32).swapaxes(1, 2) for x in (cotangent.out, state.out))
     shift, ratio = _shift(problem, state)
-    # What rebuilt weights lack to be weights, their rows' cotangents take.
-    d_out = cotangent.out.astype(jnp.float32)
-    delta = jnp.sum(d_out * state.out.astype(jnp.float32), -1).swapaxes(1, 2)
-    extra = {"shift": shift, "delta": (delta - cotangent.lse) * ratio}
-    d_out = d_out * ratio.swapaxes(1, 2)[..., None]
-    d_out = d_out.astype(problem.v.dtype)
+    rows = Rows(problem.q.swapaxes(1, 2), d_out, shift, cotangent.lse)
+    rows = hidden.rows(rows, out, state.l, ratio, contains(problem))
+    extra = {"shift": rows.shift, "delta": rows.delta}
+    d_out = rows.d_out.swapaxes(1, 2).astype(problem.v.dtype)
+    seen = hidden.cleaned(problem) if contains(problem) else problem
+    problem = dataclasses.replace(seen, q=rows.q.swapaxes(1, 2))
     dq, dk, dv, d_bias = _backward(tuning, problem, given.q.dtype, d_out, extra)
     if given.bias is not None:
         if d_bias is None:

@@ -1,0 +1,93 @@
+"""What a mask hides reaches nothing, not even a NaN.
+
+B batch   T query length   S key length   N query heads   K key-value heads
+H query-key head size   V value head size
+
+A product serves all pairs of a tile, the hidden ones too, and a weight of 0 times NaN is NaN. So what goes
+into products of weights is finite: tokens that hold a NaN or an Inf are zeros there. Who may see them is told
+by a NaN in the other operand of q . k, which comes before the mask: forward among the keys, and backward,
+where a row already knows whether it saw one, among the queries. All of it is O(T + S), outside of the tiles.
+
+A row that sees a NaN or an Inf, in a key or in a value, is NaN, and so are the gradients of what it sees, if
+anybody asks for its own. Where a mask hides nothing, all of this is left out.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from mha_jax.attention.call import Moves, Problem
+from mha_jax.attention.masks import Full
+from mha_jax.attention.tokens import finite, replaced
+from mha_jax.types import Array, Float
+
+
+def anything(problem: Problem) -> bool:
+    """Whether a problem's mask may hide some pair."""
+    return not isinstance(problem.mask, Full)
+
+
+def forward(problem: Problem) -> Problem:
+    """Return a problem whose values are finite, and whose keys are NaN where they or their values are not."""
+    if not anything(problem):
+        return problem
+    real = finite(problem.v)
+    k = replaced(problem.k, real & finite(problem.k), jnp.nan)
+    return dataclasses.replace(problem, k=k, v=replaced(problem.v, real, 0.0))
+
+
+def cleaned(problem: Problem) -> Problem:
+    """Return a problem whose keys and values are finite, for the passes that have seen them."""
+    if not anything(problem):
+        return problem
+    k, v = (replaced(x, finite(x), 0.0) for x in (problem.k, problem.v))
+    return dataclasses.replace(problem, k=k, v=v)
+
+
+def tangent(problem: Problem, direction: Moves) -> tuple[Problem, Moves]:
+    """Return the same of a problem and a direction: values and their moves are finite, keys tell of both."""
+    if not anything(problem):
+        return problem, direction
+    real = finite(problem.v)
+    if direction.v is not None:
+        moves = finite(direction.v)
+        real, direction = real & moves, direction._replace(v=replaced(direction.v, moves, 0.0))
+    k = replaced(problem.k, real & finite(problem.k), jnp.nan)
+    return dataclasses.replace(problem, k=k, v=replaced(problem.v, real, 0.0)), direction
+
+
+class Rows(NamedTuple):
+    """What a backward pass reads of its queries, heads first; R stands for all axes before the features.
+
+    Where something is hidden, all but q is finite, and q is NaN in rows whose gradients are NaN.
+    """
+
+    q: Float[Array, "*R H"]
+    d_out: Float[Array, "*R V"]
+    shift: Float[Array, "*R"]  # inf in rows without weights
+    delta: Float[Array, "*R"]
+
+
+def rows(given: Rows, out: Array, l: Array, ratio: Array, hides: bool) -> Rows:
+    """Return the rows of a backward pass.
+
+    Args:
+      given: Queries, the cotangent of out, the shift, and the cotangent of lse.
+      out, l: What the forward pass returned.
+      ratio: As `softmax.shift` returns it: what rebuilt weights lack to be weights, their rows' cotangents
+        take.
+      hides: Whether the mask may hide something.
+    """
+    q, d_out, shift, d_lse = given
+    silent = (jnp.sum(jnp.where(d_out == 0, 0.0, 1.0), -1) == 0) & (d_lse == 0)
+    delta = (jnp.sum(d_out * out, -1) - d_lse) * ratio
+    d_out = d_out * ratio[..., None]
+    if not hides:
+        return Rows(q, d_out, shift, delta)
+    real = jnp.isfinite(delta)  # then all that it is made of is, too
+    # A row that saw nothing, or that nobody asked for a NaN of, has no weights.
+    none = (l == 0) | (silent & ~real)
+    shift = jnp.where(none, jnp.inf, jnp.where(real, shift, 0))
+    q = replaced(replaced(q, real[..., None], jnp.nan), ~none[..., None], 0.0)
+    return Rows(q, replaced(d_out, real[..., None], 0.0), shift, jnp.where(real, delta, 0))
