@@ -69,6 +69,7 @@ if _typing.TYPE_CHECKING:
     from mha_jax import sharding as sharding
     from mha_jax import train as train
     from mha_jax import visualize as visualize
+    from mha_jax.attention import biases as biases
     from mha_jax.attention import rotary as rotary
     from mha_jax.layer import constraints as constraints
     from mha_jax.layer import initializers as initializers
@@ -81,7 +82,7 @@ else:
     __getattr__, __dir__ = _lazy(
         __name__,
         _inside(__name__, "interop", "models", "sharding", "train", "visualize")
-        | _inside(f"{__name__}.attention", "rotary")
+        | _inside(f"{__name__}.attention", "biases", "rotary")
         | _inside(f"{__name__}.layer", "constraints", "initializers", "nnx", "regularizers"),
         (*__all__, "__version__"),
     )

@@ -13,6 +13,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from mha_jax.attention import biases
+from mha_jax.attention.biases import Bias
 from mha_jax.attention.call import Call, Logits, Problem
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import And, Mask, Not, Or, PrefixLM, SameSegment
@@ -54,6 +56,7 @@ def check(call: Call, names: Names = Names()) -> Problem:  # noqa: B008
             "Pass query_tokens=Tokens(T, segment=ids) and key_tokens=Tokens(S, segment=ids)."
         )
     shape = (*lead, heads, t, s)
+    bias, rule = _biases(call.bias, shape)
     scale, factor = _scale(call.scale, size)
     return Problem(
         q=_folded(q if factor is None else q * factor.astype(q.dtype)),
@@ -62,7 +65,8 @@ def check(call: Call, names: Names = Names()) -> Problem:  # noqa: B008
         q_tokens=q_tokens,
         k_tokens=k_tokens,
         mask=_mask(call.mask, shape),
-        bias=None if call.bias is None else _bias(call.bias, shape),
+        bias=bias,
+        bias_rule=rule,
         dropout=_dropout(call.dropout),
         logits=Logits(scale, _cap(call.logit_cap), call.precision),
         heads_first=call.heads_first,
@@ -284,6 +288,23 @@ def _mask_array(a, shape: tuple[int, ...]) -> Array:
     """Return an array of a mask as [#B, #N, #T, #S] booleans; missing axes go before T and S."""
     a = mask_array(a)
     return _broadcastable("mask", a, shape, missing_heads=True)
+
+
+def _biases(bias: Any, shape: tuple[int, ...]) -> tuple[Array | None, Bias | None]:
+    """Return the array of a bias, those of a sum added up, and its rules."""
+    arrays, rules = ([], []) if bias is None else biases.apart(bias)
+    for rule in rules:
+        if jax.tree.structure(rule) == jax.tree.structure(0):
+            raise ShapeError(
+                f"{type(rule).__name__} is no pytree, so that JAX cannot look into it: write "
+                "@mj.biases.pytree above the class."
+            )
+        rule.check(shape[-3])
+    dense = None
+    for a in arrays:
+        a = _bias(a, shape)
+        dense = a if dense is None else dense + a.astype(dense.dtype)
+    return dense, biases.together(rules)
 
 
 def _bias(a, shape: tuple[int, ...]) -> Array:

@@ -29,6 +29,8 @@ class Blockwise(Backend):
       apart: Keep examples and heads as axes of their own, which XLA can cut over devices.
     """
 
+    bias_rules = True
+
     block_q: int | None = None
     block_k: int | None = None
     pairs: int | None = None
