@@ -10,6 +10,10 @@ class ShapeError(MhaError, ValueError):
     """A size, rank, dtype or value of an argument cannot be right."""
 
 
+class ArgumentError(MhaError, TypeError):
+    """An argument that a class or function does not have."""
+
+
 class UnsupportedError(MhaError, NotImplementedError):
     """A backend that was asked for by name cannot run this call."""
 

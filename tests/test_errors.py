@@ -12,6 +12,7 @@ import pytest
 import mha_jax as mj
 from mha_jax import Call, MhaError, ShapeError, UnsupportedError, WeightsError
 from mha_jax.backends.reference import Reference
+from mha_jax.errors import ArgumentError
 from tests.drawn import draw_variables
 
 B, T, S, N, K, H, V, D = 2, 5, 7, 6, 3, 4, 2, 8
@@ -241,8 +242,9 @@ MAKING = [
             f"call_argument_{name}",
             lambda name=name: make(**{name: True}),
             name,
-            "belong to the call, not to the constructor",
+            "is an argument of the call, not of the constructor",
             "layer.apply",
+            kind=ArgumentError,
         )
         for name in (
             "query_mask",
@@ -440,7 +442,12 @@ CACHING = [
         "layer.init(rng, query, value)",
     ),
     wrong("no_value_without_a_cache", lambda: apply(X, None), "value must be an array", "NoneType"),
-    wrong("a_cache_to_the_constructor", lambda: make(cache=one_cache()), "belong to the call"),
+    wrong(
+        "a_cache_to_the_constructor",
+        lambda: make(cache=one_cache()),
+        "is an argument of the call",
+        kind=ArgumentError,
+    ),
     wrong(
         "cache_key_tokens_of_the_chunk",
         lambda: cached(key_tokens=mj.Tokens(T)),
@@ -480,3 +487,4 @@ def test_the_classes_are_also_those_of_python():
     assert issubclass(ShapeError, ValueError)
     assert issubclass(UnsupportedError, NotImplementedError)
     assert issubclass(WeightsError, ValueError)
+    assert issubclass(ArgumentError, TypeError)

@@ -67,17 +67,7 @@ def check_shapes(
     Raises:
       WeightsError: Naming every weight that is missing, too many or of another shape.
     """
-    shapes = projections.shapes(
-        query_size,
-        value_size,
-        key_size,
-        num_heads=module.num_heads,
-        key_dim=module.key_dim,
-        value_dim=module.value_dim,
-        output_shape=module.output_shape,  # type: ignore[arg-type]
-        use_gate=module.use_gate,
-        num_kv_heads=module.num_kv_heads,
-    )
+    shapes = module.shapes(query_size, value_size, key_size)
     expected = {}
     for name, shape in shapes.items():
         bias = {"bias": shape.bias} if module.use_bias else {}

@@ -1,282 +1,319 @@
-"""The layer's arguments: their checks, and their plain JSON form, which is Keras's.
+"""The layer's arguments, declared once: what they mean, their checks, their JSON form, and the shapes that
+follow from them.
 
-What a layer *is* stands here; what it *does* is in `layer.py` and `functional.py`.
+A new argument is one line here, with its check, and a sentence; where it is part of a call without a module,
+it is marked so. Linen's layer, nnx's, `init_params` and `multi_head_attention` take theirs from here.
+
+N query heads   K key-value heads   H query-key head size   V value head size
 """
 
 import dataclasses
-import difflib
 import inspect
-import numbers
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import field
+from typing import Any, TypeVar
 
 import jax
-import jax.core
 import jax.numpy as jnp
-import numpy as np
 
+from mha_jax.attention.cache import Cache
 from mha_jax.errors import ShapeError, WeightsError
-from mha_jax.layer import constraints, initializers, regularizers
-from mha_jax.layer.functional import check_switch
+from mha_jax.layer import checks, constraints, initializers, regularizers
+from mha_jax.layer.projections import KernelShape
+from mha_jax.types import DType, Params, Precision
 
-# Arguments that are objects, and the module that reads and writes them.
-_OBJECTS = {
-    "kernel_initializer": initializers,
-    "bias_initializer": initializers,
-    "kernel_regularizer": regularizers,
-    "bias_regularizer": regularizers,
-    "activity_regularizer": regularizers,
-    "kernel_constraint": constraints,
-    "bias_constraint": constraints,
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Class = TypeVar("_Class", bound=type)
+
+
+def _of_layer(check: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """Return the metadata of an argument that makes a layer: (name, value) -> the value as it is stored."""
+    return {"check": check, "call": False}
+
+
+def _of_call(check: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """Return the metadata of an argument that a call without a module takes, too."""
+    return {"check": check, "call": True}
+
+
+def _object(module: Any) -> dict[str, Any]:
+    """Return the metadata of an argument that is an object of Keras's, which `module` reads and writes."""
+    return {"check": lambda name, x: module.get(x), "call": False, "object": module}
+
+
+def _any(name: str, x: Any) -> Any:
+    return x
+
+
+class _Signature:
+    """The signature of a layer's class: that of its `__init__`, where a metaclass would hide it."""
+
+    def __get__(self, layer: Any, cls: type) -> inspect.Signature:
+        if layer is not None:
+            raise AttributeError("__signature__")  # a layer is called as its `__call__` says
+        signature = inspect.signature(cls.__init__)
+        return signature.replace(parameters=[*signature.parameters.values()][1:])
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Arguments:
+    """What an attention layer is.
+
+    Args:
+      num_heads: Query heads N.
+      key_dim: Size H of a query and key head.
+      value_dim: Size V of a value head; `key_dim` if None.
+      dropout: Share of the attention weights to drop in training, in [0, 1).
+      use_bias: Whether the projections add biases.
+      output_shape: Features of the output, an int or a tuple; those of `query` if None.
+      attention_axes: Axes of the input to attend over, an int or a tuple; negative ones count with
+        the features included. None: all axes but the first and the features.
+      sliding_window: Keys on each side, oneself included, that a query may see: |i - j| <
+        sliding_window.
+      kernel_initializer, bias_initializer: Keras names, Keras configs, or JAX initializers.
+      kernel_regularizer, bias_regularizer: Keras names, Keras configs, or functions array ->
+        scalar.
+      activity_regularizer: The same, applied to every projection's output, as in Keras.
+      kernel_constraint, bias_constraint: Keras names, Keras configs, or functions array -> array;
+        applied by `constrain`, or by the optax transformation `mha_jax.layer.constraints.as_optax`.
+      use_gate: Whether to multiply the heads by a sigmoid of a further projection of `query`.
+      seed: Of the dropout when no `"dropout"` stream is given.
+      num_kv_heads: Key-value heads K, a divisor of `num_heads`; `num_heads` if None.
+      backend: As for `mha_jax.attend`.
+      training: Whether dropout acts; unset means False.
+      dtype: Of the computation; that of inputs and parameters together if None.
+      param_dtype: Of the parameters.
+      precision: Of the products, as for `jnp.einsum`.
+
+    Raises:
+      ShapeError: When made with values that cannot be right.
+      ArgumentError: For an argument that there is not, with what may be meant.
+
+    >>> Arguments(num_heads=4, key_dim=8).shapes(16, 16, 16)["attention_output"].kernel
+    (4, 8, 16)
+    """
+
+    num_heads: int = field(metadata=_of_layer(checks.positive))
+    key_dim: int = field(metadata=_of_layer(checks.positive))
+    value_dim: int | None = field(default=None, metadata=_of_layer(checks.positive_or_none))
+    dropout: float = field(default=0.0, metadata=_of_layer(checks.rate))
+    use_bias: bool = field(default=True, metadata=_of_layer(checks.switch))
+    output_shape: int | tuple[int, ...] | None = field(
+        default=None, metadata=_of_layer(checks.sizes_or_none)
+    )
+    attention_axes: int | tuple[int, ...] | None = field(
+        default=None, metadata=_of_call(checks.axes_or_none)
+    )
+    sliding_window: int | None = field(default=None, metadata=_of_call(checks.positive_or_none))
+    kernel_initializer: Any = field(default="glorot_uniform", metadata=_object(initializers))
+    bias_initializer: Any = field(default="zeros", metadata=_object(initializers))
+    kernel_regularizer: Any = field(default=None, metadata=_object(regularizers))
+    bias_regularizer: Any = field(default=None, metadata=_object(regularizers))
+    activity_regularizer: Any = field(default=None, metadata=_object(regularizers))
+    kernel_constraint: Any = field(default=None, metadata=_object(constraints))
+    bias_constraint: Any = field(default=None, metadata=_object(constraints))
+    use_gate: bool = field(default=False, metadata=_of_layer(checks.switch))
+    seed: int | None = field(default=None, metadata=_of_layer(checks.seed))
+    num_kv_heads: int | None = field(default=None, metadata=_of_layer(checks.positive_or_none))
+    backend: Any = field(default=None, metadata=_of_call(_any))
+    training: bool | None = field(default=None, metadata=_of_layer(checks.switch_or_none))
+    dtype: DType = field(default=None, metadata=_of_call(checks.floating_or_none))
+    param_dtype: DType = field(default=jnp.float32, metadata=_of_layer(checks.floating))
+    precision: Precision = field(default=None, metadata=_of_call(checks.precision))
+
+    __signature__ = _Signature()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Arguments":
+        if not kwargs.keys() <= cls.__dataclass_fields__.keys():
+            call = inspect.signature(cls.__call__).parameters
+            checks.refuse_unknown(cls, kwargs, call, IN_A_CALL)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            given = getattr(self, name)
+            if (stored := check(name, given)) is not given:
+                setattr(self, name, stored)
+        if self.num_heads % self.kv_heads:
+            raise ShapeError(
+                f"num_kv_heads must divide num_heads: got num_kv_heads={self.num_kv_heads}, "
+                f"num_heads={self.num_heads}. Every key-value head serves the same number of query heads."
+            )
+
+    @classmethod
+    def of(cls, params: Params, given: Mapping[str, Any]) -> "Arguments":
+        """Return the arguments of the layer that has these parameters, as a call without a module has them.
+
+        Args:
+          params: {"query": {"kernel": ..., "bias": ...}, ...}; sizes are read off them.
+          given: Arguments of a call.
+
+        Raises:
+          ShapeError: If one cannot be right.
+        """
+        layer = object.__new__(cls)
+        kernels = [params[name]["kernel"].shape for name in ("query", "value", "attention_output")]
+        (_, n, h), (_, k, v), (_, _, *output) = kernels
+        sizes = {"num_heads": n, "key_dim": h, "num_kv_heads": k, "value_dim": v}
+        for name, value in (sizes | {"output_shape": (*output,)}).items():
+            setattr(layer, name, value)
+        layer.use_bias, layer.use_gate = "bias" in params["query"], "gate" in params
+        for name, value in given.items():
+            setattr(layer, name, _CHECKS[name](name, value))
+        return layer
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads K."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def value_size(self) -> int:
+        """Size V of a value head."""
+        return self.key_dim if self.value_dim is None else self.value_dim
+
+    def shapes(self, query_size: Any, value_size: Any, key_size: Any) -> dict[str, KernelShape]:
+        """Return the shape of every projection, by Keras's names, for inputs of these widths."""
+        n, k, h, v = self.num_heads, self.kv_heads, self.key_dim, self.value_size
+        output: Any = self.output_shape or (query_size,)
+        return {
+            "query": KernelShape((query_size, n, h), 1),
+            "key": KernelShape((key_size, k, h), 1),
+            "value": KernelShape((value_size, k, v), 1),
+            **({"gate": KernelShape((query_size, n, v), 1)} if self.use_gate else {}),
+            "attention_output": KernelShape((n, v, *output), 2),
+        }
+
+    def empty_cache(self, batch: int, capacity: int, dtype: DType = None) -> Cache:
+        """Return a cache for calls of this layer that holds nothing yet.
+
+        Args:
+          batch: Rows; all axes folded that are not attended.
+          capacity: Tokens that a row can hold.
+          dtype: Of the computation; the layer's `dtype` or else `param_dtype` if None.
+
+        Raises:
+          ShapeError: If a size is no positive integer.
+
+        >>> layer = mj.MultiHeadAttention(num_heads=4, key_dim=8)
+        >>> x = jnp.ones((2, 5, 16))
+        >>> variables = layer.init(jax.random.key(0), x, x)
+        >>> cache = layer.empty_cache(batch=2, capacity=7)
+        >>> y, cache = layer.apply(variables, x, x, use_causal_mask=True, cache=cache)
+        >>> cache.count.tolist()
+        [5, 5]
+        """
+        dtype = dtype or self.dtype or self.param_dtype
+        return Cache.empty(batch, capacity, self.kv_heads, self.key_dim, self.value_dim, dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return every argument as plain JSON values; `from_config` reads them back.
+
+        Raises:
+          WeightsError: If a value has no plain form, a function of the user's own, say.
+        """
+        return {name: _plain(name, getattr(self, name)) for name in ("name", *FIELDS)}
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any], **more: Any) -> Any:
+        """Make the layer from `get_config()`, ours or that of Keras's layer.
+
+        Args:
+          values: The configuration.
+          **more: What a configuration does not hold: nnx's widths and `rngs`.
+
+        Raises:
+          WeightsError: If a key is unknown.
+        """
+        values = {name: value for name, value in values.items() if name not in _KERAS_ONLY}
+        known = (*FIELDS, "name")
+        for name in values:
+            if name not in known:
+                raise WeightsError(
+                    f"unknown key {name!r} in the configuration.{checks.meant(name, known)} "
+                    f"Known keys: {', '.join(known)}."
+                )
+        if "param_dtype" not in values and values.get("dtype") is not None:
+            values.update(_keras_policy(values["dtype"]))
+        return cls(**values, **more)
+
+
+FIELDS = {one.name: one for one in dataclasses.fields(Arguments)}
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    name: one.metadata["check"] for name, one in FIELDS.items()
 }
-_DTYPES = ("dtype", "param_dtype")
+OF_CALL = {name: one for name, one in FIELDS.items() if one.metadata["call"]}
+
+
+IN_A_CALL = (
+    "is an argument of the call, not of the constructor. Pass it where the layer is called: "
+    "layer.apply(variables, query, value, {name}=...), or layer(query, value, {name}=...) in flax.nnx."
+)
+IN_THE_PARAMETERS = (
+    "makes a layer or its parameters, and this call has none to make: sizes are read off params, as "
+    "init_params(..., {name}=...) made them; to drop in training, pass dropout=Dropout(key, rate)."
+)
+IN_THE_CONSTRUCTOR = (
+    "is an argument of the constructor, not of the call: MultiHeadAttention(..., {name}=...)."
+)
+
+
+def documented(cls: _Class) -> _Class:
+    """Write out the arguments of a layer's class in its docstring, where it says "As for `Arguments`."."""
+    arguments = str(inspect.getdoc(Arguments)).partition("Args:\n")[2].partition("\n\n")[0]
+    cls.__doc__ = str(inspect.getdoc(cls)).replace("  As for `Arguments`.", arguments)
+    return cls
+
+
+def shows(*names: str) -> Callable[[_Function], _Function]:
+    """Show in a function's signature the arguments that its `**arguments` stand for."""
+
+    def show(function: _Function) -> _Function:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        taken = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default(FIELDS[name]))
+            for name in names
+            if name not in signature.parameters
+        ]
+        shown = [p.replace(annotation=FIELDS[p.name].type) for p in taken]
+        function.__signature__ = signature.replace(parameters=[*own, *shown])  # type: ignore[attr-defined]
+        return function
+
+    return show
+
+
+def closed(function: _Function) -> _Function:
+    """Hide `**unknown`, which is there to be refused in words, from a function's signature."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    function.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    return function
+
+
+def _default(one: dataclasses.Field) -> Any:
+    return inspect.Parameter.empty if one.default is dataclasses.MISSING else one.default
+
+
 # What Keras writes of a layer and means nothing here.
 _KERAS_ONLY = ("trainable", "flash_attention")
 
 
-def _fields(layer: Any) -> list[str]:
-    return [f.name for f in dataclasses.fields(layer) if f.name not in ("parent", "name")]
-
-
-def normalized(layer: Any) -> dict[str, Any]:
-    """Check a layer's arguments; return those that are stored in another form than given.
-
-    Raises:
-      ShapeError: If a value cannot be right.
-    """
-    for name in ("num_heads", "key_dim"):
-        _positive(name, getattr(layer, name), optional=False)
-    for name in ("value_dim", "num_kv_heads", "sliding_window"):
-        _positive(name, getattr(layer, name), optional=True)
-    if layer.num_kv_heads is not None and layer.num_heads % layer.num_kv_heads:
-        raise ShapeError(
-            f"num_kv_heads must divide num_heads: got num_kv_heads={layer.num_kv_heads}, "
-            f"num_heads={layer.num_heads}. Every key-value head serves the same number of query heads."
-        )
-    rate = layer.dropout
-    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= float(rate) < 1:
-        raise ShapeError(
-            f"dropout must be a number in [0, 1): got {rate!r}. It is the share of attention weights to "
-            "drop in training; 0.0 drops none."
-        )
-    for name in ("use_bias", "use_gate"):
-        if not isinstance(getattr(layer, name), (bool, np.bool_)):
-            raise ShapeError(f"{name} must be True or False: got {getattr(layer, name)!r}.")
-    if layer.training is not None and not isinstance(layer.training, (bool, np.bool_)):
-        raise ShapeError(f"training must be True, False or None: got {layer.training!r}.")
-    if layer.seed is not None and not _is_integer(layer.seed):
-        raise ShapeError(
-            f"seed must be an integer or None: got {layer.seed!r}. "
-            'To drop with a key of your own, pass rngs={"dropout": key} to apply.'
-        )
-    result: dict[str, Any] = {
-        name: module.get(getattr(layer, name)) for name, module in _OBJECTS.items()
-    }
-    for name in ("num_heads", "key_dim", "value_dim", "num_kv_heads", "sliding_window", "seed"):
-        value = getattr(layer, name)
-        result[name] = None if value is None else int(value)
-    result |= {
-        "dropout": float(rate),
-        "use_bias": bool(layer.use_bias),
-        "use_gate": bool(layer.use_gate),
-    }
-    result["output_shape"] = _sizes(layer.output_shape)
-    result["attention_axes"] = _axes(layer.attention_axes)
-    return result
-
-
-def _is_integer(x: Any) -> bool:
-    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
-
-
-def _positive(name: str, x: Any, optional: bool) -> None:
-    if x is None and optional:
-        return
-    if not isinstance(x, numbers.Integral) or isinstance(x, bool) or int(x) <= 0:
-        wanted = "a positive integer or None" if optional else "a positive integer"
-        raise ShapeError(
-            f"{name} must be {wanted}: got {x!r}. key_dim and value_dim are the sizes of one head; "
-            "torch's embed_dim is num_heads * key_dim here."
-        )
-
-
-def _sizes(x: Any) -> tuple[int, ...] | None:
-    sizes = (x,) if _is_integer(x) else x
-    if sizes is None:
-        return None
-    if (
-        not isinstance(sizes, (tuple, list))
-        or not sizes
-        or any(not _is_integer(size) or size <= 0 for size in sizes)
-    ):
-        raise ShapeError(
-            f"output_shape must be a positive integer, a tuple of them, or None: got {x!r}. "
-            "It is the shape of the output's features, without batch and sequence axes."
-        )
-    return tuple(int(size) for size in sizes)
-
-
-def _axes(x: Any) -> tuple[int, ...] | None:
-    axes = (x,) if _is_integer(x) else x
-    if axes is None:
-        return None
-    if not isinstance(axes, (tuple, list)) or not axes or not all(map(_is_integer, axes)):
-        raise ShapeError(
-            f"attention_axes must be an integer, a tuple of integers, or None: got {x!r}. "
-            "They are the axes of the input to attend over."
-        )
-    return tuple(int(axis) for axis in axes)
-
-
-# What other libraries call our arguments.
-_ALIASES = {
-    "dropout_rate": "dropout",
-    "deterministic": "training",
-    "is_causal": "use_causal_mask",
-    "qkv_features": "key_dim",
-    "embed_dim": "key_dim",
-    "out_features": "output_shape",
-    "kernel_init": "kernel_initializer",
-    "bias_init": "bias_initializer",
-    "inputs_q": "query",
-    "inputs_k": "key",
-    "inputs_v": "value",
-}
-
-
-def refuse_unknown_arguments(layer: str, cls: type, given: dict[str, Any]) -> None:
-    """Refuse arguments that the constructor does not have, those of a call above all.
-
-    Raises:
-      ShapeError: For arguments of a call, naming them.
-      TypeError: For others, with what they may be called here.
-    """
-    known = [*(field.name for field in dataclasses.fields(cls)), "parent", "name"]
-    call = [name for name in inspect.signature(cls.__call__).parameters if name != "self"]
-    unknown = [name for name in given if name not in known]
-    found = [name for name in unknown if name in call]
-    if found:
-        raise ShapeError(
-            f"{', '.join(found)} belong to the call, not to the constructor of {layer}. "
-            f"Write layer.apply(variables, query, value, {found[0]}=...)."
-        )
-    if unknown:
-        near = _ALIASES.get(unknown[0]) or next(
-            iter(difflib.get_close_matches(unknown[0], known, 1)), None
-        )
-        hint = f" Did you mean {near!r}?" if near else ""
-        raise TypeError(f"{layer}() got an unexpected keyword argument {unknown[0]!r}.{hint}")
-
-
-def sizes(layer: Any) -> dict[str, Any]:
-    """Return what the shapes of a layer's kernels rest on, beside the widths of its inputs."""
-    names = ("num_heads", "key_dim", "value_dim", "output_shape", "use_gate", "num_kv_heads")
-    return {name: getattr(layer, name) for name in names}
-
-
-def check_inputs(**inputs: Any) -> None:
-    """Refuse inputs without a shape.
-
-    Raises:
-      ShapeError: Naming the input.
-    """
-    for name, x in inputs.items():
-        if not hasattr(x, "shape") or len(x.shape) < 2:
-            got = f"shape {x.shape}" if hasattr(x, "shape") else type(x).__name__
-            raise ShapeError(
-                f"{name} must be an array [B, length, features]: got {got}. "
-                "Convert lists with jnp.asarray; add the missing axes with x[None]."
-            )
-
-
-def merged(name: str, field: bool | None, argument: bool | None) -> bool:
-    """Return a switch given to the layer or to the call; unset means False.
-
-    Raises:
-      ShapeError: If it was given to both.
-    """
-    if field is not None and argument is not None:
-        raise ShapeError(
-            f"{name} was given to the layer ({field}) and to the call ({argument}). Give it to one of them."
-        )
-    value = field if argument is None else argument
-    if value is not None:
-        check_switch(name, value)
-    return bool(value)
-
-
-def require_seed(seed: int | None, mutable: bool) -> None:
-    """Refuse to drop without a key.
-
-    Raises:
-      ShapeError: If there is neither a "dropout" stream nor a seed whose counter can be kept.
-    """
-    if seed is None:
-        raise ShapeError(
-            'dropout needs a key in training: no "dropout" stream was given. '
-            'Pass rngs={"dropout": jax.random.key(0)} to apply, a new key for every step.'
-        )
-    if not mutable:
-        raise ShapeError(
-            f'with seed={seed} and no "dropout" stream the layer counts its calls in the collection '
-            '"dropout_state", which is not mutable here. Pass mutable=["dropout_state"] to apply and feed '
-            'the collection back, or pass rngs={"dropout": key}.'
-        )
-
-
-def to_dict(layer: Any) -> dict[str, Any]:
-    """Return a layer's arguments as plain JSON values.
-
-    Raises:
-      WeightsError: If a value has no plain form, a function of the user's own, say.
-    """
-    values: dict[str, Any] = {"name": layer.name}
-    for name in _fields(layer):
-        value = getattr(layer, name)
-        if name in _OBJECTS:
-            value = _OBJECTS[name].serialize(value)
-        elif name in _DTYPES:
-            value = None if value is None else jnp.dtype(value).name
-        elif name == "precision":
-            value = _precision_name(value)
-        elif name == "backend" and not (value is None or isinstance(value, str)):
-            raise WeightsError(
-                f"backend={value!r} has no plain form: a configuration holds a backend by name. "
-                "Pass backend='blockwise', say, or None."
-            )
-        elif isinstance(value, tuple):
-            value = list(value)
-        values[name] = value
-    return values
-
-
-def _precision_name(value: Any) -> Any:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, jax.lax.Precision):
+def _plain(name: str, value: Any) -> Any:
+    """Return an argument as JSON has it."""
+    written = FIELDS[name].metadata.get("object") if name in FIELDS else None
+    if written is not None:
+        return written.serialize(value)
+    if name in ("dtype", "param_dtype"):
+        return None if value is None else jnp.dtype(value).name
+    if name == "precision" and isinstance(value, jax.lax.Precision):
         return value.name.lower()
-    raise WeightsError(
-        f"precision={value!r} has no plain form. Pass a name: 'default', 'high' or 'highest'."
-    )
-
-
-def from_dict(layer: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments in a configuration, ours or that of a Keras layer.
-
-    Raises:
-      WeightsError: If a key is unknown.
-    """
-    values = {name: value for name, value in values.items() if name not in _KERAS_ONLY}
-    known = [*_fields(layer), "name"]
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise WeightsError(
-                f"unknown key {name!r} in the configuration.{hint} Known keys: {', '.join(known)}."
-            )
-    if "param_dtype" not in values and values.get("dtype") is not None:
-        values.update(_keras_policy(values["dtype"]))
-    return values
+    if name in ("backend", "precision") and not (value is None or isinstance(value, str)):
+        names = "'blockwise', say" if name == "backend" else "'default', 'high' or 'highest'"
+        raise WeightsError(
+            f"{name}={value!r} has no plain form: a configuration holds it by name. Pass {names}, or None."
+        )
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _keras_policy(policy: Any) -> dict[str, str]:

@@ -7,16 +7,18 @@ Masks are laid out as Keras lays out scores: (batch axes, N, query axes, key axe
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mha_jax.attention.check import mask_array
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, ArrayLike
 
 
-def resolve(attention_axes: tuple[int, ...] | None, rank: int) -> tuple[int, ...]:
+def resolve(attention_axes: int | tuple[int, ...] | None, rank: int) -> tuple[int, ...]:
     """Return the attended axes as non-negative numbers.
 
     Args:
@@ -37,7 +39,8 @@ def resolve(attention_axes: tuple[int, ...] | None, rank: int) -> tuple[int, ...
         )
     if attention_axes is None:
         return tuple(range(min(1, rank - 2), rank - 1))
-    axes = tuple(axis + rank if axis < 0 else axis for axis in attention_axes)
+    given = (attention_axes,) if isinstance(attention_axes, int) else attention_axes
+    axes = tuple(axis + rank if axis < 0 else axis for axis in given)
     if any(not 0 <= axis < rank - 1 for axis in axes):
         raise ShapeError(
             f"attention_axes={attention_axes} do not fit an input of rank {rank}: each must be in "
@@ -155,7 +158,7 @@ def unfold_scores(scores: Array, query: Folding, key: Folding) -> Array:
 
 
 def foldings(
-    query: jax.Array, value: jax.Array, attention_axes: tuple[int, ...] | None
+    query: jax.Array, value: jax.Array, attention_axes: int | tuple[int, ...] | None
 ) -> tuple[Folding, Folding]:
     """Return the foldings of query and value (and key).
 
@@ -176,3 +179,41 @@ def foldings(
             "Name every axis along which they may differ in attention_axes."
         )
     return q, k
+
+
+def widths(query: Any, value: Any, key: Any = None) -> tuple[int, int, int]:
+    """Return the widths of a layer's inputs, arrays or `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      ShapeError: If one has no features.
+    """
+    key = value if key is None else key
+    return _width("query", query), _width("value", value), _width("key", key)
+
+
+def _width(name: str, x: Any) -> int:
+    shape = getattr(x, "shape", None)
+    if not isinstance(shape, tuple) or len(shape) < 2:
+        got = f"shape {shape}" if isinstance(shape, tuple) else type(x).__name__
+        raise ShapeError(
+            f"{name} must be an array [B, length, features]: got {got}. Pass a NumPy or JAX array: "
+            "jnp.asarray(x) of a list; add missing axes with x[None]."
+        )
+    return shape[-1]
+
+
+def as_input(name: str, x: Any) -> Array:
+    """Return an input as a JAX array.
+
+    Raises:
+      ShapeError: If it is no array of floating-point numbers with features.
+    """
+    _width(name, x)
+    known = isinstance(x, (jax.Array, np.ndarray))
+    if not known or not jnp.issubdtype(x.dtype, jnp.floating):
+        kind = f"dtype {x.dtype}" if known else f"{type(x).__module__}.{type(x).__name__}"
+        raise ShapeError(
+            f"{name} must be an array of floating-point numbers: got {kind}. Expected [B, length, features] "
+            "of NumPy or JAX; embed token ids first, cast or convert anything else."
+        )
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)

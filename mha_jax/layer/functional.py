@@ -12,22 +12,29 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.core
 import jax.numpy as jnp
-import numpy as np
 
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.call import Call
-from mha_jax.attention.check import check_mask, mask_array
+from mha_jax.attention.check import check_mask
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.functions import attend, attention_scores
 from mha_jax.attention.masks import Causal, Dense, Full, Mask, ValidKeys, ValidQueries, Window
 from mha_jax.attention.tokens import Tokens, zero_invalid
 from mha_jax.errors import ShapeError
-from mha_jax.layer import axes, projections
-from mha_jax.types import Array, ArrayLike, DType, Float, Params, Precision, PRNGKey
+from mha_jax.layer import axes, checks, projections
+from mha_jax.layer.arguments import (
+    FIELDS,
+    IN_A_CALL,
+    IN_THE_PARAMETERS,
+    OF_CALL,
+    Arguments,
+    shows,
+)
+from mha_jax.types import Array, ArrayLike, DType, Float, Params, PRNGKey
 
 
+@shows(*FIELDS)
 def init_params(
     rng: PRNGKey,
     query: Any,
@@ -36,51 +43,40 @@ def init_params(
     *,
     num_heads: int,
     key_dim: int,
-    value_dim: int | None = None,
-    use_bias: bool = True,
-    output_shape: int | tuple[int, ...] | None = None,
-    use_gate: bool = False,
-    num_kv_heads: int | None = None,
-    kernel_initializer: Any = "glorot_uniform",
-    bias_initializer: Any = "zeros",
-    param_dtype: DType = jnp.float32,
+    **arguments: Any,
 ) -> Params:
     """Draw the parameters of the layer.
 
     Args:
       rng: Key; every kernel is drawn from a key of its own.
       query, value, key: Inputs, or `jax.ShapeDtypeStruct`s: only their widths are read.
-      num_heads, key_dim, ...: As for `MultiHeadAttention`.
+      num_heads, key_dim, **arguments: As for `MultiHeadAttention`.
 
     Returns:
       {"query": {"kernel": ..., "bias": ...}, "key": ..., "value": ..., "attention_output": ...} and
       "gate" if there is one.
+
+    Raises:
+      ShapeError, ArgumentError, WeightsError: As `MultiHeadAttention`.
 
     >>> x = jnp.ones((2, 5, 16))
     >>> params = init_params(jax.random.key(0), x, x, num_heads=4, key_dim=8)
     >>> params["query"]["kernel"].shape
     (16, 4, 8)
     """
-    output_shape = (output_shape,) if isinstance(output_shape, int) else output_shape
-    shapes = projections.shapes(
-        query.shape[-1],
-        value.shape[-1],
-        (value if key is None else key).shape[-1],
-        num_heads=num_heads,
-        key_dim=key_dim,
-        value_dim=value_dim,
-        output_shape=output_shape,
-        use_gate=use_gate,
-        num_kv_heads=num_kv_heads,
-    )
+    if not arguments.keys() <= FIELDS.keys():
+        checks.refuse_unknown(init_params, arguments, Inputs._fields, IN_A_CALL)
+    layer = Arguments(num_heads, key_dim, **arguments)
+    shapes = layer.shapes(*axes.widths(query, value, key))
     keys = jax.random.split(rng, len(shapes))
-    bias = bias_initializer if use_bias else None
+    bias = layer.bias_initializer if layer.use_bias else None
     return {
-        name: projections.init(k, shape, kernel_initializer, bias, param_dtype)
+        name: projections.init(k, shape, layer.kernel_initializer, bias, layer.param_dtype)
         for k, (name, shape) in zip(keys, shapes.items())
     }
 
 
+@shows(*OF_CALL)
 def multi_head_attention(
     params: Params,
     query: Float[ArrayLike, "*axes D"],
@@ -96,14 +92,10 @@ def multi_head_attention(
     mask: Mask | None = None,
     query_tokens: Tokens | None = None,
     key_tokens: Tokens | None = None,
-    attention_axes: int | tuple[int, ...] | None = None,
-    sliding_window: int | None = None,
-    dropout: Dropout | None = None,
-    dtype: DType = None,
-    precision: Precision = None,
-    backend: Any = None,
-    on_projection: Callable[[str, Array], Array] | None = None,
     cache: Cache | None = None,
+    dropout: Dropout | None = None,
+    on_projection: Callable[[str, Array], Array] | None = None,
+    **arguments: Any,
 ) -> Any:
     """Apply the layer to inputs, given its parameters.
 
@@ -118,10 +110,7 @@ def multi_head_attention(
       use_causal_mask: Hide keys after the query, in the order of the folded axes.
       mask: A rule, combined with all of the above by "and".
       query_tokens, key_tokens: Positions and segments that `mask` reads, over the folded axes.
-      attention_axes, sliding_window: As for `MultiHeadAttention`.
       dropout: `Dropout(key, rate)`, or None.
-      dtype: Of the computation; that of inputs and parameters together if None.
-      precision, backend: As for `dot_product_attention`.
       on_projection: Called with the name and the value of every projection; what it returns is used: to
         rotate queries and keys, to normalize them, to look at them. It sees the projections of masked tokens
         too, which otherwise are zeroed before.
@@ -131,215 +120,181 @@ def multi_head_attention(
         in self-attention (query and value equally long), at `cache.count` and after otherwise,
         or where `query_tokens` says. Masks and `key_tokens` are over the slots of the cache; slots
         that `key_tokens` call invalid are not seen.
+      **arguments: Those of `MultiHeadAttention` that are no part of its parameters.
 
     Returns:
       The output [<axes>, E], or (output, scores (batch axes, N, query axes, key axes)); with a
       cache, it comes last: (output, cache) or (output, scores, cache).
 
     Raises:
-      ShapeError, UnsupportedError, WeightsError: With what was expected and how to fix it.
+      ShapeError, ArgumentError, UnsupportedError, WeightsError: With what was expected and how to fix it.
 
     >>> x = jnp.ones((2, 5, 16))
     >>> params = init_params(jax.random.key(0), x, x, num_heads=4, key_dim=8)
     >>> multi_head_attention(params, x, x, use_causal_mask=True).shape
     (2, 5, 16)
     """
-    params = unboxed(params)
+    if not arguments.keys() <= OF_CALL.keys():
+        checks.refuse_unknown(multi_head_attention, arguments, FIELDS, IN_THE_PARAMETERS)
+    params = nn.meta.unbox(params)
     projections.check_names(params)
+    layer = Arguments.of(params, arguments)
 
     def project(name: str, x: Array) -> Array:
-        weights, in_axes = params[name], 2 if name == "attention_output" else 1
+        own, in_axes = params[name], 2 if name == "attention_output" else 1
         return projections.product(
-            name, weights["kernel"], weights.get("bias"), x, in_axes, precision
+            name, own["kernel"], own.get("bias"), x, in_axes, layer.precision
         )
 
-    layer = Layer(
-        project=project,
-        widths=tuple(params[name]["kernel"].shape[0] for name in ("query", "value", "key")),
-        heads=params["query"]["kernel"].shape[-2],
-        gated="gate" in params,
-        dtype=dtype,
-        param_dtypes=tuple(leaf.dtype for leaf in jax.tree.leaves(params)),
-        attention_axes=attention_axes,
-        sliding_window=sliding_window,
-        precision=precision,
-        backend=backend,
-        on_projection=on_projection,
+    inputs = Inputs(
+        *(query, value, key, query_mask, value_mask, key_mask, attention_mask),
+        *(return_attention_scores, use_causal_mask, mask, query_tokens, key_tokens, cache),
     )
-    masks = Masks(query_mask, value_mask, key_mask, attention_mask, use_causal_mask, mask)
-    tokens = query_tokens, key_tokens
-    return layer(query, value, key, masks, tokens, dropout, cache, return_attention_scores)
+    return attend_layer(layer, Weights.of(params, project), inputs, dropout, on_projection)
 
 
-class Masks(NamedTuple):
-    """What a call says of who may attend to whom."""
+class Inputs(NamedTuple):
+    """What a call of the layer is given, as the caller wrote it."""
 
-    query: ArrayLike | None = None
-    value: ArrayLike | None = None
-    key: ArrayLike | None = None
-    attention: ArrayLike | None = None
-    causal: bool = False
-    rule: Mask | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """The layer's steps around its projections, whoever owns their kernels.
-
-    Args:
-      project: Called with a projection's name and its input.
-      widths: Of query, value and key.
-      heads: Query heads N.
-      gated: Whether there is a gate.
-      dtype: Of the computation; that of inputs and parameters together if None.
-      param_dtypes: Of the parameters.
-      attention_axes, sliding_window, precision, backend, on_projection: As for `multi_head_attention`.
-    """
-
-    project: Callable[[str, Array], Array]
-    widths: tuple[int, int, int]
-    heads: int
-    gated: bool = False
-    dtype: DType = None
-    param_dtypes: tuple[Any, ...] = ()
-    attention_axes: int | tuple[int, ...] | None = None
-    sliding_window: int | None = None
-    precision: Precision = None
-    backend: Any = None
-    on_projection: Callable[[str, Array], Array] | None = None
-
-    def __call__(
-        self,
-        query: Any,
-        value: Any,
-        key: Any,
-        masks: Masks,
-        tokens: tuple[Tokens | None, Tokens | None] = (None, None),
-        dropout: Dropout | None = None,
-        cache: Cache | None = None,
-        return_attention_scores: bool = False,
-    ) -> Any:
-        for name, given in (
-            ("use_causal_mask", masks.causal),
-            ("return_attention_scores", return_attention_scores),
-        ):
-            check_switch(name, given)
-        if cache is not None and not isinstance(cache, Cache):
-            raise ShapeError(
-                f"cache must be a Cache or None: got {type(cache).__name__}. Pass what "
-                "layer.empty_cache(batch, capacity) or the call before returned."
-            )
-        if cache is not None and value is None:
-            value = self._nothing(query, self.widths[1])
-            key = self._nothing(query, self.widths[2]) if key is None else key
-        key = value if key is None else key
-        dtype = compute_dtype({"query": query, "value": value, "key": key}, self)
-        query, value, key = (jnp.asarray(x) for x in (query, value, key))
-        if value.shape[:-1] != key.shape[:-1]:
-            raise ShapeError(
-                "value and key must agree in every axis but the features: got "
-                f"value.shape={value.shape}, key.shape={key.shape}. The arguments of the layer are query, "
-                "value, key, in this order."
-            )
-        attended = (
-            (self.attention_axes,) if isinstance(self.attention_axes, int) else self.attention_axes
-        )
-        q_fold, k_fold = axes.foldings(query, value, attended)
-        s_fold = k_fold if cache is None else _slots(q_fold, cache)
-        rule, q_tokens, k_tokens = self._seen(masks, tokens, q_fold, k_fold, s_fold, cache)
-
-        # Zeroed here as after the projections, unless somebody looks at them, as Keras's penalties do.
-        zeroed = self.on_projection is None
-        shown = _hidden(q_tokens, zeroed and rule.hides_invalid_queries)
-        read = _hidden(k_tokens, zeroed and (cache is not None or rule.hides_invalid_keys))
-        x_q = zero_invalid(q_fold.fold(query.astype(dtype)), shown)
-        x_v = zero_invalid(k_fold.fold(value.astype(dtype)), read)
-        x_k = x_v if key is value else zero_invalid(k_fold.fold(key.astype(dtype)), read)
-        call = Call(
-            q=self._projected("query", x_q),
-            k=self._projected("key", x_k),
-            v=self._projected("value", x_v),
-            q_tokens=q_tokens,
-            k_tokens=k_tokens,
-            mask=rule,
-            dropout=dropout,
-            precision=self.precision,
-        )
-        if cache is not None:
-            call, cache = cache.extend(call, *tokens)
-        out, lse = attend(call, self.backend)
-        if self.gated:
-            gate = jax.nn.sigmoid(self.project("gate", x_q))
-            out = out * (gate if self.on_projection is None else self.on_projection("gate", gate))
-        results: list[Any] = [q_fold.unfold(self._projected("attention_output", out))]
-        if return_attention_scores:
-            results.append(axes.unfold_scores(attention_scores(call, lse), q_fold, s_fold))
-        if cache is not None:
-            results.append(cache)
-        return tuple(results) if len(results) > 1 else results[0]
-
-    def _projected(self, name: str, x: Array) -> Array:
-        y = self.project(name, x)
-        return y if self.on_projection is None else self.on_projection(name, y)
-
-    def _seen(
-        self,
-        masks: Masks,
-        tokens: tuple[Tokens | None, Tokens | None],
-        q_fold: axes.Folding,
-        k_fold: axes.Folding,
-        s_fold: axes.Folding,
-        cache: Cache | None,
-    ) -> tuple[Mask, Tokens, Tokens]:
-        """Return the rule and the tokens of a call, all masks taken together."""
-        rule = mask_of(masks.causal, self.sliding_window)
-        if masks.rule is not None:
-            check_mask("mask", masks.rule)
-            rule = rule & masks.rule
-        query_tokens, key_tokens = tokens
-        q_tokens = query_tokens or Tokens(q_fold.length)
-        k_tokens = key_tokens if key_tokens is not None and cache is None else Tokens(k_fold.length)
-        if masks.query is not None:
-            q_tokens = _valid(q_tokens, q_fold, "query_mask", masks.query)
-            rule = rule & ValidQueries()
-        for name, flags in (("value_mask", masks.value), ("key_mask", masks.key)):
-            if flags is not None:
-                k_tokens = _valid(k_tokens, k_fold, name, flags)
-                rule = rule & ValidKeys() if cache is None else rule
-        if masks.attention is not None:
-            rule = rule & Dense(axes.fold_mask(masks.attention, q_fold, s_fold, self.heads))
-        return rule, q_tokens, k_tokens
-
-    def _nothing(self, query: Any, width: int) -> Array:
-        """Return an input of no tokens beside a query."""
-        query = jnp.asarray(query)
-        attended = (
-            (self.attention_axes,) if isinstance(self.attention_axes, int) else self.attention_axes
-        )
-        shape = list(query.shape)
-        for axis in axes.resolve(attended, query.ndim):
-            shape[axis] = 0
-        return jnp.zeros((*shape[:-1], width), query.dtype)
+    query: Any
+    value: Any
+    key: Any = None
+    query_mask: ArrayLike | None = None
+    value_mask: ArrayLike | None = None
+    key_mask: ArrayLike | None = None
+    attention_mask: ArrayLike | None = None
+    return_attention_scores: bool = False
+    use_causal_mask: bool = False
+    mask: Mask | None = None
+    query_tokens: Tokens | None = None
+    key_tokens: Tokens | None = None
+    cache: Cache | None = None
 
 
-def unboxed(params: Params) -> Params:
-    """Return parameters without the boxes of Flax's partitioning metadata."""
-    return nn.meta.unbox(params)
+class Weights(NamedTuple):
+    """What the layer's steps need of its parameters, whoever owns them."""
+
+    project: Callable[[str, Array], Array]  # a projection's name and its input -> its output
+    widths: tuple[int, int, int]  # of query, value and key
+    dtypes: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls, params: Params, project: Callable[[str, Array], Array], dtype: DType = None
+    ) -> "Weights":
+        """Return what parameters tell; where none are made yet, their dtype to be."""
+        if not params:
+            return cls(project, (0, 0, 0), (jnp.dtype(dtype),))
+        query, value, key = (params[name]["kernel"].shape[0] for name in ("query", "value", "key"))
+        dtypes = (leaf.dtype for weights in params.values() for leaf in weights.values())
+        return cls(project, (query, value, key), tuple(dtypes))
 
 
-def check_switch(name: str, value: Any) -> None:
-    """Refuse what is no switch.
+def attend_layer(
+    layer: Arguments,
+    weights: Weights,
+    inputs: Inputs,
+    dropout: Dropout | None = None,
+    on_projection: Callable[[str, Array], Array] | None = None,
+) -> Any:
+    """Take the layer's steps around its projections; see `multi_head_attention`."""
+    given = _checked(layer, weights, inputs)
+    query, value, key, cache = given.query, given.value, given.key, given.cache
+    q_fold, k_fold = axes.foldings(query, value, layer.attention_axes)
+    s_fold = k_fold if cache is None else _slots(q_fold, cache)
+    rule, q_tokens, k_tokens = _seen(layer, given, q_fold, k_fold)
+
+    def project(name: str, x: Array) -> Array:
+        y = weights.project(name, x)
+        y = jax.nn.sigmoid(y) if name == "gate" else y
+        return y if on_projection is None else on_projection(name, y)
+
+    # Zeroed here as after the projections, unless somebody looks at them, as Keras's penalties do.
+    zeroed = on_projection is None
+    shown = _hidden(q_tokens, zeroed and rule.hides_invalid_queries)
+    read = _hidden(k_tokens, zeroed and (cache is not None or rule.hides_invalid_keys))
+    x_q = zero_invalid(q_fold.fold(query), shown)
+    x_v = zero_invalid(k_fold.fold(value), read)
+    x_k = x_v if key is value else zero_invalid(k_fold.fold(key), read)
+    q, k, v = project("query", x_q), project("key", x_k), project("value", x_v)
+    if given.attention_mask is not None:
+        rule = rule & Dense(axes.fold_mask(given.attention_mask, q_fold, s_fold, q.shape[2]))
+    call = Call(q, k, v, q_tokens, k_tokens, rule, dropout=dropout, precision=layer.precision)
+    if cache is not None:
+        call, cache = cache.extend(call, given.query_tokens, given.key_tokens)
+    out, lse = attend(call, layer.backend)
+    if layer.use_gate:
+        out = out * project("gate", x_q)
+    results: list[Any] = [q_fold.unfold(project("attention_output", out))]
+    if given.return_attention_scores:
+        results.append(axes.unfold_scores(attention_scores(call, lse), q_fold, s_fold))
+    if cache is not None:
+        results.append(cache)
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def _checked(layer: Arguments, weights: Weights, inputs: Inputs) -> Inputs:
+    """Return inputs that can be meant, as arrays of the computation's dtype; those of no tokens for None.
 
     Raises:
-      ShapeError: If it is traced, or neither True nor False.
+      ShapeError: Naming the argument.
     """
-    if isinstance(value, jax.core.Tracer):
+    for name in ("use_causal_mask", "return_attention_scores"):
+        checks.switch(name, getattr(inputs, name))
+    query, value, key, cache = inputs.query, inputs.value, inputs.key, inputs.cache
+    if cache is not None and not isinstance(cache, Cache):
         raise ShapeError(
-            f"{name} must be True or False while tracing: got a traced value. "
-            f"Mark it static (jax.jit(..., static_argnames='{name}'))."
+            f"cache must be a Cache or None: got {type(cache).__name__}. Pass what "
+            "layer.empty_cache(batch, capacity) or the call before returned."
         )
-    if not isinstance(value, (bool, np.bool_)):
-        raise ShapeError(f"{name} must be True or False: got {value!r}.")
+    query = axes.as_input("query", query)
+    if cache is not None and value is None:
+        value = _nothing(layer, query, weights.widths[1])
+        key = _nothing(layer, query, weights.widths[2]) if key is None else key
+    value = axes.as_input("value", value)
+    key = value if key is None else axes.as_input("key", key)
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ShapeError(
+            "value and key must agree in every axis but the features: got "
+            f"value.shape={value.shape}, key.shape={key.shape}. The arguments of the layer are query, "
+            "value, key, in this order."
+        )
+    dtype = _compute_dtype(layer, weights, (query, value, key))
+    query, cast = query.astype(dtype), value.astype(dtype)
+    key = cast if key is value else key.astype(dtype)
+    return inputs._replace(query=query, value=cast, key=key)
+
+
+def _seen(
+    layer: Arguments, inputs: Inputs, q_fold: axes.Folding, k_fold: axes.Folding
+) -> tuple[Mask, Tokens, Tokens]:
+    """Return the rule and the tokens of a call, all masks but `attention_mask` taken together."""
+    rule: Mask = Causal() if inputs.use_causal_mask else Full()
+    if layer.sliding_window is not None:
+        rule = rule & Window(layer.sliding_window - 1, layer.sliding_window - 1)
+    if inputs.mask is not None:
+        check_mask("mask", inputs.mask)
+        rule = rule & inputs.mask
+    cached = inputs.cache is not None
+    q_tokens = inputs.query_tokens or Tokens(q_fold.length)
+    k_tokens = inputs.key_tokens
+    k_tokens = Tokens(k_fold.length) if k_tokens is None or cached else k_tokens
+    if inputs.query_mask is not None:
+        q_tokens = _valid(q_tokens, q_fold, "query_mask", inputs.query_mask)
+        rule = rule & ValidQueries()
+    for name in ("value_mask", "key_mask"):
+        if (flags := getattr(inputs, name)) is not None:
+            k_tokens = _valid(k_tokens, k_fold, name, flags)
+            rule = rule if cached else rule & ValidKeys()
+    return rule, q_tokens, k_tokens
+
+
+def _valid(tokens: Tokens, folding: axes.Folding, name: str, flags: ArrayLike) -> Tokens:
+    """Return tokens that are valid only where `flags`, a mask over the input's axes, is True."""
+    valid = folding.fold_flags(name, flags)
+    if tokens.valid is not None:
+        valid = valid & tokens.valid
+    return dataclasses.replace(tokens, valid=valid)
 
 
 def _hidden(tokens: Tokens, hides: bool) -> Tokens:
@@ -363,37 +318,17 @@ def _slots(query: axes.Folding, cache: Cache) -> axes.Folding:
     return axes.Folding(shape, query.attended)
 
 
-def mask_of(use_causal_mask: bool, sliding_window: int | None) -> Mask:
-    """Return the rule that Keras's two switches stand for."""
-    rule: Mask = Causal() if use_causal_mask else Full()
-    if sliding_window is not None:
-        rule = rule & Window(sliding_window - 1, sliding_window - 1)
-    return rule
+def _nothing(layer: Arguments, query: Array, width: int) -> Array:
+    """Return an input of no tokens beside a query."""
+    shape = list(query.shape)
+    for axis in axes.resolve(layer.attention_axes, query.ndim):
+        shape[axis] = 0
+    return jnp.zeros((*shape[:-1], width), query.dtype)
 
 
-def compute_dtype(inputs: dict[str, Any], layer: Layer) -> Any:
-    """Return the dtype of the computation.
-
-    Raises:
-      ShapeError: If an input is no array of floating-point numbers.
-    """
-    for name, x in inputs.items():
-        if not isinstance(x, (jax.Array, np.ndarray)) or not jnp.issubdtype(x.dtype, jnp.floating):
-            known = isinstance(x, (jax.Array, np.ndarray))
-            kind = f"dtype {x.dtype}" if known else f"{type(x).__module__}.{type(x).__name__}"
-            raise ShapeError(
-                f"{name} must be an array of floating-point numbers: got {kind}. "
-                "Expected [B, length, features]; embed token ids first, cast anything else."
-            )
+def _compute_dtype(layer: Arguments, weights: Weights, inputs: tuple[Array, ...]) -> Any:
+    """Return the dtype of the computation."""
     if layer.dtype is not None:
         return jnp.dtype(layer.dtype)
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*inputs.values(), *layer.param_dtypes)
-
-
-def _valid(tokens: Tokens, folding: axes.Folding, name: str, flags: ArrayLike) -> Tokens:
-    """Return tokens that are valid only where `flags`, a mask over the input's axes, is True."""
-    valid = folding.fold_flags(name, mask_array(flags))
-    if tokens.valid is not None:
-        valid = valid & tokens.valid
-    return dataclasses.replace(tokens, valid=valid)
+        return jnp.result_type(*{*(x.dtype for x in inputs), *weights.dtypes})

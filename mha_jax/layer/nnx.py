@@ -14,17 +14,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from typing_extensions import Never
 
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError, UnsupportedError
-from mha_jax.layer import arguments, projections
-from mha_jax.layer.functional import Layer, Masks, check_switch
+from mha_jax.layer import checks, constraints, penalties, projections
+from mha_jax.layer.arguments import FIELDS, IN_THE_CONSTRUCTOR, Arguments, closed, documented
+from mha_jax.layer.functional import Inputs, Weights, attend_layer
 from mha_jax.layer.initializers import Unflattened, VarianceScaling
 from mha_jax.layer.linen import MultiHeadAttention as LinenAttention
-from mha_jax.types import Array, ArrayLike, DType, Float, Params, Precision
+from mha_jax.types import Array, ArrayLike, Float, Params, Precision
 
 
 class Loss(nnx.Variable):
@@ -100,16 +102,18 @@ def _value(kernel: Any) -> Any:
     return kernel[...] if isinstance(kernel, nnx.Variable) else kernel
 
 
+@documented
 @dataclasses.dataclass(eq=False, repr=False)
-class MultiHeadAttention(nnx.Module):
+class MultiHeadAttention(Arguments, nnx.Module):
     """Keras's MultiHeadAttention for flax.nnx: `mha_jax.MultiHeadAttention` with its parameters inside.
 
     `query`, `key`, `value`, `attention_output` and `gate` hold `kernel` and `bias` as `nnx.Param`. With
     a regularizer, `losses` holds a `Loss` for each of them, overwritten by every call; else it is absent.
+    `training` is set by `train()` and `eval()` too, as `deterministic` of Flax's own layers is.
 
     Args:
-      num_heads, ..., name: As for `mha_jax.MultiHeadAttention`, in its order. `training` is set by
-        `train()` and `eval()` too, as `deterministic` of Flax's own layers is.
+      As for `Arguments`.
+      name: Of the layer, in configurations.
       in_features: Width of `query`.
       value_features: Width of `value`; `in_features` if None.
       key_features: Width of `key`; `value_features` if None.
@@ -118,6 +122,7 @@ class MultiHeadAttention(nnx.Module):
 
     Raises:
       ShapeError: When made or called with values that cannot be right.
+      ArgumentError: For an argument that there is not, with what may be meant.
 
     >>> from flax import nnx
     >>> layer = MultiHeadAttention(num_heads=4, key_dim=8, in_features=16, rngs=nnx.Rngs(0))
@@ -128,29 +133,6 @@ class MultiHeadAttention(nnx.Module):
     (16, 4, 8)
     """
 
-    num_heads: int
-    key_dim: int
-    value_dim: int | None = None
-    dropout: float = 0.0
-    use_bias: bool = True
-    output_shape: int | tuple[int, ...] | None = None
-    attention_axes: int | tuple[int, ...] | None = None
-    sliding_window: int | None = None
-    kernel_initializer: Any = "glorot_uniform"
-    bias_initializer: Any = "zeros"
-    kernel_regularizer: Any = None
-    bias_regularizer: Any = None
-    activity_regularizer: Any = None
-    kernel_constraint: Any = None
-    bias_constraint: Any = None
-    use_gate: bool = False
-    seed: int | None = None
-    num_kv_heads: int | None = None
-    backend: Any = None
-    training: bool | None = None
-    dtype: DType = None
-    param_dtype: DType = jnp.float32
-    precision: Precision = None
     name: str | None = None
     _: dataclasses.KW_ONLY
     in_features: dataclasses.InitVar[int]
@@ -159,22 +141,18 @@ class MultiHeadAttention(nnx.Module):
     rngs: dataclasses.InitVar[nnx.Rngs]
 
     def __post_init__(self, in_features, value_features, key_features, rngs):
-        linen = self.linen
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, getattr(linen, field.name))
-        for name, size in (
-            ("in_features", in_features),
-            ("value_features", value_features),
-            ("key_features", key_features),
-        ):
-            _check_width(name, size)
+        Arguments.__post_init__(self)
+        checks.positive("in_features", in_features)
+        checks.positive_or_none("value_features", value_features)
+        checks.positive_or_none("key_features", key_features)
+        if not isinstance(rngs, nnx.Rngs):
+            raise ShapeError(
+                f"rngs must be nnx.Rngs: got {type(rngs).__name__}. Pass rngs=nnx.Rngs(0), or "
+                "rngs=nnx.Rngs(params=0, dropout=1)."
+            )
         value_features = value_features or in_features
-        shapes = projections.shapes(
-            in_features,
-            value_features,
-            key_features or value_features,
-            **arguments.sizes(self),
-        )
+        self._features = (in_features, value_features, key_features or value_features)
+        shapes = self.shapes(*self._features)
         bias = self.bias_initializer if self.use_bias else None
         for name, shape in shapes.items():
             made = _kept(self.kernel_initializer), _kept(bias)
@@ -183,7 +161,6 @@ class MultiHeadAttention(nnx.Module):
                 if isinstance(kept, _Kept):
                     drawn[part] = kept.with_metadata(drawn[part])
             setattr(self, name, Projection(name, shape.in_axes, self.precision, drawn))
-        self._features = (in_features, value_features, key_features or value_features)
         losses = self._loss_names(list(shapes))
         if losses:
             self.losses = Losses(losses)
@@ -210,6 +187,7 @@ class MultiHeadAttention(nnx.Module):
     def deterministic(self, value: bool | None) -> None:
         self.training = None if value is None else not value
 
+    @closed
     def __call__(
         self,
         query: Float[ArrayLike, "*axes D"],
@@ -228,6 +206,7 @@ class MultiHeadAttention(nnx.Module):
         cache: Cache | None = None,
         *,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
+        **unknown: Never,
     ) -> Any:
         """Attend from `query` to `value`.
 
@@ -239,47 +218,33 @@ class MultiHeadAttention(nnx.Module):
           The output [B, T, E], or (output, scores [B, N, T, S]); with a cache, it comes last.
 
         Raises:
-          ShapeError, UnsupportedError, WeightsError: With what was expected and how to fix it.
+          ShapeError, ArgumentError, UnsupportedError, WeightsError: With what was expected and how
+            to fix it.
         """
-        if training is None:
-            training = self.training
-        else:
-            check_switch("training", training)
+        if unknown:
+            checks.refuse_unknown(self.__call__, unknown, FIELDS, IN_THE_CONSTRUCTOR)
+        inputs = Inputs(
+            *(query, value, key, query_mask, value_mask, key_mask, attention_mask),
+            *(return_attention_scores, use_causal_mask, mask, query_tokens, key_tokens, cache),
+        )
+        training = checks.switch_or_none("training", training)
+        training = self.training if training is None else training
         dropout = None
         if self.dropout > 0 and training:
             # Folded as linen folds the key of a stream, so that both modules drop the same.
             fold = flax.core.apply(lambda scope: scope.make_rng("dropout"))
             dropout = Dropout(fold({}, rngs={"dropout": self._dropout_key(rngs)}), self.dropout)
-        found: dict[str, Array] = {}
-
-        def penalize(name: str, x: Array) -> Array:
-            source = value if name in ("key", "value") else query
-            if source is None:
-                return x  # nothing was projected
-            examples = source.shape[0] if len(source.shape) > 2 else 1
-            found[f"{name}_activity"] = self.activity_regularizer(x) / max(examples, 1)
-            return x
-
         # An evaluating layer changes nothing, so that any transformation may close over it.
-        penalized = hasattr(self, "losses") and training is not False
-        layer = Layer(
-            project=lambda name, x: getattr(self, name)(x),
-            widths=self._features,
-            heads=self.num_heads,
-            gated=self.use_gate,
-            dtype=self.dtype,
-            param_dtypes=self._param_dtypes(),
-            attention_axes=self.attention_axes,
-            sliding_window=self.sliding_window,
-            precision=self.precision,
-            backend=self.backend,
-            on_projection=penalize if penalized and self.activity_regularizer is not None else None,
+        found: dict[str, Array] = {}
+        penalized, observe = hasattr(self, "losses") and training is not False, None
+        if penalized and self.activity_regularizer is not None:
+            observe = penalties.of_activities(self, query, value, found.__setitem__)
+        weights = Weights(
+            lambda name, x: getattr(self, name)(x), self._features, self._param_dtypes()
         )
-        masks = Masks(query_mask, value_mask, key_mask, attention_mask, use_causal_mask, mask)
-        tokens = query_tokens, key_tokens
-        result = layer(query, value, key, masks, tokens, dropout, cache, return_attention_scores)
+        result = attend_layer(self, weights, inputs, dropout, observe)
         if penalized:
-            self._keep_losses(found)
+            nnx.update(self.losses, dict(penalties.of_weights(self, self.params)) | found)
         return result
 
     def set_view(self, deterministic: bool | None = None) -> None:
@@ -287,17 +252,10 @@ class MultiHeadAttention(nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
-    def empty_cache(self, batch: int, capacity: int, dtype: DType = None) -> Cache:
-        """Return a cache for calls of this layer that holds nothing yet, as the linen layer's."""
-        return self.linen.empty_cache(batch, capacity, dtype)
-
     def constrain(self) -> None:
         """Apply `kernel_constraint` and `bias_constraint` to the parameters: after every update."""
-        nnx.update(self, self.linen.constrain(self.params))
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the arguments of the linen layer as plain JSON values, without the widths."""
-        return self.linen.get_config()
+        rules = {"kernel": self.kernel_constraint, "bias": self.bias_constraint}
+        nnx.update(self, constraints.constrain(self.params, **rules))
 
     @classmethod
     def from_linen(
@@ -333,14 +291,6 @@ class MultiHeadAttention(nnx.Module):
         dtypes = tuple(w.dtype for w in weights if isinstance(w, nnx.Variable))
         return dtypes or (jnp.dtype(self.param_dtype),)
 
-    def _keep_losses(self, found: dict[str, Array]) -> None:
-        rules = {"kernel": self.kernel_regularizer, "bias": self.bias_regularizer}
-        for name, weights in self.params.items():
-            for part, weight in weights.items():
-                if rules.get(part) is not None:
-                    found[f"{name}_{part}"] = rules[part](weight)
-        nnx.update(self.losses, found)
-
     def _dropout_key(self, rngs: nnx.Rngs | nnx.RngStream | None) -> Array:
         if rngs is None:
             stream = getattr(self, "stream", None)
@@ -371,14 +321,3 @@ class MultiHeadAttention(nnx.Module):
 
 def _stream(rngs: nnx.Rngs) -> nnx.RngStream | None:
     return rngs.dropout if "dropout" in rngs or "default" in rngs else None
-
-
-def _check_width(name: str, size: Any) -> None:
-    optional = name != "in_features"
-    if (size is None and optional) or (isinstance(size, int) and size > 0):
-        return
-    wanted = "a positive integer or None" if optional else "a positive integer"
-    raise ShapeError(
-        f"{name} must be {wanted}: got {size!r}. It is the width, x.shape[-1], of what the layer will be "
-        "called with."
-    )

@@ -29,38 +29,6 @@ class KernelShape(NamedTuple):
         return self.kernel[self.in_axes :]
 
 
-def shapes(
-    query_size: int,
-    value_size: int,
-    key_size: int,
-    *,
-    num_heads: int,
-    key_dim: int,
-    value_dim: int | None = None,
-    output_shape: tuple[int, ...] | None = None,
-    use_gate: bool = False,
-    num_kv_heads: int | None = None,
-) -> dict[str, KernelShape]:
-    """Return the shape of every projection of the layer, by Keras's names.
-
-    >>> shapes(16, 16, 16, num_heads=2, key_dim=8)["attention_output"].kernel
-    (2, 8, 16)
-    """
-    value_dim = value_dim or key_dim
-    kv_heads = num_kv_heads or num_heads
-    result = {
-        "query": KernelShape((query_size, num_heads, key_dim), 1),
-        "key": KernelShape((key_size, kv_heads, key_dim), 1),
-        "value": KernelShape((value_size, kv_heads, value_dim), 1),
-    }
-    if use_gate:
-        result["gate"] = KernelShape((query_size, num_heads, value_dim), 1)
-    result["attention_output"] = KernelShape(
-        (num_heads, value_dim, *(output_shape or (query_size,))), 2
-    )
-    return result
-
-
 def init(
     rng: PRNGKey,
     shape: KernelShape,

@@ -1,0 +1,266 @@
+"""Checks of the layer's arguments, at every door the same: (name, value) -> the value as it is stored.
+
+NumPy's scalars become Python's, lists tuples. What cannot be meant is a `ShapeError` that names the argument,
+says what was expected, and how to fix it.
+"""
+
+import difflib
+import functools
+import inspect
+import numbers
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from mha_jax.errors import ArgumentError, ShapeError
+
+_WIDTH = "It is the width, x.shape[-1], of what the layer will be called with."
+_SIZE = "key_dim and value_dim are the sizes of one head; torch's embed_dim is num_heads * key_dim here."
+
+
+def is_integer(x: Any) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def positive(name: str, x: Any, wanted: str = "a positive integer") -> int:
+    """Return a positive integer.
+
+    Raises:
+      ShapeError: If it is none.
+    """
+    if not is_integer(x) or x <= 0:
+        hint = _WIDTH if name.endswith("_features") else _SIZE
+        raise ShapeError(f"{name} must be {wanted}: got {x!r}. {hint}")
+    return int(x)
+
+
+def positive_or_none(name: str, x: Any) -> int | None:
+    """Return a positive integer or None.
+
+    Raises:
+      ShapeError: If it is neither.
+    """
+    return None if x is None else positive(name, x, "a positive integer or None")
+
+
+def switch(name: str, x: Any, wanted: str = "True or False") -> bool:
+    """Return a switch, which is part of the compiled program.
+
+    Raises:
+      ShapeError: If it is traced, or neither True nor False.
+    """
+    if isinstance(x, (bool, np.bool_)):
+        return bool(x)
+    if isinstance(x, jax.core.Tracer):
+        raise ShapeError(
+            f"{name} must be True or False while tracing: got a traced value. "
+            f"Mark it static (jax.jit(..., static_argnames='{name}'))."
+        )
+    got = f"an array of shape {x.shape}" if isinstance(x, (jax.Array, np.ndarray)) else repr(x)
+    raise ShapeError(
+        f"{name} must be {wanted}: got {got}. No text, number or array stands for a switch; an array that "
+        "says which query may attend to which key is attention_mask."
+    )
+
+
+def switch_or_none(name: str, x: Any) -> bool | None:
+    """Return a switch or None.
+
+    Raises:
+      ShapeError: If it is neither.
+    """
+    return None if x is None else switch(name, x, "True, False or None")
+
+
+def rate(name: str, x: Any) -> float:
+    """Return a rate of dropout.
+
+    Raises:
+      ShapeError: If it is no number in [0, 1).
+    """
+    if isinstance(x, bool) or not isinstance(x, numbers.Real) or not 0 <= float(x) < 1:
+        raise ShapeError(
+            f"{name} must be a number in [0, 1): got {x!r}. It is the share of attention weights to drop in "
+            "training; 0.0 drops none."
+        )
+    return float(x)
+
+
+def seed(name: str, x: Any) -> int | None:
+    """Return the seed of a key.
+
+    Raises:
+      ShapeError: If it is no integer that `jax.random.key` takes, nor None.
+    """
+    if x is not None and (not is_integer(x) or not -(2**63) <= x < 2**63):
+        raise ShapeError(
+            f"{name} must be an integer or None, of at most 64 bits: got {x!r}. "
+            'To drop with a key of your own, pass rngs={"dropout": key} to apply.'
+        )
+    return None if x is None else int(x)
+
+
+def sizes_or_none(name: str, x: Any) -> tuple[int, ...] | None:
+    """Return positive sizes as a tuple, or None.
+
+    Raises:
+      ShapeError: If they are neither.
+    """
+    sizes = (x,) if is_integer(x) else x
+    if sizes is None:
+        return None
+    listed = isinstance(sizes, (tuple, list)) and len(sizes) > 0
+    if not listed or not all(is_integer(size) and size > 0 for size in sizes):
+        raise ShapeError(
+            f"{name} must be a positive integer, a tuple of them, or None: got {x!r}. "
+            "It is the shape of the output's features, without batch and sequence axes."
+        )
+    return tuple(int(size) for size in sizes)
+
+
+def axes_or_none(name: str, x: Any) -> tuple[int, ...] | None:
+    """Return axes as a tuple, or None.
+
+    Raises:
+      ShapeError: If they are neither.
+    """
+    axes = (x,) if is_integer(x) else x
+    if axes is None:
+        return None
+    if not isinstance(axes, (tuple, list)) or not axes or not all(map(is_integer, axes)):
+        raise ShapeError(
+            f"{name} must be an integer, a tuple of integers, or None: got {x!r}. "
+            "They are the axes of the input to attend over."
+        )
+    return tuple(int(axis) for axis in axes)
+
+
+def floating(name: str, x: Any, wanted: str = "a floating-point dtype") -> Any:
+    """Return a dtype, as it was given.
+
+    Raises:
+      ShapeError: If it is none of floating-point numbers.
+    """
+    try:
+        found = None if x is None else jnp.dtype(x)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ShapeError(
+            f"{name} must be {wanted}: got {x!r}. Pass jnp.bfloat16 or 'float32', say."
+        )
+    return x
+
+
+def floating_or_none(name: str, x: Any) -> Any:
+    """Return a dtype, as it was given, or None.
+
+    Raises:
+      ShapeError: If it is neither.
+    """
+    return None if x is None else floating(name, x, "a floating-point dtype or None")
+
+
+def precision(name: str, x: Any) -> Any:
+    """Return a precision of products, as it was given.
+
+    Raises:
+      ShapeError: If `jnp.einsum` does not take it.
+    """
+    try:
+        if x is not None:
+            _try_precision(x)
+    except (TypeError, ValueError) as error:
+        raise ShapeError(
+            f"{name} must be what jnp.einsum takes, or None for the platform's default: got {x!r}. "
+            "Pass 'default', 'high', 'highest' or a jax.lax.Precision."
+        ) from error
+    return x
+
+
+@functools.cache
+def _try_precision(x: Any) -> None:
+    a = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    jax.eval_shape(functools.partial(jnp.matmul, precision=x), a, a)
+
+
+def merged(name: str, field: bool | None, argument: Any) -> bool:
+    """Return a switch given to the layer or to the call; unset means False.
+
+    Raises:
+      ShapeError: If it was given to both, or is no switch.
+    """
+    argument = switch_or_none(name, argument)
+    if field is not None and argument is not None:
+        raise ShapeError(
+            f"{name} was given to the layer ({field}) and to the call ({argument}). Give it to one of them."
+        )
+    return bool(field if argument is None else argument)
+
+
+# What other libraries call an argument, and what more to say of it.
+_ELSEWHERE = {
+    "deterministic": ("training", "its opposite"),
+    "is_causal": ("use_causal_mask", ""),
+    "causal": ("use_causal_mask", ""),
+    "decode": ("cache", "which holds the tokens before"),
+    "dropout_rate": ("dropout", ""),
+    "attention_dropout": ("dropout", ""),
+    "dropout_p": ("dropout", ""),
+    "broadcast_dropout": ("dropout", "which is never broadcast here"),
+    "qkv_features": ("key_dim", "the size of one head: qkv_features // num_heads"),
+    "embed_dim": ("key_dim", "the size of one head: embed_dim // num_heads"),
+    "head_dim": ("key_dim", ""),
+    "out_features": ("output_shape", ""),
+    "kernel_init": ("kernel_initializer", ""),
+    "bias_init": ("bias_initializer", ""),
+    "bias": ("use_bias", ""),
+    "num_query_heads": ("num_heads", ""),
+    "num_key_value_heads": ("num_kv_heads", ""),
+    "inputs_q": ("query", ""),
+    "inputs_k": ("key", ""),
+    "inputs_v": ("value", ""),
+    "attn_mask": ("attention_mask", "where True means that a query may attend"),
+    "key_padding_mask": ("key_mask", "where True means a real token"),
+    "need_weights": ("return_attention_scores", ""),
+    "sow_weights": ("return_attention_scores", ""),
+    "tap": ("on_projection", ""),
+}
+
+
+def refuse_unknown(
+    function: Callable[..., Any], given: Iterable[str], other: Iterable[str], there: str
+) -> None:
+    """Refuse the arguments that a function or class of ours does not have.
+
+    Args:
+      function: What was called; it takes what its signature says.
+      given: The arguments that were given by name.
+      other: Arguments of another door of the layer.
+      there: What to say of these, with a place for {name}.
+
+    Raises:
+      ArgumentError: Saying where the first unknown one belongs, or what may be meant.
+    """
+    owner, parameters = function.__qualname__, inspect.signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "parent"]
+    name = next(name for name in given if name not in known)
+    if name in other:
+        raise ArgumentError(f"{owner}() got {name}, which {there.format(name=name)}")
+    said = f"{owner}() got an unexpected keyword argument {name!r}."
+    near = _ELSEWHERE.get(name, ("",))[0]
+    if near not in known and near in other:
+        raise ArgumentError(f"{said}{meant(name, ())} That one {there.format(name=near)}")
+    raise ArgumentError(f"{said}{meant(name, known)} It takes {', '.join(known)}.")
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean ...?" for a name that is not known; nothing if no known one is near."""
+    near, remark = _ELSEWHERE.get(name, ("", ""))
+    if not near:
+        near = next(iter(difflib.get_close_matches(name, list(known), 1)), "")
+    return f" Did you mean {near!r}{', ' if remark else ''}{remark}?" if near else ""
