@@ -13,12 +13,21 @@ import jax
 import jax.numpy as jnp
 from typing_extensions import Never
 
+from mha_jax.attention.biases import Bias
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
-from mha_jax.layer import axes, checks, constraints, initializers, penalties, projections
+from mha_jax.layer import (
+    axes,
+    checks,
+    constraints,
+    initializers,
+    penalties,
+    projections,
+    vectors,
+)
 from mha_jax.layer.arguments import FIELDS, IN_THE_CONSTRUCTOR, Arguments, closed, documented
 from mha_jax.layer.functional import Inputs, Weights, attend_layer
 from mha_jax.types import Array, ArrayLike, DType, Float, Params, Precision
@@ -57,6 +66,20 @@ class Projection(nn.Module):
         if self.has_variable("params", part):
             return nn.meta.unbox(self.get_variable("params", part))
         return None
+
+
+class Vector(nn.Module):
+    """A norm's scale or the sinks' logits: one parameter of one axis."""
+
+    kind: vectors.Vector
+    param_dtype: DType
+
+    @nn.compact
+    def __call__(self) -> Any:
+        if self.is_initializing():
+            return self.param(self.kind.part, lambda rng: self.kind.init(self.param_dtype))
+        params = nn.meta.unbox(self.variables.get("params", {}))
+        return vectors.stored({self.name: params}, str(self.name), self.kind)
 
 
 @documented
@@ -109,6 +132,7 @@ class MultiHeadAttention(Arguments, nn.Module):
         query_tokens: Tokens | None = None,
         key_tokens: Tokens | None = None,
         cache: Cache | None = None,
+        bias: Bias | ArrayLike | None = None,
         **unknown: Never,
     ) -> Any:
         """Attend from `query` to `value`.
@@ -126,6 +150,7 @@ class MultiHeadAttention(Arguments, nn.Module):
           query_tokens, key_tokens: Positions and segments that `mask` reads.
           cache: What `empty_cache` or the call before returned: the tokens of `value` are appended,
             then `query` attends to all that it holds; `value=None` appends nothing.
+          bias: Added to the logits: a rule of `mj.biases`, or an array [T, S] or [B, N, T, S].
 
         Returns:
           The output [B, T, E], or (output, scores [B, N, T, S]); with a cache, it comes last.
@@ -143,7 +168,15 @@ class MultiHeadAttention(Arguments, nn.Module):
             )
         inputs = Inputs(
             *(query, value, key, query_mask, value_mask, key_mask, attention_mask),
-            *(return_attention_scores, use_causal_mask, mask, query_tokens, key_tokens, cache),
+            *(
+                return_attention_scores,
+                use_causal_mask,
+                mask,
+                query_tokens,
+                key_tokens,
+                cache,
+                bias,
+            ),
         )
         training = checks.merged("training", self.training, training)
         projected = self._projections(inputs)
@@ -153,7 +186,16 @@ class MultiHeadAttention(Arguments, nn.Module):
             projections.check_names(params)
             if self.is_mutable_collection("losses"):
                 observe = self._sow_losses(params, query, value)
-        weights = Weights.of(params, lambda name, x: projected[name](x), self.param_dtype)
+        kept = {
+            name: Vector(kind, self.param_dtype, name=name)
+            for name, kind in vectors.of(self).items()
+        }
+        weights = Weights.of(
+            params,
+            lambda name, x: projected[name](x),
+            lambda name: kept[name](),
+            self.param_dtype,
+        )
         dropout = self._dropout() if training and self.dropout > 0 else None
         return attend_layer(self, weights, inputs, dropout, observe)
 
@@ -169,13 +211,13 @@ class MultiHeadAttention(Arguments, nn.Module):
         shapes: dict[str, Any] = dict.fromkeys(names)
         if self.is_initializing():
             shapes = self.shapes(*axes.widths(*inputs[:3]))
-        bias = self.bias_initializer if self.use_bias else None
-        made = self.kernel_initializer, bias, self.param_dtype, self.precision
-        outputs = ("attention_output",)
-        return {
-            name: Projection(2 if name in outputs else 1, shapes[name], *made, name=name)
-            for name in names
-        }
+        made = {}
+        for name in names:
+            in_axes = 2 if name == "attention_output" else 1
+            bias = self.bias_initializer if self.has_bias(name) else None
+            drawn = self.kernel_initializer, bias, self.param_dtype, self.precision
+            made[name] = Projection(in_axes, shapes[name], *drawn, name=name)
+        return made
 
     def _dropout(self) -> Dropout:
         """Return the dropout of this call: from the stream, or from `seed` and a counter.
