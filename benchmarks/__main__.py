@@ -1,9 +1,10 @@
 """Measure mha_jax side by side with every installed peer.
 
-python -m benchmarks                        the rows that the claims rest on
+python -m benchmarks                        the rows of the README's table
 python -m benchmarks --all                  every feature as well
 python -m benchmarks --rows tiny decode --peers linen "torch sdpa"
 python -m benchmarks --json FILE --plot FILE.png --markdown
+python -m benchmarks --baseline ../before   ours beside ours of another checkout, in turns
 python -m benchmarks --list                 the rows and what they are
 python -m benchmarks tpu                    our TPU kernels by the compiler's schedule
 python -m benchmarks decoding               decoding with a cache beside decoding without
@@ -16,11 +17,12 @@ import sys
 from typing import Any
 
 from benchmarks import machine, plot, report
-from benchmarks.claims import claimed_rows, judge_all
+from benchmarks.checkouts import HERE, Checkout
 from benchmarks.measure import Settings, measure, progress
 from benchmarks.peers import NAMES, load
-from benchmarks.results import OURS, Result
-from benchmarks.rows import ROWS, Row
+from benchmarks.peers.checkout import CheckoutPeer
+from benchmarks.results import BEFORE, OURS, Result
+from benchmarks.rows import PUBLISHED, ROWS, Row
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--all", action="store_true", help="all rows")
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
     parser.add_argument("--peers", nargs="+", metavar="PEER", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--baseline", metavar="CHECKOUT", help="compare with another checkout")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of timing (5)")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of a peer on a row (60)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: a test of the program")
@@ -44,9 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
 def chosen(options: argparse.Namespace) -> list[Row]:
     """Return the rows that the command line asks for."""
-    names = list(options.rows or (ROWS if options.all else claimed_rows()))
-    if options.rows is None and not options.all:
-        names += [name for name in ROWS if name.startswith("function-4096")]
+    names = list(options.rows or (ROWS if options.all else PUBLISHED))
     unknown = [name for name in names if name not in ROWS]
     if unknown:
         sys.exit(f"error: no row {', '.join(unknown)}. --list names them all.")
@@ -70,7 +71,10 @@ def main(arguments: list[str] | None = None) -> list[Result]:
         print("\n".join(f"{row.name:34s} {row.title}" for row in ROWS.values()))
         return []
     rows = chosen(options)
+    if options.baseline and options.peers is None:
+        options.peers = []
     peers, absent = take_part(options)
+    checkouts = open_checkouts(options.baseline, peers)
     use_all_cores()
     known = machine.facts()
     print(machine.sentence(known), flush=True)
@@ -80,16 +84,27 @@ def main(arguments: list[str] | None = None) -> list[Result]:
         results += measure(row, peers, absent, settings, progress)
         progress("")
         print("\n" + report.row_table(row, results), flush=True)
-    verdicts = judge_all(results)
-    if verdicts:
-        print("\n" + report.claims_table(verdicts))
+    if options.baseline:
+        print(f"\nbefore: commit {machine.commit(options.baseline)}")
+        print(report.comparison(rows, results))
+    for checkout in checkouts:
+        checkout.close()
     if options.json:
-        pathlib.Path(options.json).write_text(report.to_json(rows, results, verdicts, known))
+        pathlib.Path(options.json).write_text(report.to_json(rows, results, known))
     if options.plot:
         plot.draw(rows, results, options.plot, machine.sentence(known))
     if options.markdown:
-        print("\n" + report.markdown(rows, results, verdicts, known))
+        print("\n" + report.markdown(rows, results, known))
     return results
+
+
+def open_checkouts(baseline: str | None, peers: list[Any]) -> list[Checkout]:
+    """Put this checkout and the baseline, where one is asked for, in the place of our own peer."""
+    if baseline is None:
+        return []
+    checkouts = [Checkout(path, "runs:Served") for path in (HERE, baseline)]
+    peers[:1] = [CheckoutPeer(name, one) for name, one in zip((OURS, BEFORE), checkouts)]
+    return checkouts
 
 
 def use_all_cores() -> None:
@@ -100,7 +115,7 @@ def use_all_cores() -> None:
 
 def dispatch(arguments: list[str]) -> None:
     """Run the command, or the one for TPUs or for decoding."""
-    if arguments[:1] in (["tpu"], ["decoding"]):
+    if arguments[:1] in (["tpu"], ["decoding"], ["overhead"]):
         importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
     else:
         main(arguments)

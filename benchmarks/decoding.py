@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import pathlib
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import machine
+from benchmarks.timer import repeated, sample, turns
 from mha_jax.models.transformer import Config, Transformer
 from mha_jax.train.decoding import greedy
 
@@ -145,11 +145,8 @@ def measure(work: Work, repeats: int) -> dict[str, float]:
     for run in ways.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, run in ways.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
+    for _, name in turns(dict.fromkeys(ways, repeats)):
+        times[name].append(sample(repeated(ways[name])).wall)
     return {name: float(np.median(seconds)) for name, seconds in times.items()}
 
 

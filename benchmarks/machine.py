@@ -48,7 +48,7 @@ def facts() -> dict[str, Any]:
     """Return date, commit, versions and machine; no host names and no paths."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit(pathlib.Path(__file__).parent),
         "versions": _versions(),
         "machine": {
             "cores": cores(),
@@ -74,8 +74,8 @@ def sentence(known: dict[str, Any]) -> str:
     )
 
 
-def _commit() -> str:
-    folder = pathlib.Path(__file__).parent
+def commit(folder: str | os.PathLike) -> str:
+    """Return the commit of a checkout, and whether it was changed since."""
 
     def git(*arguments: str) -> str:
         run = subprocess.run(

@@ -2,24 +2,22 @@
 
 import dataclasses
 import functools
-import gc
 import math
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from benchmarks.checkouts import REPORTED
 from benchmarks.machine import available_bytes
 from benchmarks.peers import Absent
 from benchmarks.peers.base import Peer
 from benchmarks.results import OURS, Result, Status
 from benchmarks.rows import Row, draw
-from benchmarks.runs import JaxRun, TorchRun, difference, prepare
+from benchmarks.runs import Costs, Run, difference
+from benchmarks.timer import Sample, turns
 
-# What a peer raises where it is asked for something that it turns out not to do. Ours is not caught.
-PEER_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 # A peer whose numbers are further from ours than this computes something else, and is not timed.
 AGREEMENT = {"float32": 1e-3, "bfloat16": 5e-2}
 
@@ -45,14 +43,16 @@ class _Entry:
     """A peer under way on a row."""
 
     peer: Peer
-    run: JaxRun | TorchRun
-    traces: list[float] = dataclasses.field(default_factory=list)
-    compiles: list[float] = dataclasses.field(default_factory=list)
-    temporary_bytes: int | None = None
+    run: Run
+    costs: list[Costs] = dataclasses.field(default_factory=list)
     distance: float | None = None
-    times: list[float] = dataclasses.field(default_factory=list)
+    samples: list[Sample] = dataclasses.field(default_factory=list)
     calls: int = 1
     rounds: int = 0
+
+    @property
+    def temporary_bytes(self) -> int | None:
+        return self.costs[-1].temporary_bytes if self.costs else None
 
 
 def measure(
@@ -105,7 +105,7 @@ class _Race:
             status: Status = "cannot"
             if reason is None:
                 status = "failed"
-                run, reason = _guarded(peer, functools.partial(prepare, peer, self.row, self.data))
+                run, reason = _guarded(peer, functools.partial(peer.run, self.row, self.data))
             if run is None:
                 named = (self.row.name, peer.name, peer.framework)
                 self.results[peer.name] = Result(*named, status, reason)
@@ -113,19 +113,15 @@ class _Race:
                 self.entries.append(_Entry(peer, run))
 
     def compile(self) -> None:
-        """Compile every JAX program, in turns, as often as the row asks."""
+        """Compile every program, in turns, as often as the row asks."""
         for turn in range(self.row.compiles):
             for entry in list(self.entries):
-                if not isinstance(entry.run, JaxRun):
-                    continue
                 self.say(entry, f"compiles, {turn + 1} of {self.row.compiles}")
                 costs, reason = _guarded(entry.peer, entry.run.compile)
-                if costs is None:
+                if reason:
                     self.drop(entry, "failed", reason)
-                    continue
-                entry.traces.append(costs[0])
-                entry.compiles.append(costs[1])
-                entry.temporary_bytes = costs[2]
+                elif costs is not None:
+                    entry.costs.append(costs)
 
     def warm_up(self) -> None:
         """Run everyone once: drop who is too large, too slow, or computes something else."""
@@ -139,18 +135,15 @@ class _Race:
                     entry, "skipped", f"needs {needs:.1f} GiB, {free / 2**30:.1f} GiB are free"
                 )
                 continue
-            begun = time.perf_counter()
-            result, reason = _guarded(entry.peer, entry.run.call)
-            first = time.perf_counter() - begun
+            compare = not self.row.dropout and entry.peer.framework != "floor"
+            result, reason = _guarded(entry.peer, functools.partial(entry.run.first, compare))
             if result is None:
                 self.drop(entry, "failed", reason)
                 continue
-            if not self.row.dropout and entry.peer.framework != "floor":
-                numbers = entry.run.numbers(result)
-                ours = numbers if entry.peer.name == OURS else ours
-                if ours is not None:
-                    entry.distance = difference(ours, numbers)
-            del result
+            first, numbers = result
+            ours = numbers if entry.peer.name == OURS else ours
+            if ours is not None and numbers is not None:
+                entry.distance = difference(ours, numbers)
             if first > self.settings.limit:
                 self.drop(entry, "skipped", f"> {self.settings.limit:g} s")
             elif entry.distance is not None and not entry.distance < AGREEMENT[self.row.dtype]:
@@ -161,11 +154,11 @@ class _Race:
 
     def run(self) -> None:
         """Time those that are left, in turns."""
-        for turn in range(self.settings.repeats):
-            for entry in self.entries:
-                if turn < entry.rounds:
-                    self.say(entry, f"round {turn + 1} of {entry.rounds}")
-                    entry.times.append(sample(entry.run.call, entry.calls))
+        entries = {entry.peer.name: entry for entry in self.entries}
+        for turn, name in turns({name: entry.rounds for name, entry in entries.items()}):
+            entry = entries[name]
+            self.say(entry, f"round {turn + 1} of {entry.rounds}")
+            entry.samples.append(entry.run.sample(entry.calls))
         for entry in list(self.entries):
             few = f"slow, so timed {entry.rounds}x" if entry.rounds < self.settings.repeats else ""
             self.drop(entry, "measured", few)
@@ -179,11 +172,12 @@ class _Race:
             entry.peer.framework,
             status,
             reason,
-            tuple(entry.times),
-            tuple(entry.traces),
-            tuple(entry.compiles),
-            entry.temporary_bytes,
-            entry.distance,
+            times=tuple(s.wall for s in entry.samples),
+            cpu_times=tuple(s.process for s in entry.samples),
+            trace_times=tuple(c.trace for c in entry.costs),
+            compile_times=tuple(c.compile for c in entry.costs),
+            temporary_bytes=entry.temporary_bytes,
+            difference=entry.distance,
         )
 
     def say(self, entry: _Entry, what: str) -> None:
@@ -199,31 +193,12 @@ def rounds(first: float, settings: Settings) -> int:
     return max(1, min(settings.repeats, math.floor(settings.limit / max(first, 1e-9))))
 
 
-def sample(
-    call: Callable[[], Any], calls: int, clock: Callable[[], float] = time.perf_counter
-) -> float:
-    """Return the seconds of one call, the mean of `calls` in a row, garbage collection off."""
-    gc.collect()
-    gc.disable()
-    if calls > 1:
-        call()
-    begun = clock()
-    for _ in range(calls):
-        call()
-    taken = clock() - begun
-    gc.enable()
-    return taken / calls
-
-
-def _calls(run: JaxRun | TorchRun, wanted: float) -> int:
+def _calls(run: Run, wanted: float) -> int:
     """Return how many calls last as long as a sample should; long ones are not tried again."""
-    begun = time.perf_counter()
-    run.call()
-    once = time.perf_counter() - begun
+    once = run.sample(1).wall
     if once > wanted:
         return 1
-    once = sample(run.call, 3)
-    return max(1, math.ceil(wanted / max(once, 1e-6)))
+    return max(1, math.ceil(wanted / max(run.sample(3).wall, 1e-6)))
 
 
 def _guarded(peer: Peer, function: Callable[[], Any]) -> tuple[Any, str]:
@@ -232,7 +207,7 @@ def _guarded(peer: Peer, function: Callable[[], Any]) -> tuple[Any, str]:
         return function(), ""
     try:
         return function(), ""
-    except PEER_ERRORS as error:
+    except REPORTED as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         return None, f"{type(error).__name__}: {first}"[:160]
 

@@ -1,15 +1,14 @@
-"""Results as text: a table on the terminal, a table in Markdown, the claims, JSON."""
+"""Results as text: a table on the terminal, a table in Markdown, JSON."""
 
 import dataclasses
 import json
 from typing import Any
 
-from benchmarks.claims import Verdict
 from benchmarks.machine import sentence
-from benchmarks.results import OURS, Result, best, find, ratio
+from benchmarks.results import BEFORE, OURS, Result, best, find, ratio
 from benchmarks.rows import Row
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def seconds(value: float | None) -> str:
@@ -63,14 +62,16 @@ def table(heads: list[str], lines: list[list[str]]) -> str:
 
 def row_table(row: Row, results: list[Result]) -> str:
     """Return what was measured of one row, and below it who was not and why."""
-    heads = ["peer", "a call", "lowest", "highest", "theirs/ours", "temporaries", "trace+compile"]
-    heads += ["first call"]
+    heads = ["peer", "a call", "lowest", "highest", "theirs/ours", "CPU", "theirs/ours"]
+    heads += ["temporaries", "trace+compile", "first call"]
     mine = [r for r in results if r.row == row.name]
     lines = [
         [
             r.peer,
             *map(seconds, (r.median, min(r.times), max(r.times))),
             times(ratio(results, row.name, r.peer)),
+            seconds(r.cpu_median),
+            times(ratio(results, row.name, r.peer, "cpu_median")),
             size(r.temporary_bytes),
             *map(seconds, (r.compile_median, r.first_call)),
         ]
@@ -82,35 +83,34 @@ def row_table(row: Row, results: list[Result]) -> str:
     return "\n".join(text)
 
 
-def claims_table(verdicts: list[Verdict]) -> str:
-    """Return the claims, each beside its figure."""
-    heads = ["claim", "rival", "ours", "theirs", "ours/theirs", "at most", "met"]
-    words = {True: "yes", False: "NO", None: "?"}
+def comparison(rows: list[Row], results: list[Result]) -> str:
+    """Return ours over the baseline's of every row: below 1, the change was for the better."""
+    heads = ["row", OURS, BEFORE, f"{OURS}/{BEFORE}", "of lowest", "of CPU", "trace+compile"]
+    heads += ["temporaries", BEFORE, f"{OURS}/{BEFORE}"]
+    figures = ("median", "lowest", "cpu_median", "compile_median")
     lines = []
-    for v in verdicts:
-        per_work = v.claim.work != 1.0
+    for row in rows:
+        pair = find(results, row.name, OURS), find(results, row.name, BEFORE)
+        bytes_ = [None if r is None else r.temporary_bytes for r in pair]
+        share = bytes_[0] / bytes_[1] if bytes_[0] is not None and bytes_[1] else None
+        over = (ratio(results, row.name, OURS, figure, BEFORE) for figure in figures)
         lines.append(
             [
-                f"{v.claim.row}: {v.claim.words}",
-                v.rival,
-                *map(seconds, (v.ours, v.theirs)),
-                times(v.ratio) + (" a unit" if per_work and v.ratio is not None else ""),
-                f"{v.claim.at_most:.3f}",
-                words[v.met],
+                row.name,
+                *(seconds(r and r.median) for r in pair),
+                *(f"{x:.3f}" if x is not None else "-" for x in over),
+                *map(size, bytes_),
+                f"{share:.3f}" if share is not None else "-",
             ]
         )
-    text = ["claims", indent(table(heads, lines))]
-    text += [f"  {v.claim.row}, {v.claim.words}: not measured: {v.why}" for v in verdicts if v.why]
-    return "\n".join(text)
+    return table(heads, lines)
 
 
 def indent(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())
 
 
-def markdown(
-    rows: list[Row], results: list[Result], verdicts: list[Verdict], known: dict[str, Any]
-) -> str:
+def markdown(rows: list[Row], results: list[Result], known: dict[str, Any]) -> str:
     """Return the README's table: our time, then each peer's time over ours."""
     peers = list(dict.fromkeys(r.peer for r in results if r.peer != OURS))
     seen = [p for p in peers if any(r.peer == p and r.median is not None for r in results)]
@@ -140,7 +140,6 @@ def markdown(
         "are those of the compiled program.",
         "\n".join(lines),
         *(["\n".join(f"- {note}" for note in notes + left_out)] if notes + left_out else []),
-        *([_claims_markdown(verdicts)] if verdicts else []),
         f"Measured by `python -m benchmarks`: {sentence(known)}.",
     ]
     return "\n\n".join(parts)
@@ -155,27 +154,12 @@ def _absent(results: list[Result]) -> dict[str, str]:
     return {r.peer: r.reason for r in results if r.status == "absent"}
 
 
-def _claims_markdown(verdicts: list[Verdict]) -> str:
-    lines = ["| claim | measured, ours/theirs | at most | met |", "|---|---:|---:|---|"]
-    words = {True: "yes", False: "**no**", None: "not measured"}
-    for v in verdicts:
-        rival = f" ({v.rival})" if v.rival else ""
-        lines.append(
-            f"| `{v.claim.row}`: {v.claim.words} | {times(v.ratio)}{rival} "
-            f"| {v.claim.at_most:.3f}x | {words[v.met]} |"
-        )
-    return "\n".join(lines)
-
-
-def to_json(
-    rows: list[Row], results: list[Result], verdicts: list[Verdict], known: dict[str, Any]
-) -> str:
+def to_json(rows: list[Row], results: list[Result], known: dict[str, Any]) -> str:
     """Return everything as JSON, one object."""
     whole = {
         "schema": SCHEMA,
         **known,
         "rows": [dataclasses.asdict(row) | {"title": row.title} for row in rows],
         "results": [result.to_json() for result in results],
-        "claims": [dataclasses.asdict(v) | {"met": v.met} for v in verdicts],
     }
     return json.dumps(whole, indent=1)

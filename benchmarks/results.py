@@ -5,6 +5,7 @@ import statistics
 from typing import Any, Literal
 
 OURS = "mha_jax"
+BEFORE = "before"
 Status = Literal["measured", "cannot", "absent", "skipped", "failed"]
 
 
@@ -13,11 +14,12 @@ class Result:
     """One peer on one row.
 
     Args:
-      row, peer, framework: Which; the framework is "jax", "torch" or "floor".
+      row, peer, framework: Which; the framework as `Peer` has it.
       status: "measured"; "cannot": the peer has no such feature; "absent": not installed or not
         importable; "skipped": too slow or too large; "failed": it raised.
       reason: Why it was not measured, or what to know about the figures.
       times: Seconds of a call, one of each round.
+      cpu_times: The same, of all the CPUs that the process used.
       trace_times, compile_times: Seconds of tracing with lowering, and of XLA's compilation.
       temporary_bytes: Of the compiled program, by XLA's own account; None for torch.
       difference: Norm of the difference from our results over their norm; None with dropout.
@@ -29,6 +31,7 @@ class Result:
     status: Status
     reason: str = ""
     times: tuple[float, ...] = ()
+    cpu_times: tuple[float, ...] = ()
     trace_times: tuple[float, ...] = ()
     compile_times: tuple[float, ...] = ()
     temporary_bytes: int | None = None
@@ -39,6 +42,17 @@ class Result:
         """Seconds of a call, where it was measured."""
         measured = self.status == "measured" and self.times
         return statistics.median(self.times) if measured else None
+
+    @property
+    def lowest(self) -> float | None:
+        """The shortest time of a call, where it was measured."""
+        return min(self.times) if self.median is not None else None
+
+    @property
+    def cpu_median(self) -> float | None:
+        """CPU seconds of a call, where it was measured."""
+        measured = self.status == "measured" and self.cpu_times
+        return statistics.median(self.cpu_times) if measured else None
 
     @property
     def compile_median(self) -> float | None:
@@ -78,9 +92,11 @@ def best(results: list[Result], row: str, framework: str) -> Result | None:
     return min(others, key=lambda r: r.median or 0.0, default=None)
 
 
-def ratio(results: list[Result], row: str, peer: str) -> float | None:
-    """Return a peer's time over ours: above 1, we are faster."""
-    ours, theirs = find(results, row, OURS), find(results, row, peer)
-    if ours is None or theirs is None or not ours.median or theirs.median is None:
-        return None
-    return theirs.median / ours.median
+def ratio(
+    results: list[Result], row: str, peer: str, figure: str = "median", over: str = OURS
+) -> float | None:
+    """Return a peer's figure over that of another, ours: above 1, we are faster."""
+    below, above = find(results, row, over), find(results, row, peer)
+    a = None if above is None else getattr(above, figure)
+    b = None if below is None else getattr(below, figure)
+    return None if a is None or not b else a / b

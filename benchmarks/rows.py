@@ -219,3 +219,20 @@ def _rows() -> dict[str, Row]:
 
 
 ROWS = _rows()
+# Those of the README's table, and what its words beside the table rest on.
+PUBLISHED = (
+    "layer-512",
+    "layer-512-train",
+    "layer-512-train-dropout",
+    "layer-4096-causal",
+    "layer-4096-causal-train",
+    "layer-4096-causal-train-dropout",
+    "layer-16384-window",
+    "decode",
+    "tiny",
+    "window-4096-1024",
+    "window-16384-1024",
+    "window-16384-4096",
+    "function-4096-causal",
+    "function-4096-causal-train",
+)

@@ -1,17 +1,77 @@
-"""A peer's program made ready: compiled, called, its output laid beside ours."""
+"""A peer's program made ready: compiled, called, timed, its output laid beside ours."""
 
+import dataclasses
+import pathlib
+import tempfile
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.peers.base import Peer, Program
+from benchmarks.checkouts import Checkout
 from benchmarks.rows import Data, Row
+from benchmarks.timer import Sample, sample
+
+Numbers = dict[str, np.ndarray]
 
 
-class JaxRun:
+class Costs(NamedTuple):
+    """Seconds of tracing with lowering and of compiling, and bytes of temporaries."""
+
+    trace: float
+    compile: float
+    temporary_bytes: int | None
+
+
+class Run:
+    """One peer ready to run one row."""
+
+    def compile(self) -> Costs | None:
+        """Trace, lower and compile anew; None where nothing is compiled."""
+        return None
+
+    def call(self) -> Any:
+        """Run once and wait for the result."""
+        raise NotImplementedError(f"{type(self).__name__} has no call")
+
+    def calls(self, count: int) -> None:
+        """Run so many times."""
+        for _ in range(count):
+            self.call()
+
+    def numbers(self, result: Any) -> Numbers:
+        """Return the output and the gradients of the inputs, in float32, in our layout."""
+        raise NotImplementedError(f"{type(self).__name__} has no numbers")
+
+    def first(self, compare: bool) -> tuple[float, Numbers | None]:
+        """Run once; return the seconds, and the numbers if they are to be compared."""
+        begun = time.perf_counter()
+        result = self.call()
+        taken = time.perf_counter() - begun
+        return taken, self.numbers(result) if compare else None
+
+    def sample(self, calls: int) -> Sample:
+        """Return the time of one call, the mean of so many."""
+        return sample(self.calls, calls)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A pure function and its arguments: `apply(weights, inputs, extras) -> out`.
+
+    `extras` is what is not differentiated: masks and the dropout key.
+    """
+
+    apply: Callable[[Any, Any, Any], Any]
+    weights: Any
+    inputs: dict[str, jax.Array]
+    extras: dict[str, Any]
+
+
+class JaxRun(Run):
     """A JAX program, jitted; forward+backward returns (out, gradients of weights and inputs)."""
 
     def __init__(self, program: Program, row: Row, data: Data):
@@ -34,8 +94,7 @@ class JaxRun:
 
         return both if self.row.backward else forward
 
-    def compile(self) -> tuple[float, float, int | None]:
-        """Trace, lower and compile anew; return both times and the temporary bytes."""
+    def compile(self) -> Costs:
         jax.clear_caches()
         begun = time.perf_counter()
         lowered = jax.jit(self._function()).lower(*self.arguments)
@@ -43,14 +102,12 @@ class JaxRun:
         compiled = lowered.compile()
         done = time.perf_counter()
         memory = compiled.memory_analysis()
-        return traced - begun, done - traced, memory and memory.temp_size_in_bytes
+        return Costs(traced - begun, done - traced, memory and memory.temp_size_in_bytes)
 
     def call(self) -> Any:
-        """Run once and wait for the result."""
         return jax.block_until_ready(self.jitted(*self.arguments))
 
-    def numbers(self, result: Any) -> dict[str, np.ndarray]:
-        """Return the output and the gradients of the inputs, in float32, in our layout."""
+    def numbers(self, result: Any) -> Numbers:
         if not self.row.backward:
             return {"out": np.asarray(result, np.float32)}
         out, (_, gradients) = result
@@ -58,54 +115,52 @@ class JaxRun:
         return {"out": np.asarray(out, np.float32), **gradients}
 
 
-class TorchRun:
-    """A torch module on its inputs, eagerly."""
+class Served:
+    """Our own runs, one after the other, in the process of a checkout (`CheckoutRun`)."""
 
-    def __init__(self, peer: Any, row: Row, data: Data):
-        import torch
+    run: Run
 
-        self.torch, self.row = torch, row
-        self.module = peer.module(row, data)
-        self.inputs = peer.inputs(row, data)
-        if row.backward:
-            for x in self.inputs.values():
-                x.requires_grad_()
-            cotangent = data.cotangent
-            if row.level == "function":
-                cotangent = np.swapaxes(cotangent, 1, 2).copy()
-            self.cotangent = torch.tensor(cotangent, dtype=getattr(torch, row.dtype))
-            self.leaves = [*self.inputs.values(), *self.module.parameters()]
+    def prepare(self, row: dict[str, Any]) -> None:
+        from benchmarks.peers.ours import Ours
+        from benchmarks.rows import draw
 
-    def call(self) -> Any:
-        """Run once."""
-        if not self.row.backward:
-            with self.torch.no_grad():
-                return self.module(self.inputs)
-        out = self.module(self.inputs)
-        return out, self.torch.autograd.grad(out, self.leaves, self.cotangent)
+        asked = Row(**row)
+        self.run = Ours().run(asked, draw(asked))
 
-    def numbers(self, result: Any) -> dict[str, np.ndarray]:
-        """As `JaxRun.numbers`."""
+    def compile(self) -> Costs | None:
+        return self.run.compile()
 
-        def array(x):
-            x = x.detach().float().numpy()
-            return np.swapaxes(x, 1, 2) if self.row.level == "function" else x
+    def first(self, compare: bool, path: str) -> float:
+        taken, numbers = self.run.first(compare)
+        if numbers is not None:
+            np.savez(path, **numbers)  # type: ignore[arg-type]
+        return taken
 
-        if not self.row.backward:
-            return {"out": array(result)}
-        out, gradients = result
-        named = {f"d_{name}": array(g) for name, g in zip(self.inputs, gradients)}
-        return {"out": array(out), **named}
+    def sample(self, calls: int) -> Sample:
+        return self.run.sample(calls)
 
 
-def prepare(peer: Peer, row: Row, data: Data) -> JaxRun | TorchRun:
-    """Build a peer's run of a row."""
-    if peer.framework == "torch":
-        return TorchRun(peer, row, data)
-    return JaxRun(peer.program(row, data), row, data)  # type: ignore[attr-defined]
+class CheckoutRun(Run):
+    """Our own run of a row as a checkout has it, in its process."""
+
+    def __init__(self, checkout: Checkout, row: Row):
+        self.checkout = checkout
+        checkout.call("prepare", dataclasses.asdict(row))
+
+    def compile(self) -> Costs:
+        return Costs(*self.checkout.call("compile"))
+
+    def first(self, compare: bool) -> tuple[float, Numbers | None]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "numbers.npz"
+            taken = self.checkout.call("first", compare, str(path))
+            return taken, dict(np.load(path)) if compare else None
+
+    def sample(self, calls: int) -> Sample:
+        return Sample(*self.checkout.call("sample", calls))
 
 
-def difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+def difference(ours: Numbers, theirs: Numbers) -> float:
     """Return the largest relative distance between two sets of arrays, in the Frobenius norm.
 
     >>> difference({"out": np.ones(4)}, {"out": np.full(4, 1.5)})

@@ -8,14 +8,14 @@ Times are wall clock: the median of several rounds, each of enough calls to last
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import tpu
+from benchmarks.timer import sample
+from benchmarks.tpu_ways import WORKS, ours, rivals
 
 KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p"}
 KINDS |= {"TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
@@ -40,44 +40,43 @@ def seconds(
     compiled = jax.jit(function).lower(*arguments).compile()
 
     def run(count):
-        start = time.perf_counter()
         result = None
         for _ in range(count):
             result = compiled(*arguments)
         jax.block_until_ready(result)
-        return time.perf_counter() - start
 
     run(1)
     calls = 1
-    while (took := run(calls)) < at_least and took > 0 and calls < 2**14:
+    while 0 < sample(run, calls).wall * calls < at_least and calls < 2**14:
         calls *= 2
-    return [run(calls) / calls for _ in range(rounds)]
+    return [sample(run, calls).wall for _ in range(rounds)]
 
 
 def measure(names: list[str], kind: str, interpret: bool = False, rounds: int = 5) -> list[dict]:
     """Time every way to do the named works on the TPU of this process; print a line for each.
 
     Args:
-      names: Of `tpu.WORKS`.
-      kind: Of `tpu.KINDS`: whose tiles are taken.
+      names: Of `tpu_ways.WORKS`.
+      kind: Of `tpu_ways.KINDS`: whose tiles are taken.
       interpret: Run our kernel alone, interpreted, on any machine: a test of this program.
       rounds: Times that each is timed.
     """
     lines = []
     for name in names:
-        work = tpu.WORKS[name]
-        ways = tpu.rivals(work, kind)
+        work = WORKS[name]
+        ways = rivals(work, kind)
         if interpret:
-            ways = {"mha_jax": lambda work=work: tpu.ours(work, kind, interpret=True)}
+            ways = {"mha_jax": lambda work=work: ours(work, kind, interpret=True)}
         for way, make in ways.items():
             line: dict[str, Any] = {"case": name, "kind": kind, "way": way}
             rival = make()
             at_least = 0.0 if interpret else 0.1
             try:
-                times = seconds(rival.function, arguments_of(rival.arguments), rounds, at_least)
+                function, shapes = rival.timed or (rival.function, rival.arguments)
+                times = seconds(function, arguments_of(shapes), rounds, at_least)
                 line |= {
                     "seconds": times,
-                    "teraflops": work.flops / statistics.median(times) / 1e12,
+                    "teraflops": work.timed_flops / statistics.median(times) / 1e12,
                 }
             except jax.errors.JaxRuntimeError as error:
                 line["error"] = str(error).split("\n")[0][:100]

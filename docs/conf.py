@@ -18,7 +18,7 @@ html_theme = "furo"
 html_title = f"mha_jax {version}"
 html_show_sourcelink = html_show_copyright = False
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_parser"]
 default_role = "code"  # One backtick in a docstring is code.
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 import mha_jax as mj
 from mha_jax import Call, Causal, Dense, Dropout, Full, SameSegment, Tokens, ValidKeys, Window
 from mha_jax.backends.blockwise import Blockwise
-from mha_jax.backends.reference import Reference
 from tests import oracles
+from tests.backends import backends, tiles
 
 B, T, S, N, K, H, V = 2, 5, 7, 6, 3, 4, 2
-BACKENDS = {"reference": Reference(), "blockwise": Blockwise(block_q=4, block_k=4)}
+BACKENDS = backends(blockwise=tiles(4, 4))
 CLOSE = 1e-5  # of float32 numbers of size 1: far above rounding, far below any mistake
 
 

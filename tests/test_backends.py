@@ -8,16 +8,11 @@ import numpy as np
 import pytest
 
 from mha_jax import attend
-from mha_jax.backends.blockwise import Blockwise
-from mha_jax.backends.reference import Reference
 from tests import oracles
+from tests.backends import backends, tiles
 from tests.cases import CASES
 
-BACKENDS = {
-    "reference": Reference(),
-    "blockwise": Blockwise(),
-    "blockwise_small_tiles": Blockwise(block_q=16, block_k=8),
-}
+BACKENDS = backends(small_tiles=tiles(16, 8))
 # The error against the oracle may be twice that of `reference` in the same dtype, three times for
 # gradients, or one rounding of the result's size where `reference` is luckier than that.
 FORWARD, BACKWARD = 2, 3

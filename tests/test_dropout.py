@@ -16,6 +16,7 @@ import pytest
 from mha_jax import Call, Causal, Dropout, ShapeError, Tokens, attend
 from mha_jax.backends.blockwise import Blockwise
 from mha_jax.backends.reference import Reference
+from tests.backends import backends, tiles
 
 CHANCE = 1e-4
 WORD = 2**32
@@ -108,13 +109,7 @@ def test_a_higher_rate_drops_more_of_the_same():
 
 B, T, S, N, K = 3, 11, 13, 4, 2
 RATE = 0.4
-BACKENDS = {
-    "reference": Reference(),
-    "blockwise": Blockwise(),
-    "blockwise_8_4": Blockwise(block_q=8, block_k=4),
-    "blockwise_3_5": Blockwise(block_q=3, block_k=5),
-    "blockwise_1_16": Blockwise(block_q=1, block_k=16),
-}
+BACKENDS = backends(tiles_8_4=tiles(8, 4), tiles_3_5=tiles(3, 5), tiles_1_16=tiles(1, 16))
 
 
 @partial(jax.jit, static_argnames=("backend", "batch", "heads", "kv_heads", "rows", "causal"))
@@ -138,20 +133,20 @@ def test_every_backend_and_tile_size_has_the_same_bits(name):
     np.testing.assert_array_equal(kept, WHOLE)
 
 
-@pytest.mark.parametrize("name", ["reference", "blockwise_3_5"])
+@pytest.mark.parametrize("name", ["reference", "tiles_3_5"])
 def test_a_mask_changes_no_bit(name):
     kept = kept_by(BACKENDS[name], Dropout(jax.random.key(5), RATE), causal=True)
     np.testing.assert_array_equal(kept, WHOLE & np.tri(T, S, dtype=bool))
 
 
-@pytest.mark.parametrize("name", ["reference", "blockwise_3_5"])
+@pytest.mark.parametrize("name", ["reference", "tiles_3_5"])
 def test_a_shard_of_batch_and_heads_has_the_bits_of_the_whole(name):
     dropout = Dropout(jax.random.key(5), RATE, batch_start=1, head_start=2)
     kept = kept_by(BACKENDS[name], dropout, batch=2, heads=2, kv_heads=1)
     np.testing.assert_array_equal(kept, WHOLE[1:, 2:])
 
 
-@pytest.mark.parametrize("name", ["reference", "blockwise_3_5"])
+@pytest.mark.parametrize("name", ["reference", "tiles_3_5"])
 def test_a_shard_of_the_rows_has_the_bits_of_the_whole(name):
     dropout = Dropout(jax.random.key(5), RATE)
     kept = kept_by(BACKENDS[name], dropout, rows=4, tokens=Tokens(4, start=7))
@@ -161,7 +156,7 @@ def test_a_shard_of_the_rows_has_the_bits_of_the_whole(name):
     np.testing.assert_array_equal(kept, WHOLE[:, :, [9, 2, 3]])
 
 
-@pytest.mark.parametrize("name", ["reference", "blockwise_3_5"])
+@pytest.mark.parametrize("name", ["reference", "tiles_3_5"])
 def test_under_vmap_over_keys_and_starts(name):
     keys = jax.random.split(jax.random.key(1), 3)
 
@@ -173,7 +168,7 @@ def test_under_vmap_over_keys_and_starts(name):
         np.testing.assert_array_equal(mapped[i], bits(key, RATE, 1, N, T, S, batch_start=i))
 
 
-@pytest.mark.parametrize("name", ["reference", "blockwise_3_5"])
+@pytest.mark.parametrize("name", ["reference", "tiles_3_5"])
 def test_a_vmap_over_examples_with_their_places_has_the_bits_of_the_batch(name):
     def kept(start):
         dropout = Dropout(jax.random.key(5), RATE, batch_start=start)

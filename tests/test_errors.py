@@ -11,6 +11,7 @@ import pytest
 
 import mha_jax as mj
 from mha_jax import Call, MhaError, ShapeError, UnsupportedError, WeightsError
+from mha_jax.backends.blockwise import Blockwise
 from mha_jax.backends.reference import Reference
 from mha_jax.errors import ArgumentError
 from tests.drawn import draw_variables
@@ -67,7 +68,39 @@ def wrong(name, run, *says, kind=ShapeError):
     return Wrong(name, run, says, kind)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Says(mj.Mask):
+    """A rule of a user's that says what it is told to."""
+
+    what: str = dataclasses.field(metadata={"static": True})
+
+    def visible(self, q, k):
+        return {
+            "distance": lambda: q.positions - k.positions,
+            "floats": lambda: (q.positions >= k.positions).astype(np.float32),
+            "flat": lambda: q.positions[0, 0] >= k.positions[0, 0],
+            "nothing": lambda: None,
+        }[self.what]()
+
+
+class Unregistered(mj.Mask):
+    """A rule of a user's that JAX does not know."""
+
+    def visible(self, q, k):
+        return q.positions >= k.positions
+
+
+def blockwise(**options):
+    """Make a backend as where no annotation is checked."""
+    backend = Blockwise()
+    for name, value in options.items():
+        object.__setattr__(backend, name, value)
+    backend.__post_init__()
+
+
 BOOL_TS = np.ones((T, S), bool)
+INT_TS = np.where(np.tri(T, S, dtype=bool), 0, -10000)
 CORE = [
     wrong("q_rank", lambda: dot(Q[0, 0]), "same rank, at least 3", "(6, 4)", "axis of their own"),
     wrong("ranks_differ", lambda: dot(Q[0]), "same rank", "query.shape=(5, 6, 4)"),
@@ -107,6 +140,38 @@ CORE = [
         "True or False",
         "pass it as `bias`",
     ),
+    wrong("integer_mask", lambda: dot(mask=INT_TS), "True or False", "-10000", "a bias", "lengths"),
+    wrong("mask_255", lambda: dot(mask=np.uint8(255) * BOOL_TS), "value 255", "pass mask != 0"),
+    wrong("mask_and_none", lambda: mj.Causal() & None, "must be a Mask", "NoneType", "Dense"),
+    wrong("mask_or_class", lambda: mj.Causal() | mj.Window, "must be a Mask", "Window"),
+    wrong("true_and_mask", lambda: np.True_ & mj.Causal(), "must be a Mask", "bool"),
+    wrong("and_of_masks", lambda: mj.Causal() and mj.ValidKeys(), "neither true nor", "`&`"),
+    wrong("not_a_mask", lambda: not mj.Window(1, 1), "Window is a rule", "`~`"),
+    wrong(
+        "integer_mask_in_a_rule",
+        lambda: dot(mask=mj.Causal() & INT_TS),
+        "True or False",
+        "value -10000",
+    ),
+    *(
+        wrong(
+            f"rule_says_{what}",
+            lambda what=what: dot(mask=~(mj.Causal() | Says(what))),
+            "Says.visible must return booleans",
+            "(2, 6, 5, 7)",
+            got,
+            "combine comparisons",
+        )
+        for what, got in (
+            ("distance", "int32[1, 1, 5, 7]"),
+            ("floats", "float32[1, 1, 5, 7]"),
+            ("flat", "bool[5, 7]"),
+            ("nothing", "NoneType"),
+        )
+    ),
+    wrong(
+        "rule_is_no_pytree", lambda: dot(mask=Unregistered()), "Unregistered", "register_dataclass"
+    ),
     wrong("mask_shape", lambda: dot(mask=BOOL_TS.T), "does not fit", "(7, 5)", "[*B, N, T, S]"),
     wrong(
         "mask_heads", lambda: dot(mask=np.ones((B, 5, T, S), bool)), "mask of shape (2, 5, 5, 7)"
@@ -121,6 +186,19 @@ CORE = [
     wrong("rate_negative", lambda: mj.Dropout(RNG, -0.1), "[0, 1)", "-0.1"),
     wrong("rate_in_percent", lambda: mj.Dropout(RNG, 10), "[0, 1)", "got 10"),
     wrong("rate_nan", lambda: mj.Dropout(RNG, float("nan")), "[0, 1)", "nan"),
+    wrong("rate_flag", lambda: mj.Dropout(RNG, False), "[0, 1)", "False"),
+    wrong(
+        "batch_start_float",
+        lambda: dot(dropout=mj.Dropout(RNG, 0.1, batch_start=1.0)),
+        "batch_start of a Dropout must be one integer",
+        "1.0",
+    ),
+    wrong(
+        "head_start_array",
+        lambda: dot(dropout=mj.Dropout(RNG, 0.1, 0, np.arange(2))),
+        "head_start of a Dropout must be one integer",
+        "[0, 1]",
+    ),
     wrong("rate_traced", lambda: jax.jit(lambda r: mj.Dropout(RNG, r))(0.5), "[0, 1)"),
     wrong("dropout_is_a_rate", lambda: dot(dropout=0.1), "must be a Dropout or None", "0.1"),
     wrong("scale_nan", lambda: dot(scale=float("nan")), "scale must be a finite", "nan"),
@@ -135,6 +213,22 @@ CORE = [
         "7 tokens",
     ),
     wrong("tokens_array", lambda: dot(query_tokens=np.arange(T)), "query_tokens must be Tokens"),
+    wrong(
+        "start_beyond_32_bits",
+        lambda: dot(query_tokens=mj.Tokens(T, start=2**31 - 2)),
+        "query_tokens.start",
+        "fit 32 bits",
+        "2147483646",
+    ),
+    wrong(
+        "start_float", lambda: dot(key_tokens=mj.Tokens(S, start=1.0)), "key_tokens.start", "1.0"
+    ),
+    wrong(
+        "list_of_positions",
+        lambda: dot(key_tokens=mj.Tokens(S, pos=[list(range(S))])),
+        "key_tokens.pos must be an array",
+        "list",
+    ),
     wrong(
         "float_positions",
         lambda: dot(query_tokens=mj.Tokens(T, pos=np.ones((1, T)))),
@@ -173,6 +267,23 @@ CORE = [
     wrong("backend_is_no_backend", lambda: dot(backend=3), "backend", "3", kind=MhaError),
     wrong("backend_class", lambda: dot(backend=Reference), "backend", "Reference", kind=MhaError),
     wrong("platform", lambda: mj.explain(Call(Q, KEYS, VALUES), "gpu"), "unknown platform 'gpu'"),
+    wrong(
+        "heads_first_text",
+        lambda: mj.attend(Call(Q, KEYS, VALUES, heads_first="no")),
+        "heads_first must be True or False",
+        "'no'",
+    ),
+    *(
+        wrong(f"{name}_{size}", lambda o={name: size}: blockwise(**o), name, repr(size))
+        for name, size in (
+            ("block_q", 0),
+            ("block_k", -16),
+            ("block_q", 2.5),
+            ("pairs", True),
+            ("exhaustive", "no"),
+            ("apart", 1),
+        )
+    ),
     wrong("call_is_an_array", lambda: mj.attend(Q), "Call", kind=MhaError),
     wrong("mask_is_a_name", lambda: dot(mask="causal"), "mask", "Causal()", kind=MhaError),
     wrong("mask_is_a_class", lambda: dot(mask=mj.Causal), "mask", "Causal()", kind=MhaError),
@@ -200,6 +311,30 @@ CORE = [
         "lse",
         "(2, 6, 5)",
         kind=MhaError,
+    ),
+    wrong(
+        "lse_of_text", lambda: mj.attention_scores(Call(Q, KEYS, VALUES), lse="x"), "lse of shape"
+    ),
+    *(
+        wrong(
+            f"score_{name}_{which}",
+            lambda o={name: which}: mj.attention_scores(Call(Q, KEYS, VALUES), **o),
+            f"{name}=",
+            "do not exist",
+        )
+        for name, which in (("heads", 1), ("rows", 0.5), ("rows", slice(0.5)), ("heads", "0"))
+    ),
+    wrong(
+        "score_rows_traced_floats",
+        lambda: jax.jit(lambda r: mj.attention_scores(Call(Q, KEYS, VALUES), rows=r))(np.ones(2)),
+        "rows='float32[2]'",
+        "do not exist",
+    ),
+    *(
+        wrong(
+            f"top_{k}", lambda k=k: mj.scores_top_k(Call(Q, KEYS, VALUES), k), f"k={k!r}", "1 to S"
+        )
+        for k in (0, S + 1, 2.0, "3")
     ),
 ]
 MAKING = [
@@ -434,6 +569,44 @@ CACHING = [
         "cache_chunk_lengths",
         lambda: one_cache().append(ones(B, T, 2, 4), ones(B, 1, 2, 4)),
         "(2, 5, 2, 4) and (2, 1, 2, 4)",
+    ),
+    wrong(
+        "cache_chunk_list", lambda: one_cache().append([1.0], [1.0]), "keys [B, L, K, H]", "(1,)"
+    ),
+    *(
+        wrong(
+            f"cache_valid_{valid.dtype}{valid.shape}",
+            lambda valid=valid: one_cache().append(ones(B, T, 2, 4), ones(B, T, 2, 4), valid),
+            "valid must hold a boolean for every token",
+            "[2, 5] or [1, 5]",
+            f"{valid.dtype}{list(valid.shape)}",
+        )
+        for valid in (
+            np.ones((B, 1), bool),
+            np.ones(T, bool),
+            np.ones((3, T), bool),
+            np.ones((B, T), np.int32),
+            np.ones((B, T), np.float32),
+        )
+    ),
+    wrong(
+        "cache_valid_list",
+        lambda: one_cache().next_positions(T, [[True] * T]),
+        "valid must hold a boolean for every token",
+        "got list",
+    ),
+    wrong(
+        "cache_count_negative",
+        lambda: dataclasses.replace(one_cache(), count=jnp.array([0, -2])).append(
+            ones(B, T, 2, 4), ones(B, T, 2, 4)
+        ),
+        "0 or more",
+        "[0, -2]",
+    ),
+    wrong(
+        "cache_values_of_another_dtype",
+        lambda: one_cache().append(ones(B, T, 2, 4), ones(B, T, 2, 4, dtype="bfloat16")),
+        "holds float32, keys and values are bfloat16",
     ),
     wrong(
         "cache_at_initialisation",

@@ -9,17 +9,13 @@ import pytest
 
 import mha_jax as mj
 from mha_jax import Call, Causal, Dense, Dropout, Tokens, ValidKeys, ValidQueries, Window
-from mha_jax.backends.blockwise import Blockwise
 from mha_jax.backends.reference import Reference
 from tests import oracles
+from tests.backends import backends, tiles
 from tests.drawn import draw, draw_variables
 
 B, T, S, N, K, H, V, D = 2, 5, 7, 4, 2, 3, 2, 6
-BACKENDS = {
-    "reference": Reference(),
-    "blockwise": Blockwise(),
-    "blockwise_small_tiles": Blockwise(block_q=2, block_k=4),
-}
+BACKENDS = backends(small_tiles=tiles(2, 4))
 DENSE = np.random.default_rng(1).random((B, N, T, S)) < 0.5
 DENSE[0, 1, 2] = DENSE[1, 3, 4] = False
 K_VALID = np.ones((B, S), bool)

@@ -1,16 +1,20 @@
 """The Flax module: parameters, streams, losses, configs, axes, and its place inside a model."""
 
 import json
+import sys
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 import mha_jax as mj
 from mha_jax import ShapeError
+from mha_jax.backends.reference import Reference
 from tests import oracles
 from tests.drawn import draw, draw_variables
 
@@ -632,3 +636,48 @@ def test_empty_sequences(lengths):
     if not s:
         bias = variables["params"]["attention_output"]["bias"]
         np.testing.assert_array_equal(out, np.broadcast_to(bias, out.shape))
+
+
+def test_parameters_of_another_layer_are_refused():
+    biased, plain = (mj.MultiHeadAttention(2, 3, use_bias=b) for b in (True, False))
+    gated = mj.MultiHeadAttention(2, 3, use_gate=True)
+    params = {m: m.init(jax.random.key(0), X, X) for m in (biased, plain, gated)}
+    for layer, given, message in (
+        (biased, plain, "they lack a bias of query, key, value, attention_output"),
+        (plain, biased, "they have a bias of query, key, value, attention_output"),
+        (gated, biased, "no kernel for gate"),
+        (biased, gated, "they have a gate"),
+    ):
+        with pytest.raises(mj.WeightsError, match=message):
+            layer.apply(params[given], X, X)
+        with pytest.raises(mj.WeightsError, match=message):
+            mj.nnx.MultiHeadAttention.from_linen(layer, params[given], rngs=nnx.Rngs(0))
+
+
+def test_a_call_without_scores_takes_no_logarithm():
+    variables = LAYER.init(jax.random.key(0), X, X)
+    for scores in (False, True):
+        call = partial(LAYER.apply, return_attention_scores=scores)
+        assert (" log " in str(jax.make_jaxpr(call)(variables, X, X))) is scores
+
+
+def test_a_call_reaches_its_backend_in_few_frames():
+    frames = []
+
+    class Counting(Reference):
+        def forward(self, problem):
+            frame, count = sys._getframe().f_back, 0
+            while frame is not None:
+                count += "mha_jax" in frame.f_code.co_filename
+                frame = frame.f_back
+            frames.append(count)
+            return super().forward(problem)
+
+    layer = mj.MultiHeadAttention(2, 3, backend=Counting())
+    variables = layer.init(jax.random.key(0), X, X)
+    frames.clear()
+    one, two, three = (X[:, :length] for length in (1, 2, 3))  # each is a program of its own
+    layer.apply(variables, one, one)
+    mj.multi_head_attention(variables["params"], two, two, backend=Counting())
+    mj.nnx.MultiHeadAttention.from_linen(layer, variables, rngs=nnx.Rngs(0))(three, three)
+    assert len(frames) == 3 and max(frames) <= 10, frames

@@ -21,6 +21,7 @@ from mha_jax import (
     ValidKeys,
     ValidQueries,
     Window,
+    dot_product_attention,
 )
 from mha_jax.attention.masks import And, Not, Or, Reach
 from mha_jax.attention.tokens import extents
@@ -287,6 +288,57 @@ def test_a_new_mask_needs_only_visible():
     facts = extents(Tokens(4).facts(), 2)
     reach = Even().reach(facts, facts)
     assert reach.some and not reach.every
+
+
+LOW, HIGH = -(2**31), 2**31 - 1
+ENDS = np.array([[LOW, LOW + 1, -2, -1, 0, 1, 2, HIGH - 1, HIGH]], np.int32)
+SIZES = [0, 1, 2, 2**30, HIGH - 1, HIGH, HIGH + 1, HIGH + 2, 2**32 - 2, 2**32 - 1, 2**32, 2**63]
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_a_window_is_right_at_the_ends_of_32_bits(xp):
+    tokens = Tokens(ENDS.size, pos=xp.asarray(ENDS))
+    facts = extents(tokens.facts(), 1)
+    ahead = ENDS.astype(object) - ENDS.astype(object).T  # Python's integers have no end
+    for size in (*SIZES, *(-x for x in SIZES)):
+        for mask, want in (
+            (Window(size, 2**40), ahead >= -size),
+            (Window(2**40, size), ahead <= size),
+        ):
+            np.testing.assert_array_equal(mask.matrix(tokens, tokens), want.astype(bool), str(mask))
+            q, k = (jax.tree.map(lambda a, s=s: a.reshape(s), facts) for s in ((-1, 1), (1, -1)))
+            some, every = mask.reach(q, k)
+            assert not (want.astype(bool) & ~np.asarray(some)).any()
+            np.testing.assert_array_equal(every, want.astype(bool), str(mask))
+
+
+def test_a_mask_takes_an_array_on_either_side():
+    array = flags(0, T, S)
+    tokens = Tokens(T), Tokens(S)
+    for xp in (np, jnp):
+        a = xp.asarray(array)
+        for both in (Causal() & a, a & Causal()):
+            np.testing.assert_array_equal(both.matrix(*tokens), array & np.tri(T, S, dtype=bool))
+        for either in (Window(0, 0) | a, a | Window(0, 0)):
+            np.testing.assert_array_equal(either.matrix(*tokens), array | np.eye(T, S, dtype=bool))
+    np.testing.assert_array_equal((~Dense(array.astype(int))).matrix(*tokens), ~array)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.uint8])
+def test_integers_mean_what_booleans_do_traced_or_not(dtype):
+    array = flags(0, T, S).astype(dtype)
+    q, k = jnp.ones((1, T, 1, 2)), jnp.ones((1, S, 1, 2))
+    v = jnp.eye(S)[None, :, None]
+    for run in (dot_product_attention, jax.jit(dot_product_attention)):
+        seen = run(q, k, v, mask=jnp.asarray(array))[0, :, 0] > 0
+        np.testing.assert_array_equal(seen, array == 1)
+
+
+def test_traced_integers_that_are_no_truth_values_hide():
+    q = jnp.ones((1, 2, 1, 2))
+    additive = jnp.array([[0, -10000], [0, 2]])
+    out = jax.jit(dot_product_attention)(q, q, q, mask=additive)
+    np.testing.assert_array_equal(out, 0)
 
 
 def test_the_base_class_has_no_rule():

@@ -7,16 +7,12 @@ import pytest
 
 import mha_jax as mj
 from mha_jax import Causal, SameSegment, Tokens, ValidKeys, Window
-from mha_jax.backends.blockwise import Blockwise
 from tests import oracles
+from tests.backends import backends, tiles
 from tests.drawn import draw, draw_variables
 
 B, T, S, N, K, H, V, D = 2, 5, 7, 4, 2, 3, 2, 6
-BACKENDS = {
-    "reference": "reference",
-    "blockwise": "blockwise",
-    "small_tiles": Blockwise(block_q=2, block_k=4),
-}
+BACKENDS = backends(small_tiles=tiles(2, 4))
 EPSILON = np.finfo(np.float32).eps
 RANDOM = np.random.default_rng(0)
 PAIRS = RANDOM.random((B, N, T, S)) < 0.6
@@ -150,9 +146,7 @@ def test_idle_dropout_is_the_same_program(backend, mask):
 @pytest.mark.parametrize("mask", ["none", "all"])
 def test_the_default_is_one_of_the_backends(mask):
     out = jax.jit(function(mask, "blockwise", False))(PARAMS, X, Y, Z)[0]
-    layer = mj.MultiHeadAttention.from_config(
-        layer_of(mask, "blockwise").get_config() | {"backend": None}
-    )
+    layer = layer_of(mask, "blockwise").clone(backend=None)
     automatic = jax.jit(lambda p, *a: layer.apply({"params": p}, *a, **MASKS[mask][1]))
     np.testing.assert_array_equal(automatic(PARAMS, X, Y, Z), out)
 

@@ -10,17 +10,12 @@ import pytest
 
 import mha_jax as mj
 from mha_jax import Call, Causal, Dropout, Tokens, ValidKeys
-from mha_jax.backends.blockwise import Blockwise
-from mha_jax.backends.reference import Reference
 from tests import oracles
+from tests.backends import backends, tiles
 from tests.drawn import draw_variables
 
 B, T, S, N, K, H, V, D = 2, 23, 29, 4, 2, 7, 5, 6
-BACKENDS = {
-    "reference": Reference(),
-    "blockwise": Blockwise(),
-    "blockwise_small_tiles": Blockwise(block_q=8, block_k=8),
-}
+BACKENDS = backends(small_tiles=tiles(8, 8))
 HALVES = {"bfloat16": (ml_dtypes.bfloat16, 8, -126), "float16": (np.float16, 11, -14)}
 
 
@@ -99,7 +94,7 @@ def test_half_precision_scores_are_rounded_once_and_their_rows_sum_to_one(dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", ["blockwise", "blockwise_small_tiles"])
+@pytest.mark.parametrize("name", ["blockwise", "small_tiles"])
 def test_half_precision_gradients_are_as_good_as_those_of_the_definition(name, dtype):
     q, k, v = half_inputs(dtype, 5.0)
     d_out = draw(4, B, T, N, V).astype(HALVES[dtype][0])

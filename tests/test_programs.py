@@ -14,14 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 import mha_jax as mj
 from mha_jax.backends.blockwise import Blockwise
+from tests.backends import backends, tiles
 
-BACKENDS = {
-    "automatic": None,
-    "reference": "reference",
-    "blockwise": "blockwise",
-    "small": Blockwise(block_q=4, block_k=4),
-    "apart": Blockwise(block_q=4, block_k=4, apart=True),
-}
+BACKENDS = {"automatic": None} | backends(
+    small_tiles=tiles(4, 4), apart=Blockwise(block_q=4, block_k=4, apart=True)
+)
 OPTIONS = {
     "plain": {},
     "causal_dropout": {"mask": mj.Causal(), "dropout": mj.Dropout(jax.random.key(5), 0.3)},

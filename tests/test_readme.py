@@ -3,34 +3,29 @@
 import pathlib
 import re
 
-import pytest
-
-import mha_jax
-
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 SAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-# Samples of other libraries' objects, which stand for the reader's own.
-FOREIGN = {"keras": "keras_layer", "torch": "state_dict"}
 
 
 def test_the_samples_run_from_first_to_last():
     names = {}
     for sample in SAMPLES:
-        if not any(name in sample for name in FOREIGN.values()):
-            exec(compile(sample, "README.md", "exec"), names)
+        exec(compile(sample, "README.md", "exec"), names)
     assert names["y"].shape == (2, 5, 16)
     assert names["out"].shape == (2, 1024, 8, 64)
 
 
-@pytest.mark.parametrize("library", FOREIGN)
-def test_names_in_the_samples_of_other_libraries_exist(library):
-    sample = next(sample for sample in SAMPLES if FOREIGN[library] in sample)
-    found = re.findall(rf"mj\.interop\.{library}\.(\w+)", sample)
-    assert len(found) >= 2
-    for name in found:
-        assert hasattr(getattr(mha_jax.interop, library), name)
+def test_it_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_links_work_outside_the_clone_and_lead_to_files_in_it():
+    ours = "https://(?:github|raw.githubusercontent|colab.research.google).com/(?:github/)?mha-jax/mha_jax/(?:blob/)?main/"
+    links = re.findall(r"\]\((.*?)\)", README)
+    assert links and all(link.startswith("https://") for link in links)
+    for path in re.findall(rf"\]\({ours}(.*?)\)", README):
+        assert (ROOT / path).is_file(), path
 
 
 def test_two_commands_do_all_the_set_up():

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import export
 
 from mha_jax import (
     Call,
@@ -29,7 +30,7 @@ from mha_jax.backends.pallas_tpu import PallasTPU
 from mha_jax.backends.pallas_tpu.sizes import SIZES
 
 pytest.importorskip("libtpu", reason="libtpu is not installed: pip install libtpu")
-from tests.topologies import TOPOLOGIES, compiled, largest_array
+from tests.topologies import TOPOLOGIES, VERSION, compiled, largest_array
 
 
 def shape_of(*shape, dtype=jnp.bfloat16):
@@ -100,6 +101,7 @@ SQUARE = (4096, 4096)
 GRID = {
     "v4-chunked": Compiled("v4", 64, (2048, 2048), options=chunked),
     "v4-32": Compiled("v4", 32, (2048, 2048), 16, (4, 1), options=dropped, arrays=KEY),
+    "v4-narrow": Compiled("v4", 32, (16384, 16384), 16, (1, 1), options=causal),
     "v4-64": Compiled("v4", 64, (4095, 4095), 0, (4, 1), options=window),
     "v4-128": Compiled(
         "v4",
@@ -141,6 +143,8 @@ GRID = {
 @pytest.mark.parametrize("name", GRID)
 def test_both_passes_compile_and_keep_nothing_of_t_x_s(name):
     case = GRID[name]
+    if case.kind == "tpu7x" and VERSION < (0, 0, 30):
+        pytest.skip("this libtpu does not know the chip: pip install -U libtpu")
     t, s = case.lengths
     padded_operand = -(-max(t, s) // 512) * 512 * case.heads[0] * case.size
     assert largest_array(case.compile()) < max(t * s, padded_operand + 1)
@@ -174,7 +178,7 @@ def test_lengths_that_fit_need_no_padding():
         return PallasTPU(SIZES["v5e"]).forward(check(Call(q, k, v))).out
 
     # Statistics of 4096 rows are there; one padded copy of q would be 2**20 bytes.
-    assert compiled("v5e", forward, x, x, x).memory_analysis().temp_size_in_bytes <= 2**16
+    assert compiled("v5e", forward, x, x, x).memory_analysis().temp_size_in_bytes < 2**17
 
 
 # ---- as users meet it ------------------------------------------------------------------------------
@@ -196,7 +200,7 @@ def test_attend_takes_the_kernel_when_it_is_lowered_for_a_tpu():
 def test_a_program_exported_here_carries_the_kernel():
     x = shape_of(1, 129, 1, 64)
     function = jax.jit(lambda q, k, v: attend(Call(q, k, v)).out)
-    exported = jax.export.export(function, platforms=["tpu"])(x, x, x)
+    exported = export.export(function, platforms=["tpu"])(x, x, x)
     assert "tpu_custom_call" in exported.mlir_module()
 
 

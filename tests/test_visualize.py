@@ -2,6 +2,7 @@
 is loaded for them alone."""
 
 import base64
+import html.parser
 import json
 import re
 import subprocess
@@ -192,6 +193,47 @@ def test_the_page_carries_the_weights_and_loads_nothing():
     np.testing.assert_allclose(levels / 255 * data["scale"], expected, atol=data["scale"] / 500)
 
 
+MARKUP = [
+    "<script>alert(1)</script>",
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "<!--",
+    "\"' onmouseover=alert(1) x='",
+    "{{constructor}} ${alert(1)} `\\`",
+    "\u2028\u2029</style>",
+    "&lt;b&gt;",
+]
+
+
+class Tags(html.parser.HTMLParser):
+    """Collects the tags, the attributes and the text of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.handlers, self.text = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.handlers += [name for name, _ in attributes if name.startswith("on")]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.mark.parametrize("place", ["queries", "keys", "query_name", "key_name"])
+def test_labels_with_markup_stay_text(place):
+    given = {"queries": ["a"] * 8, "keys": ["b"] * 8, "query_name": "c", "key_name": "d"}
+    plain = visualize.html(np.ones((1, 8, 8)), **given).text
+    given[place] = "".join(MARKUP) if place.endswith("name") else MARKUP
+    text = visualize.html(np.ones((1, 8, 8)), **given).text
+    before, after = Tags(plain), Tags(text)
+    assert after.tags == before.tags and after.handlers == before.handlers
+    shown = "".join(after.text)
+    assert all(label in shown for label in MARKUP if "\u2028" not in label)
+    assert text.count("<script") == 1 and text.count("</script") == 1 and "<!--" not in text
+
+
 def test_the_page_shows_the_first_query_without_scripts():
     values = scores()
     text = visualize.html(values, **LABELS).text
@@ -252,6 +294,7 @@ BAD = {
         lambda: visualize.top_keys(np.ones((1, 2, 1)), np.full((1, 2, 1), 9), length=5),
         "keys from 0 to 4: got 9 to 9. Pass length=S",
     ),
+    "no figures": (lambda: visualize.curves({}), "series holds no figures to draw"),
     "no mask": (lambda: visualize.masks({}, mj.Tokens(3)), "there is no mask to draw"),
     "too much for a page": (
         lambda: visualize.html(np.ones((3, 1000, 1000))),

@@ -1,6 +1,7 @@
 """TPUs that are not there: libtpu compiles for any of them on any machine; no TPU is used."""
 
 import functools
+import importlib.metadata
 import math
 import os
 import re
@@ -20,6 +21,15 @@ TOPOLOGIES = {
     "v6e": "v6e:2x2",
     "tpu7x": "tpu7x:2x2x1",
 }
+VERSION = tuple(int(n) for n in importlib.metadata.version("libtpu").split("."))
+if VERSION < (0, 0, 22):
+    from jax._src import tpu_custom_call
+    from jax._src.interpreters import pxla
+
+    # On a TPU, jax asks the runtime for its age and writes kernels in a version that it reads.
+    tpu_custom_call.get_ir_version = lambda context: 7
+    # What jax asks for, once a program is compiled, is not there without a TPU: the process dies.
+    pxla.is_default_layout = lambda layout, sharding, aval: True
 _SHAPE = re.compile(r"\b(?:f32|bf16|f16|s32|u32|s8|pred)\[([\d,]+)\]")
 
 

@@ -1,34 +1,20 @@
 """What a peer is: what it cannot do, and the program it runs for a row.
 
 A JAX peer brings a pure function of (weights, inputs, extras); how it is jitted, differentiated and
-timed is the same for all (`bench.runs`). A peer that has only an attention function gets a layer
+timed is the same for all (`benchmarks.runs`). A peer that has only an attention function gets a layer
 of four products around it, so that it, too, can be compared as a layer.
 """
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.rows import Data, Row
-from mha_jax.types import Array
+from benchmarks.runs import JaxRun, Program, Run
 
+Array = jax.Array
 Tree = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A pure function and its arguments: `apply(weights, inputs, extras) -> out`.
-
-    `extras` is what is not differentiated: masks and the dropout key.
-    """
-
-    apply: Callable[[Tree, Tree, Tree], Any]
-    weights: Tree
-    inputs: dict[str, Array]
-    extras: dict[str, Any]
 
 
 class Peer:
@@ -36,7 +22,7 @@ class Peer:
 
     Attributes:
       name: As in tables.
-      framework: "jax", "torch", or "floor" for what is no rival but a bound.
+      framework: "jax", "torch", "floor" for what is no rival but a bound, or "ours" for another checkout.
       packages: Distributions whose versions are reported.
       lacks: Features of `Row.features` that it does not have, each with the reason in words.
     """
@@ -50,6 +36,10 @@ class Peer:
         """Return why the peer cannot run a row, or None."""
         return next((self.lacks[f] for f in row.features if f in self.lacks), None)
 
+    def run(self, row: Row, data: Data) -> Run:
+        """Return what runs a row."""
+        raise NotImplementedError(f"{self.name} runs nothing")
+
 
 class JaxPeer(Peer):
     """A peer made of JAX: an attention function, a layer, or both."""
@@ -57,6 +47,9 @@ class JaxPeer(Peer):
     def attend(self, row: Row, q: Array, k: Array, v: Array, extras: dict[str, Any]) -> Any:
         """Attend with [B, T, N, H] arrays."""
         raise NotImplementedError(f"{self.name} has no attention function of its own")
+
+    def run(self, row: Row, data: Data) -> Run:
+        return JaxRun(self.program(row, data), row, data)
 
     def program(self, row: Row, data: Data) -> Program:
         """Return the program of a row."""

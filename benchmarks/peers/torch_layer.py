@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from benchmarks.peers.base import Peer, sides
 from benchmarks.rows import Data, Row
+from benchmarks.runs import Numbers, Run
 
 
 class TorchPeer(Peer):
@@ -22,6 +23,9 @@ class TorchPeer(Peer):
             return f"runs on the CPU here, beside jax on {jax.default_backend()}"
         return super().cannot(row)
 
+    def run(self, row, data):
+        return TorchRun(self, row, data)
+
     def module(self, row: Row, data: Data) -> torch.nn.Module:
         """Return a module that maps the inputs to the output."""
         raise NotImplementedError
@@ -34,6 +38,41 @@ class TorchPeer(Peer):
             name: torch.tensor(np.swapaxes(x, 1, 2).copy() if heads_first else x, dtype=dtype)
             for name, x in data.inputs.items()
         }
+
+
+class TorchRun(Run):
+    """A torch module on its inputs, eagerly."""
+
+    def __init__(self, peer: TorchPeer, row: Row, data: Data):
+        self.row = row
+        self.module = peer.module(row, data)
+        self.inputs = peer.inputs(row, data)
+        if row.backward:
+            for x in self.inputs.values():
+                x.requires_grad_()
+            cotangent = data.cotangent
+            if row.level == "function":
+                cotangent = np.swapaxes(cotangent, 1, 2).copy()
+            self.cotangent = torch.tensor(cotangent, dtype=getattr(torch, row.dtype))
+            self.leaves = [*self.inputs.values(), *self.module.parameters()]
+
+    def call(self) -> Any:
+        if not self.row.backward:
+            with torch.no_grad():
+                return self.module(self.inputs)
+        out = self.module(self.inputs)
+        return out, torch.autograd.grad(out, self.leaves, self.cotangent)
+
+    def numbers(self, result: Any) -> Numbers:
+        def array(x):
+            x = x.detach().float().numpy()
+            return np.swapaxes(x, 1, 2) if self.row.level == "function" else x
+
+        if not self.row.backward:
+            return {"out": array(result)}
+        out, gradients = result
+        named = {f"d_{name}": array(g) for name, g in zip(self.inputs, gradients)}
+        return {"out": array(out), **named}
 
 
 class Attention(torch.nn.Module):

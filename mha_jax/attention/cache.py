@@ -165,8 +165,24 @@ class Cache:
         if valid is None:
             steps = jnp.arange(length, dtype=jnp.int32)[None]
         else:
-            steps = jnp.cumsum(jnp.asarray(valid), axis=1, dtype=jnp.int32) - 1
+            steps = jnp.cumsum(self._flags(valid, length), axis=1, dtype=jnp.int32) - 1
         return self.count[:, None] + steps
+
+    def _flags(self, valid: ArrayLike, length: int) -> Bool[Array, "#B L"]:
+        """Return what says which tokens of a chunk are real.
+
+        Raises:
+          ShapeError: If they are no booleans, or not as many as there are tokens.
+        """
+        kind, shape = getattr(valid, "dtype", None), np.shape(valid)
+        batch = self.count.shape[0]
+        if kind != jnp.bool_ or shape not in ((batch, length), (1, length)):
+            got = f"{kind}{list(shape)}" if kind is not None else type(valid).__name__
+            raise ShapeError(
+                f"valid must hold a boolean for every token, [B, L] = {[batch, length]} or {[1, length]}: "
+                f"got {got}. Of lengths, pass jnp.arange(L)[None] < lengths[:, None]; of numbers, valid != 0."
+            )
+        return jnp.asarray(valid)
 
     def append(
         self,
@@ -188,13 +204,15 @@ class Cache:
 
         Cost: O(B L) slots written; in place inside a compiled program that owns the cache.
         """
-        if keys.ndim != 4 or keys.shape[:3] != values.shape[:3]:
+        if np.ndim(keys) != 4 or np.shape(keys)[:3] != np.shape(values)[:3]:
             raise ShapeError(
-                f"a cache is given keys [B, L, K, H] and values [B, L, K, V]: got {keys.shape} and "
-                f"{values.shape}. Project them first; layer.apply(..., cache=cache) does."
+                f"a cache is given keys [B, L, K, H] and values [B, L, K, V]: got {np.shape(keys)} and "
+                f"{np.shape(values)}. Project them first; layer.apply(..., cache=cache) does."
             )
+        self._check_counts()
         batch, length, heads, key_dim = keys.shape
         self.check_fits(batch, heads, key_dim, values.shape[-1], keys.dtype)
+        self.check_fits(batch, heads, key_dim, values.shape[-1], values.dtype)
         if length == 0:
             return self
         slots = self.next_positions(length, valid)
@@ -206,7 +224,7 @@ class Cache:
             count = slots[:, -1] + 1
             # Slots that do not exist, one for each token: what is written there is dropped.
             nowhere = self.capacity + jnp.arange(length, dtype=jnp.int32)
-            slots = jnp.where(valid, slots, nowhere[None])
+            slots = jnp.where(self._flags(valid, length), slots, nowhere[None])
         cache = Cache(_put(self.keys, slots, keys), _put(self.values, slots, values), count)
         return cache if isinstance(count, jax.core.Tracer) else cache.check()
 
@@ -270,12 +288,13 @@ class Cache:
         `checkify.checkify`.
 
         Raises:
-          ShapeError: If a row overflowed, naming it. In a traced function, what
+          ShapeError: If a row overflowed, naming it, or a count is negative. In a traced function, what
             `error.throw()` raises: `checkify.JaxRuntimeError` with the same text.
 
         >>> Cache.empty(batch=1, capacity=7, num_kv_heads=1, key_dim=1).check().capacity
         7
         """
+        self._check_counts()
         row = jnp.argmax(self.count)
         count, capacity = self.count[row], jnp.asarray(self.capacity)
         if isinstance(self.count, jax.core.Tracer):
@@ -284,6 +303,14 @@ class Cache:
         elif self.overflowed.any():
             raise ShapeError(_OVERFLOW.format(row=row, count=count, capacity=capacity))
         return self
+
+    def _check_counts(self) -> None:
+        """Refuse counts below 0, where they are known."""
+        if not isinstance(self.count, jax.core.Tracer) and (self.count < 0).any():
+            raise ShapeError(
+                "the counts of a cache are tokens that its rows were given, 0 or more: got "
+                f"{np.asarray(self.count).tolist()}. Take what empty_cache or the call before returned."
+            )
 
     def check_fits(
         self, batch: int, heads: int, key_dim: int, value_dim: int, dtype: DType

@@ -17,7 +17,7 @@ from mha_jax.attention import biases
 from mha_jax.attention.biases import Bias
 from mha_jax.attention.call import Call, Logits, Problem
 from mha_jax.attention.dropout import Dropout
-from mha_jax.attention.masks import And, Mask, Not, Or, PrefixLM, SameSegment
+from mha_jax.attention.masks import And, Mask, Not, Or, PrefixLM, SameSegment, check_mask
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array
@@ -45,6 +45,11 @@ def check(call: Call, names: Names = Names()) -> Problem:  # noqa: B008
             "or dot_product_attention(query, key, value, ...)."
         )
     check_mask("mask", call.mask)
+    if not isinstance(call.heads_first, bool):
+        raise ShapeError(
+            f"heads_first must be True or False: got {call.heads_first!r}. It says how keys and values lie "
+            "in memory."
+        )
     q, k, v = _arrays(call, names)
     lead, (t, heads, size), s = q.shape[:-3], q.shape[-3:], k.shape[-3]
     q_tokens = _tokens(names.q_tokens, call.q_tokens, t, lead)
@@ -56,15 +61,17 @@ def check(call: Call, names: Names = Names()) -> Problem:  # noqa: B008
             "Pass query_tokens=Tokens(T, segment=ids) and key_tokens=Tokens(S, segment=ids)."
         )
     shape = (*lead, heads, t, s)
+    mask = _mask(call.mask, shape)
+    _check_rules(mask, q_tokens, k_tokens, (math.prod(lead), heads, t, s))
     bias, rule = _biases(call.bias, shape)
     scale, factor = _scale(call.scale, size)
     return Problem(
-        q=_folded(q if factor is None else q * factor.astype(q.dtype)),
+        q=_folded(q if factor is None else _times(q, factor)),
         k=_folded(k),
         v=_folded(v),
         q_tokens=q_tokens,
         k_tokens=k_tokens,
-        mask=_mask(call.mask, shape),
+        mask=mask,
         bias=bias,
         bias_rule=rule,
         dropout=_dropout(call.dropout),
@@ -147,20 +154,6 @@ def _dropout(dropout: Any) -> Dropout | None:
     return None if dropout.rate == 0 else dropout.of_data()
 
 
-def check_mask(name: str, mask: Any) -> None:
-    """Refuse what is no rule.
-
-    Raises:
-      ShapeError: Saying how to write one.
-    """
-    if not isinstance(mask, Mask):
-        raise ShapeError(
-            f"{name} must be a Mask: got {mask if isinstance(mask, type) else type(mask).__name__}. Write a "
-            "rule, Causal() or Window(4, 0) & ValidKeys() say; an array of booleans is Dense(array), "
-            "or attention_mask= of the layer."
-        )
-
-
 def _of(array) -> str:
     return "None" if array is None else f"{array.dtype}{list(array.shape)}"
 
@@ -195,10 +188,26 @@ def _tokens(name: str, tokens: Tokens | None, length: int, lead: tuple[int, ...]
             "tokens. Queries (length T) have their own, keys and values (length S) theirs."
         )
 
+    limits = np.iinfo(np.int32)
+    start = tokens.start
+    whole_number = isinstance(start, numbers.Integral) and not isinstance(start, bool)
+    symbolic = not isinstance(length, int)
+    last = 0 if symbolic or not whole_number else start + max(length - 1, 0)
+    if not whole_number or not limits.min <= start <= limits.max or last > limits.max:
+        raise ShapeError(
+            f"{name}.start must be an integer, and every row from it on fit 32 bits: got start={start!r} for "
+            f"{length} tokens. Rows that are traced go into index=."
+        )
+
     def fold(field: str):
         a = getattr(tokens, field)
         if a is None:
             return None
+        if not hasattr(a, "dtype"):
+            raise ShapeError(
+                f"{name}.{field} must be an array [*B, {length}]: got {type(a).__name__}. Pass "
+                f"np.asarray({field})."
+            )
         a = a if isinstance(a, np.ndarray) else jnp.asarray(a)
         kinds, wanted = (jnp.integer, "integers") if field != "valid" else (jnp.bool_, "booleans")
         if not jnp.issubdtype(a.dtype, kinds):
@@ -219,7 +228,7 @@ def _tokens(name: str, tokens: Tokens | None, length: int, lead: tuple[int, ...]
         return _fold_batch(a, lead, 1)
 
     arrays = {field: fold(field) for field in ("index", "pos", "segment", "valid")}
-    return Tokens(length, tokens.start, **arrays)
+    return Tokens(length, int(start), **arrays)
 
 
 def _fold_batch(a: Any, lead: tuple[int, ...], rest: int) -> Any:
@@ -231,6 +240,35 @@ def _fold_batch(a: Any, lead: tuple[int, ...], rest: int) -> Any:
     return xp.broadcast_to(a, (*lead, *tail)).reshape(math.prod(lead), *tail)
 
 
+def _check_rules(mask: Mask, q: Tokens, k: Tokens, shape: tuple[Any, ...]) -> None:
+    """Refuse rules of users that say something else than True or False.
+
+    Raises:
+      ShapeError: Naming the class, and what it returned.
+    """
+    if isinstance(mask, (And, Or)):
+        _check_rules(mask.a, q, k, shape)
+        return _check_rules(mask.b, q, k, shape)
+    if isinstance(mask, Not):
+        return _check_rules(mask.a, q, k, shape)
+    if type(mask).__module__.startswith("mha_jax.attention."):
+        return None
+    said = jax.eval_shape(mask.visible, q.as_queries(), k.as_keys())
+    fits = (
+        isinstance(said, jax.ShapeDtypeStruct)
+        and said.dtype == jnp.bool_
+        and len(said.shape) in (0, 4)
+        and all(x in (1, y) for x, y in zip(said.shape, shape))
+    )
+    if not fits:
+        got = _of(said) if isinstance(said, jax.ShapeDtypeStruct) else type(said).__name__
+        raise ShapeError(
+            f"{type(mask).__name__}.visible must return booleans that broadcast to [B, N, T, S] = {shape}: "
+            f"got {got}. Compare (==, <=) what it reads of q and k, and combine comparisons by &, | and ~."
+        )
+    return None
+
+
 def _reads_segments(mask: Mask) -> bool:
     if isinstance(mask, (And, Or)):
         return _reads_segments(mask.a) or _reads_segments(mask.b)
@@ -240,10 +278,12 @@ def _reads_segments(mask: Mask) -> bool:
 def mask_array(a) -> Array:
     """Return a mask's array as booleans.
 
+    Of traced integers, whose values cannot be seen, 1 alone means "may attend": what is no truth value hides.
+
     Raises:
-      ShapeError: If it holds floats, which are a bias, or integers that may be no truth values.
+      ShapeError: If it holds floats, which are a bias, or integers other than 0 and 1.
     """
-    a = jnp.asarray(a)
+    a = a if isinstance(a, np.ndarray) else jnp.asarray(a)
     if jnp.issubdtype(a.dtype, jnp.floating):
         raise ShapeError(
             f"a mask holds True or False (or 1 and 0): got dtype {a.dtype}. "
@@ -254,7 +294,16 @@ def mask_array(a) -> Array:
         raise ShapeError(
             f"a mask holds True or False (or 1 and 0): got dtype {a.dtype}. Pass mask.astype(bool)."
         )
-    return a.astype(bool)
+    if a.dtype != jnp.bool_ and not isinstance(a, jax.core.Tracer):
+        seen = np.asarray(a)
+        other = seen[(seen != 0) & (seen != 1)]
+        if other.size:
+            raise ShapeError(
+                f"a mask holds True or False (or 1 and 0): got {a.dtype} with the value {other[0]}. "
+                "Numbers that are added to the logits are a bias: pass bias=mask.astype(float). Lengths are "
+                "jnp.arange(S)[None] < lengths[:, None]. If anything but 0 may be attended, pass mask != 0."
+            )
+    return jnp.asarray(a == 1 if a.dtype != jnp.bool_ else a)
 
 
 def _mask(mask: Mask, shape: tuple[int, ...]) -> Mask:
@@ -286,6 +335,12 @@ def _of_examples(name: str, a: Any, lead: tuple[int, ...]) -> Array:
 
 def _mask_array(a, shape: tuple[int, ...]) -> Array:
     """Return an array of a mask as [#B, #N, #T, #S] booleans; missing axes go before T and S."""
+    if isinstance(a, Mask):
+        raise ShapeError(
+            f"{type(a).__name__} is a mask, but no pytree: JAX cannot carry it into a program. "
+            "Decorate its class with @jax.tree_util.register_dataclass and "
+            "@dataclasses.dataclass(frozen=True)."
+        )
     a = mask_array(a)
     return _broadcastable("mask", a, shape, missing_heads=True)
 
@@ -385,6 +440,12 @@ def _number(name: str, x: Any, wanted: str) -> float:
             "axes, 0.125 or 1 / jnp.sqrt(64) say."
         )
     return float(x)
+
+
+def _times(q: Array, factor: Array) -> Array:
+    """Multiply queries by a traced factor, which is not rounded to their dtype before."""
+    wide = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    return (q.astype(wide) * factor.astype(wide)).astype(q.dtype)
 
 
 def _cap(x: Any) -> float | None:

@@ -22,6 +22,7 @@ multipliers and shifts are those of the `lowbias32` mixer (C. Wellons, 2018).
 """
 
 import dataclasses
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,8 @@ class Dropout:
     head_start: Int[ArrayLike, ""] | int = 0
 
     def __post_init__(self):
-        if not isinstance(self.rate, (int, float, np.floating)) or not 0 <= self.rate < 1:
+        number = isinstance(self.rate, numbers.Real) and not isinstance(self.rate, bool)
+        if not number or not 0 <= self.rate < 1:
             raise ShapeError(
                 f"the dropout rate must be a number in [0, 1): got {self.rate!r}. "
                 "It is the share of attention weights to drop; pass dropout=None for none."
@@ -128,7 +130,19 @@ class Dropout:
         return jnp.stack(threefry2x32((words[0], words[1]), (words[2], words[3])))
 
     def of_data(self) -> "Dropout":
-        """Return the same dropout with its key as data, which any transformation can follow."""
+        """Return the same dropout with its key as data, which any transformation can follow.
+
+        Raises:
+          ShapeError: If `key` is not one key, or a start not one integer.
+        """
+        for name in ("batch_start", "head_start"):
+            start = getattr(self, name)
+            kind = getattr(start, "dtype", np.dtype(type(start)) if type(start) is int else None)
+            if kind is None or not jnp.issubdtype(kind, jnp.integer) or jnp.shape(start) != ():
+                raise ShapeError(
+                    f"{name} of a Dropout must be one integer: got {start!r}. It is the place of this "
+                    "shard's first example, or head, in the whole."
+                )
         return dataclasses.replace(self, key=self.key_data())
 
     def row_keys(

@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 
 from mha_jax.attention import attention_fn, softmax
 from mha_jax.attention.biases import Bias, OfHeads
-from mha_jax.attention.call import Call, Output, Problem, logits
+from mha_jax.attention.call import Call, Output, Problem, State, logits
 from mha_jax.attention.check import Names, check, checked_sinks
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Dense, Full, Mask
@@ -47,18 +47,35 @@ def attend(call: Call, backend: Any = None) -> Output:
     >>> attend(Call(x, x, x)).out.shape
     (2, 5, 3, 8)
     """
-    return _attend(call, backend, Names())
-
-
-def _attend(call: Call, backend: Any, names: Names) -> Output:
-    problem = check(call, names)
-    sinks = None if call.sinks is None else checked_sinks(call.sinks, problem.q.shape[2])
-    out, m, l = run(_zero_hidden(problem), backend)
-    if sinks is not None:
-        share = softmax.share(m, l, sinks).swapaxes(1, 2)[..., None]
-        out = (out.astype(m.dtype) * share).astype(out.dtype)
+    out, m, l = after_sinks(call, run(checked(call), backend))
     lead = call.q.shape[:-3]
     return Output(_unfolded(out, lead), _unfolded(softmax.logsumexp(m, l), lead))
+
+
+def checked(call: Call, names: Names = Names()) -> Problem:  # noqa: B008
+    """Return the problem of a call, with zeros where no token is, so that NaN and Inf there reach nothing.
+
+    Raises:
+      ShapeError: If the call is malformed.
+    """
+    problem = check(call, names)
+    if call.sinks is not None:
+        checked_sinks(call.sinks, problem.q.shape[2])
+    q, k, v = problem.q, problem.k, problem.v
+    if problem.mask.hides_invalid_keys:
+        k, v = (zero_invalid(x, problem.k_tokens) for x in (k, v))
+    if problem.mask.hides_invalid_queries:
+        q = zero_invalid(q, problem.q_tokens)
+    return dataclasses.replace(problem, q=q, k=k, v=v)
+
+
+def after_sinks(call: Call, state: State) -> State:
+    """Return the state of a checked call with the share of every row's weights that its sinks leave."""
+    if call.sinks is None:
+        return state
+    out, m, l = state
+    share = softmax.share(m, l, jnp.asarray(call.sinks)).swapaxes(1, 2)[..., None]
+    return State((out.astype(m.dtype) * share).astype(out.dtype), m, l)
 
 
 def _unfolded(x: Array, lead: tuple[int, ...]) -> Array:
@@ -133,10 +150,11 @@ def dot_product_attention(
     )
     if flax:
         call = attention_fn.with_flax_arguments(call, flax)
-    out, lse = _attend(call, backend, _ARGUMENTS)
+    # Without the lse, whose few operations cost an eager call much.
+    state = after_sinks(call, run(checked(call, _ARGUMENTS), backend))
     if (module := flax.get("module")) is not None:
-        attention_fn.sow(module, attention_scores(call, lse))
-    return out
+        attention_fn.sow(module, attention_scores(call))
+    return _unfolded(state.out, call.q.shape[:-3])
 
 
 _ARGUMENTS = Names("query", "key", "value", "query_tokens", "key_tokens")
@@ -171,12 +189,12 @@ def attention_scores(
     >>> attention_scores(Call(x, x, x), rows=slice(0, 1)).shape
     (1, 2, 1, 5)
     """
-    problem = _zero_hidden(check(call))
+    problem = checked(call)
     lead = call.q.shape[:-3]
     b, t, n, _ = problem.q.shape
-    if lse is not None and lse.shape != (*lead, n, t):
+    if lse is not None and getattr(lse, "shape", None) != (*lead, n, t):
         raise ShapeError(
-            f"lse of shape {lse.shape} is not of this call: expected {(*lead, n, t)}, [*B, N, T]. "
+            f"lse of shape {np.shape(lse)} is not of this call: expected {(*lead, n, t)}, [*B, N, T]. "
             "Pass attend(call).lse of the same call, or None."
         )
     near = None if lse is None else lse.reshape(b, n, t, 1)
@@ -225,10 +243,12 @@ def explain(call: Call, platform: str | None = None) -> dict[str, str]:
 def _chosen(name: str, which: Any, count: int) -> Int[ArrayLike, "M"]:
     """Return which of `count` heads or rows were asked for, as indices; traced ones as they are."""
     if isinstance(which, jax.core.Tracer):
-        return which
+        if which.ndim == 1 and jnp.issubdtype(which.dtype, jnp.integer):
+            return which
+        which = f"{which.dtype}{list(which.shape)}"
     try:
         chosen = np.arange(count)[which]
-    except IndexError:
+    except (IndexError, TypeError):
         chosen = None
     if chosen is None or chosen.ndim != 1:
         raise ShapeError(
@@ -236,16 +256,6 @@ def _chosen(name: str, which: Any, count: int) -> Int[ArrayLike, "M"]:
             f"{count - 1}."
         )
     return chosen
-
-
-def _zero_hidden(problem: Problem) -> Problem:
-    """Zero what the mask hides by token, so that NaN and Inf there reach no output or gradient."""
-    q, k, v = problem.q, problem.k, problem.v
-    if problem.mask.hides_invalid_keys:
-        k, v = (zero_invalid(x, problem.k_tokens) for x in (k, v))
-    if problem.mask.hides_invalid_queries:
-        q = zero_invalid(q, problem.q_tokens)
-    return dataclasses.replace(problem, q=q, k=k, v=v)
 
 
 def _of_rows(problem: Problem, rows: Int[ArrayLike, "R"]) -> Problem:

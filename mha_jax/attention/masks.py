@@ -21,6 +21,7 @@ import numbers
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from typing_extensions import dataclass_transform
 
@@ -65,12 +66,42 @@ class Reach(NamedTuple):
         return Reach(~self.every, ~self.some)
 
 
+def check_mask(name: str, mask: Any) -> None:
+    """Refuse what is no rule.
+
+    Raises:
+      ShapeError: Saying how to write one.
+    """
+    if not isinstance(mask, Mask):
+        raise ShapeError(
+            f"{name} must be a Mask: got {mask if isinstance(mask, type) else type(mask).__name__}. Write a "
+            "rule, Causal() or Window(4, 0) & ValidKeys() say; an array of booleans is Dense(array), "
+            "or attention_mask= of the layer."
+        )
+
+
+def _rule(other: Any) -> "Mask":
+    """Return what stands beside a mask in `&` or `|` as a mask: an array is a `Dense` one."""
+    if isinstance(other, (jax.Array, np.ndarray)):
+        return Dense(other)
+    check_mask("what is combined with a mask", other)
+    return other
+
+
 ANYTHING = Reach(np.True_, np.False_)
 EVERYTHING = Reach(np.True_, np.True_)
 
 
 class Mask:
-    """A rule on (query token, key token)."""
+    """A rule on (query token, key token).
+
+    `&`, `|` and `~` combine rules, and rules with boolean arrays, [T, S] or [*B, N, T, S] say.
+
+    >>> (np.eye(2, dtype=bool) | Causal()).matrix(Tokens(2), Tokens(2)).astype(int).tolist()
+    [[1, 0], [1, 1]]
+    """
+
+    __array_ufunc__ = None  # NumPy leaves `array & mask` to the mask
 
     def visible(self, q: Facts, k: Facts) -> Any:
         """Return booleans that broadcast to the tile: True where the query may attend to the
@@ -93,21 +124,35 @@ class Mask:
 
     def matrix(self, q: Tokens, k: Tokens) -> Bool[np.ndarray, "*B T S"]:
         """Return the mask as NumPy, [T, S] or [#B, #N, T, S]: to look at, not to compute with."""
-        seen = np.asarray(self.visible(q.as_queries(), k.as_keys()))
+        mask = jax.tree.map(lambda a: a if isinstance(a, Mask) else np.asarray(a, bool), self)
+        seen = np.asarray(mask.visible(q.as_queries(), k.as_keys()))
         shape = np.broadcast_shapes(seen.shape, (1, 1, q.length, k.length))
         seen = np.broadcast_to(seen, shape)
         return seen[0, 0] if shape[:2] == (1, 1) else seen
 
-    def __and__(self, other: "Mask") -> "Mask":
+    def __and__(self, other: "Mask | ArrayLike") -> "Mask":
+        other = _rule(other)
         if isinstance(other, Full):
             return self
         return other if isinstance(self, Full) else And(self, other)
 
-    def __or__(self, other: "Mask") -> "Mask":
-        return Or(self, other)
+    def __or__(self, other: "Mask | ArrayLike") -> "Mask":
+        return Or(self, _rule(other))
+
+    def __rand__(self, other: ArrayLike) -> "Mask":
+        return _rule(other) & self
+
+    def __ror__(self, other: ArrayLike) -> "Mask":
+        return _rule(other) | self
 
     def __invert__(self) -> "Mask":
         return Not(self)
+
+    def __bool__(self) -> bool:
+        raise ShapeError(
+            f"{type(self).__name__} is a rule, neither true nor false: `and`, `or`, `not` and `if` cannot "
+            "read it. Combine rules by `&`, `|` and `~`; ask `mask is None` for a missing one."
+        )
 
 
 @pytree
@@ -136,6 +181,31 @@ class Causal(Mask):
         return Reach(q_high >= k_low, q_low >= k_high)
 
 
+_LOW, _HIGH = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+_SPAN = 2**32 - 1  # from the lowest to the highest position
+
+
+def _plus(position: Any, steps: int) -> Any:
+    """Return position + steps, or the highest position where that is beyond it; steps >= 0."""
+    steps = min(steps, _SPAN)
+    most = np.int32(_HIGH - steps)
+    xp: Any = jnp if isinstance(position, jax.Array) else np
+    return xp.minimum(position, most) + _word(steps)
+
+
+def _minus(position: Any, steps: int) -> Any:
+    """Return position - steps, or the lowest position where that is beyond it; steps >= 0."""
+    steps = min(steps, _SPAN)
+    least = np.int32(_LOW + steps)
+    xp: Any = jnp if isinstance(position, jax.Array) else np
+    return xp.maximum(position, least) - _word(steps)
+
+
+def _word(steps: int) -> np.int32:
+    """Return a count of steps modulo 2**32."""
+    return np.uint32(steps).astype(np.int32)
+
+
 @pytree
 class Window(Mask):
     """A query sees `left` keys before its position, its own, and `right` keys after it.
@@ -154,18 +224,31 @@ class Window(Mask):
                     f"Window counts keys on each side: got {name}={size!r}. Expected an integer; for no "
                     "limit on one side pass a size larger than any sequence."
                 )
+            object.__setattr__(self, name, int(size))
 
     def visible(self, q, k):
-        ahead = k.positions - q.positions
-        return (ahead >= -self.left) & (ahead <= self.right)
+        return self._after(q.positions, k.positions) & self._before(q.positions, k.positions)
 
     def reach(self, q, k):
         (q_low, q_high), (k_low, k_high) = q.positions, k.positions
-        low, high = k_low - q_high, k_high - q_low
-        some = (high >= -self.left) & (low <= self.right)
-        return Reach(
-            some & (self.left + self.right >= 0), (low >= -self.left) & (high <= self.right)
-        )
+        some = self._after(q_low, k_high) & self._before(q_high, k_low)
+        every = self._after(q_high, k_low) & self._before(q_low, k_high)
+        return Reach(some & (self.left + self.right >= 0), every)
+
+    # No difference of two positions is taken: it may leave 32 bits. A row's first and last visible position
+    # are, and stop at the ends, where a comparison says the same of every position there is.
+
+    def _after(self, q, k):
+        """Whether k >= q - left."""
+        if self.left < 0:
+            return k > _plus(q, -self.left - 1)
+        return k >= _minus(q, self.left)
+
+    def _before(self, q, k):
+        """Whether k <= q + right."""
+        if self.right < 0:
+            return k < _minus(q, -self.right - 1)
+        return k <= _plus(q, self.right)
 
 
 @pytree

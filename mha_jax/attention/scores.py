@@ -4,6 +4,7 @@ B batch   T query length   S key length   N query heads   R rows at a time
 """
 
 import math
+import numbers
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -76,11 +77,12 @@ def scores_top_k(
     >>> [a.shape for a in scores_top_k(Call(x, x, x), 3)]
     [(1, 2, 5, 3), (1, 2, 5, 3)]
     """
-    if not 1 <= k <= call.k.shape[-3]:
+    if not isinstance(k, numbers.Integral) or not 1 <= k <= call.k.shape[-3]:
         raise ShapeError(
-            f"k={k} largest scores of {call.k.shape[-3]} keys cannot be had: expected k from 1 to S."
+            f"k={k!r} largest scores of {call.k.shape[-3]} keys cannot be had: expected an integer k from "
+            "1 to S."
         )
-    return _by_rows(call, lse, partial(lax.top_k, k=k), -2)
+    return _by_rows(call, lse, partial(lax.top_k, k=int(k)), -2)
 
 
 def _entropy(scores: Array) -> Array:

@@ -80,15 +80,15 @@ def grow(
 
 
 def reciprocal(l: Float[Array, "*R"]) -> Float[Array, "*R"]:
-    """Return 1 / l, and 0 for rows that saw no key."""
-    seen = l > 0
+    """Return 1 / l, and 0 for rows that saw no key. A NaN, of a row that saw one, stays."""
+    seen = l != 0
     return jnp.where(seen, 1 / jnp.where(seen, l, jnp.ones_like(l)), jnp.zeros_like(l))
 
 
 def logsumexp(m: Float[Array, "*R"], l: Float[Array, "*R"]) -> Float[Array, "*R"]:
     """Return m + log(l), and -inf for rows that saw no key; m counts as a constant in derivatives."""
     m = lax.stop_gradient(m)
-    seen = l > 0
+    seen = l != 0
     return jnp.where(seen, finite(m) + jnp.log(jnp.where(seen, l, jnp.ones_like(l))), -jnp.inf)
 
 
@@ -117,7 +117,7 @@ def shift(m: Float[Array, "*R"], l: Float[Array, "*R"]) -> tuple[Array, Array]:
     A row that saw no key has c = inf and r = 0: its weights are 0 whatever its logits are.
     """
     m = lax.stop_gradient(m)
-    seen = l > 0
+    seen = l != 0
     log = jnp.log(jnp.where(seen, l, jnp.ones_like(l)))
     c = lax.stop_gradient(finite(m) + log)
     r = jnp.exp((c - finite(m)) - log)

@@ -1,7 +1,7 @@
 """Backend: what runs a problem, and what it inherits."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mha_jax.attention.call import Moves, Output, Problem, State
 
@@ -39,18 +39,26 @@ class Backend:
 
     def cotangent(self, problem: Problem, state: State, cotangent: Output) -> Moves:
         """Return the cotangents of q, k, v, bias and the floats of its rules, given those of out and lse."""
-        return self.differentiable().cotangent(problem, state, cotangent)
+        return self.tiled().cotangent(problem, state, cotangent)
 
     def tangent(self, problem: Problem, state: State, direction: Moves) -> Output:
         """Return the tangents of out and lse along a direction."""
-        return self.differentiable().tangent(problem, state, direction)
+        return self.tiled().tangent(problem, state, direction)
+
+    def tiled(self) -> "Backend":
+        """Return the tiled backend, which runs everything."""
+        from mha_jax.backends.blockwise import Blockwise
+
+        return Blockwise()
 
     def differentiable(self) -> "Backend":
         """Return a backend whose `cotangent` and `tangent` JAX can differentiate: the tiled one."""
-        from mha_jax.backends.blockwise import Blockwise
-
-        return Blockwise(exhaustive=True)
+        return self.tiled().differentiable()
 
     def partitionable(self) -> "Backend | None":
         """Return this backend in a form that XLA can cut over devices, or None: then shards run alone."""
         return None
+
+    def effects(self) -> set[Any]:
+        """Return the effects of the passes, as JAX names them, if they are more than their results."""
+        return set()

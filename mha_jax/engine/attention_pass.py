@@ -292,7 +292,11 @@ def _lower(ctx: Any, *values: Any, this: Pass, types: Any, asks: Any, platform: 
     place = meshes.place_of_lowering(ctx.module_context.axis_context, this.mesh)
     with meshes.types_say_nothing():
         program = _program(this, ctx.avals_in, types, platform, place)
-        return mlir.lower_fun(program, multiple_results=True)(meshes.without_types(ctx), *values)
+    return meshes.lower_without_types(program, ctx, values)
+
+
+def _types(*_: Any, this: Pass, types: Any, asks: Any) -> tuple[list, Any]:
+    return list(types), this.backend.effects() if this.backend else set()
 
 
 def _batch(leaves: Any, dims: Any, *, this: Pass, types: Any, asks: Any) -> tuple[list, list[int]]:
@@ -335,7 +339,7 @@ def _transpose(cotangents: Any, *leaves: Any, this: Pass, **_: Any) -> list[Any]
 attention_pass_p = Primitive("attention_pass")
 attention_pass_p.multiple_results = True
 attention_pass_p.def_impl(_run)
-attention_pass_p.def_abstract_eval(lambda *_, types, **__: list(types))
+attention_pass_p.def_effectful_abstract_eval(_types)
 batching.primitive_batchers[attention_pass_p] = _batch
 ad.primitive_transposes[attention_pass_p] = _transpose
 # By default too: platforms that nobody has named here run what needs none.

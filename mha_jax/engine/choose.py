@@ -13,6 +13,7 @@ from mha_jax.errors import ShapeError, UnsupportedError
 # definition itself runs everything, everywhere.
 BACKENDS = {
     "pallas_tpu": ("mha_jax.backends.pallas_tpu", "PallasTPU"),
+    "cudnn": ("mha_jax.backends.cudnn", "CuDNN"),
     "blockwise": ("mha_jax.backends.blockwise", "Blockwise"),
     "reference": ("mha_jax.backends.reference", "Reference"),
 }

@@ -179,8 +179,7 @@ def _run(*args: jax.Array, fun: Flat, types: Sequence, **_: Any) -> list[jax.Arr
 
 
 def _lower(ctx: Any, *values: Any, fun: Flat, **_: Any) -> Any:
-    with meshes.types_say_nothing():
-        return mlir.lower_fun(fun, multiple_results=True)(meshes.without_types(ctx), *values)
+    return meshes.lower_without_types(fun, ctx, values)
 
 
 def _jvp(primals: Sequence, tangents: Sequence, **params: Any) -> tuple[list, list]:
@@ -262,7 +261,9 @@ def _mapped(fun: Flat, residual_dims: tuple[int | None, ...], num_linear: int, s
 linear_map_p = Primitive("linear_map")
 linear_map_p.multiple_results = True
 linear_map_p.def_impl(_run)
-linear_map_p.def_abstract_eval(lambda *_, types, **__: list(types))
+linear_map_p.def_effectful_abstract_eval(
+    lambda *_, types, jaxpr, **__: (list(types), jaxpr.effects)
+)
 mlir.register_lowering(linear_map_p, _lower)
 ad.primitive_jvps[linear_map_p] = _jvp
 ad.primitive_transposes[linear_map_p] = _transpose

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.core import ShapedArray
+from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from mha_jax.attention.call import Problem
@@ -287,10 +288,15 @@ def _all_auto(mesh: Any) -> Any:
     return jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
 
 
-def without_types(ctx: Any) -> Any:
-    """Return a lowering context whose values say nothing of a mesh."""
+def lower_without_types(function: Any, ctx: Any, values: Sequence[Any]) -> Any:
+    """Lower a function of values that say nothing of a mesh, its effects in their order."""
     ins, outs = ([plain(kind) for kind in kinds] for kinds in (ctx.avals_in, ctx.avals_out))
-    return ctx.replace(avals_in=ins, avals_out=outs)
+    inside = ctx.replace(avals_in=ins, avals_out=outs)
+    with types_say_nothing():
+        results = mlir.lower_fun(function, multiple_results=True)(inside, *values)
+    if inside.tokens_out is not None:
+        ctx.set_tokens_out(inside.tokens_out)
+    return results
 
 
 def run_at_once(function: Any, leaves: Sequence[Array], types: Sequence[Any]) -> list[Array]:

@@ -88,17 +88,17 @@ class Folding:
 
     def fold(self, x: Array) -> Array:
         """Turn [<axes>, *rest] into [B, length, *rest]."""
-        order = (*self.batch_axes, *self.attended)
         rest = x.shape[len(self.shape) :]
-        x = jnp.transpose(x, (*order, *range(len(order), x.ndim)))
-        return x.reshape(math.prod(self.batch), self.length, *rest)
+        shape = (math.prod(self.batch), self.length, *rest)
+        x = _transposed(x, (*self.batch_axes, *self.attended))
+        return x if x.shape == shape else x.reshape(shape)
 
     def unfold(self, y: Array) -> Array:
         """Turn [B, length, *rest] back into [<axes>, *rest]."""
         order = (*self.batch_axes, *self.attended)
-        y = y.reshape(*self.batch, *self.extent, *y.shape[2:])
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return jnp.transpose(y, (*back, *range(len(order), y.ndim)))
+        shape = (*self.batch, *self.extent, *y.shape[2:])
+        y = y if y.shape == shape else y.reshape(shape)
+        return _transposed(y, tuple(sorted(range(len(order)), key=order.__getitem__)))
 
     def fold_flags(self, name: str, flags: ArrayLike) -> Array:
         """Fold a padding mask over the input's axes, missing leading ones broadcast, to [B, length].
@@ -115,6 +115,13 @@ class Folding:
                 "without its features; axes of 1 broadcast."
             )
         return self.fold(jnp.broadcast_to(flags, self.shape))
+
+
+def _transposed(x: Array, order: tuple[int, ...]) -> Array:
+    """Put the leading axes in order; the others stay."""
+    if order == tuple(range(len(order))):
+        return x
+    return jnp.transpose(x, (*order, *range(len(order), x.ndim)))
 
 
 def fold_mask(mask: ArrayLike, query: Folding, key: Folding, heads: int) -> Array:

@@ -14,14 +14,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mha_jax.attention import softmax
 from mha_jax.attention.biases import Bias
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.call import Call
 from mha_jax.attention.check import check_mask
 from mha_jax.attention.dropout import Dropout
-from mha_jax.attention.functions import attend, attention_scores
+from mha_jax.attention.functions import after_sinks, attention_scores, checked
 from mha_jax.attention.masks import Causal, Dense, Full, Mask, ValidKeys, ValidQueries, Window
 from mha_jax.attention.tokens import Tokens, zero_invalid
+from mha_jax.engine.run import run
 from mha_jax.errors import ShapeError
 from mha_jax.layer import axes, checks, projections, vectors
 from mha_jax.layer.arguments import (
@@ -147,10 +149,8 @@ def multi_head_attention(
     layer = Arguments.of(params, arguments)
 
     def project(name: str, x: Array) -> Array:
-        own, in_axes = params[name], 2 if name == "attention_output" else 1
-        return projections.product(
-            name, own["kernel"], own.get("bias"), x, in_axes, layer.precision
-        )
+        own = params[name]
+        return projections.product(name, own["kernel"], own.get("bias"), x, layer.precision)
 
     inputs = Inputs(
         *(query, value, key, query_mask, value_mask, key_mask, attention_mask),
@@ -250,12 +250,13 @@ def attend_layer(
     )
     if cache is not None:
         call, cache = cache.extend(call, given.query_tokens, given.key_tokens)
-    out, lse = attend(call, layer.backend)
+    out, m, l = after_sinks(call, run(checked(call), layer.backend))
     if layer.use_gate:
         out = out * project("gate", x_q)
     results: list[Any] = [q_fold.unfold(project("attention_output", out))]
     if given.return_attention_scores:
-        results.append(axes.unfold_scores(attention_scores(call, lse), q_fold, s_fold))
+        scores = attention_scores(call, softmax.logsumexp(m, l))
+        results.append(axes.unfold_scores(scores, q_fold, s_fold))
     if cache is not None:
         results.append(cache)
     return tuple(results) if len(results) > 1 else results[0]
@@ -294,9 +295,12 @@ def _checked(layer: Arguments, weights: Weights, inputs: Inputs) -> Inputs:
             "value, key, in this order."
         )
     dtype = _compute_dtype(layer, weights, (query, value, key))
-    query, cast = query.astype(dtype), value.astype(dtype)
-    key = cast if key is value else key.astype(dtype)
-    return inputs._replace(query=query, value=cast, key=key)
+    query, cast = _cast(query, dtype), _cast(value, dtype)
+    return inputs._replace(query=query, value=cast, key=cast if key is value else _cast(key, dtype))
+
+
+def _cast(x: Array, dtype: Any) -> Array:
+    return x if x.dtype == dtype else x.astype(dtype)
 
 
 def _seen(

@@ -65,6 +65,8 @@ class Family:
 
     def get(self, spec: Any) -> Any:
         """Return what a name, a config, a class or a value of Keras's or of ours describes."""
+        if isinstance(spec, self.base):
+            return spec
         if type(spec).__module__.partition(".")[0] == "keras":
             spec = {"class_name": type(spec).__name__, "config": spec.get_config()}
         if isinstance(spec, (str, type)):

@@ -5,6 +5,7 @@ B batch   T query length   S key length   N query heads   K key-value heads
 D input width   E output width   H query-key head size   V value head size
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,16 @@ from mha_jax.layer.functional import Inputs, Weights, attend_layer
 from mha_jax.types import Array, ArrayLike, DType, Float, Params, Precision
 
 
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """How the parameters of a projection are made; one field of its module, since each costs Flax time."""
+
+    shape: projections.KernelShape
+    kernel_initializer: Any
+    bias_initializer: Any | None
+    param_dtype: DType
+
+
 class Projection(nn.Module):
     """One projection: its kernel and bias, and the product with them.
 
@@ -40,32 +51,35 @@ class Projection(nn.Module):
     they are stored: what may be stored in their place (quantized, adapted) is used as it is.
     """
 
-    in_axes: int
-    shape: projections.KernelShape | None
-    kernel_initializer: Any
-    bias_initializer: Any | None
-    param_dtype: DType
+    made: Made | None
     precision: Precision
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Return x [*L, *inputs] times the kernel, plus the bias, as [*L, *features]."""
-        kernel = self._stored("kernel", self.kernel_initializer, self.in_axes)
-        bias = self._stored("bias", self.bias_initializer, 0)
-        return projections.product(str(self.name), kernel, bias, x, self.in_axes, self.precision)
+        if self.made is not None:
+            kernel, bias = _make(self, self.made)
+        else:
+            kernel, bias = (
+                nn.meta.unbox(self.get_variable("params", part)) for part in ("kernel", "bias")
+            )
+        return projections.product(str(self.name), kernel, bias, x, self.precision)
 
-    def _stored(self, part: str, initializer: Any, in_axes: int) -> Any:
-        """Return a parameter, made now if the layer is being initialized; None for no bias."""
-        if self.shape is not None and initializer is not None:
-            shape = self.shape.kernel if part == "kernel" else self.shape.bias
 
-            def draw(rng):
-                return initializers.initialize(initializer, rng, shape, self.param_dtype, in_axes)
+# Functions, not methods: Flax wraps every method of a module, and each costs an eager call time.
 
-            return self.param(part, draw)
-        if self.has_variable("params", part):
-            return nn.meta.unbox(self.get_variable("params", part))
-        return None
+
+def _make(module: Projection, made: Made) -> tuple[Any, Any | None]:
+    """Draw and store a kernel, and a bias if there is one."""
+
+    def draw(rng, initializer, shape, in_axes):
+        return initializers.initialize(initializer, rng, shape, made.param_dtype, in_axes)
+
+    kernel = made.shape.kernel, made.shape.in_axes
+    weights = [module.param("kernel", draw, made.kernel_initializer, *kernel)]
+    if made.bias_initializer is not None:
+        weights.append(module.param("bias", draw, made.bias_initializer, made.shape.bias, 0))
+    return weights[0], weights[1] if len(weights) > 1 else None
 
 
 class Vector(nn.Module):
@@ -179,13 +193,13 @@ class MultiHeadAttention(Arguments, nn.Module):
             ),
         )
         training = checks.merged("training", self.training, training)
-        projected = self._projections(inputs)
+        projected = _projections(self, inputs)
         params = nn.meta.unbox(self.variables.get("params", {}))
         observe = None
         if not self.is_initializing():
-            projections.check_names(params)
+            projections.check_names(params, self.use_bias, self.use_gate)
             if self.is_mutable_collection("losses"):
-                observe = self._sow_losses(params, query, value)
+                observe = _sow_losses(self, params, query, value)
         kept = {
             name: Vector(kind, self.param_dtype, name=name)
             for name, kind in vectors.of(self).items()
@@ -196,7 +210,7 @@ class MultiHeadAttention(Arguments, nn.Module):
             lambda name: kept[name](),
             self.param_dtype,
         )
-        dropout = self._dropout() if training and self.dropout > 0 else None
+        dropout = _dropout(self) if training and self.dropout > 0 else None
         return attend_layer(self, weights, inputs, dropout, observe)
 
     def constrain(self, params: Params) -> Params:
@@ -205,48 +219,47 @@ class MultiHeadAttention(Arguments, nn.Module):
             params, kernel=self.kernel_constraint, bias=self.bias_constraint
         )
 
-    def _projections(self, inputs: Inputs) -> dict[str, Projection]:
-        """Return the projections; with shapes while initializing, without them later."""
-        names = ["query", "key", "value", *(["gate"] if self.use_gate else []), "attention_output"]
-        shapes: dict[str, Any] = dict.fromkeys(names)
-        if self.is_initializing():
-            shapes = self.shapes(*axes.widths(*inputs[:3]))
-        made = {}
-        for name in names:
-            in_axes = 2 if name == "attention_output" else 1
-            bias = self.bias_initializer if self.has_bias(name) else None
-            drawn = self.kernel_initializer, bias, self.param_dtype, self.precision
-            made[name] = Projection(in_axes, shapes[name], *drawn, name=name)
-        return made
 
-    def _dropout(self) -> Dropout:
-        """Return the dropout of this call: from the stream, or from `seed` and a counter.
+def _projections(layer: MultiHeadAttention, inputs: Inputs) -> dict[str, Projection]:
+    """Return the projections; told how to make parameters while initializing, only then."""
+    names = ["query", "key", "value", *(["gate"] if layer.use_gate else []), "attention_output"]
+    made: dict[str, Made | None] = dict.fromkeys(names)
+    if layer.is_initializing():
+        for name, shape in layer.shapes(*axes.widths(*inputs[:3])).items():
+            bias = layer.bias_initializer if layer.has_bias(name) else None
+            made[name] = Made(shape, layer.kernel_initializer, bias, layer.param_dtype)
+    return {name: Projection(made[name], layer.precision, name=name) for name in names}
 
-        Raises:
-          ShapeError: If there is neither a stream nor a seed whose counter can be kept.
-        """
-        if self.has_rng("dropout") or (self.seed is None and self.is_initializing()):
-            return Dropout(self.make_rng("dropout"), self.dropout)
-        if self.seed is None:
-            raise ShapeError(
-                'dropout needs a key in training: no "dropout" stream was given. '
-                'Pass rngs={"dropout": jax.random.key(0)} to apply, a new key for every step.'
-            )
-        if not self.is_mutable_collection("dropout_state"):
-            raise ShapeError(
-                f'with seed={self.seed} and no "dropout" stream the layer counts its calls in the '
-                'collection "dropout_state", which is not mutable here. Pass mutable=["dropout_state"] to '
-                'apply and feed the collection back, or pass rngs={"dropout": key}.'
-            )
-        count = self.variable("dropout_state", "count", lambda: jnp.zeros((), jnp.uint32))
-        key = jax.random.fold_in(jax.random.key(self.seed), count.value)
-        count.value = count.value + 1
-        return Dropout(key, self.dropout)
 
-    def _sow_losses(self, params: Params, query: Any, value: Any) -> Any:
-        """Keep every weight's penalty, once however often the layer is called; watch the activities'."""
-        for name, loss in penalties.of_weights(self, params):
-            self.sow("losses", name, loss, lambda _, new: new, lambda: 0.0)
-        if self.activity_regularizer is None:
-            return None
-        return penalties.of_activities(self, query, value, partial(self.sow, "losses"))
+def _dropout(layer: MultiHeadAttention) -> Dropout:
+    """Return the dropout of this call: from the stream, or from `seed` and a counter.
+
+    Raises:
+      ShapeError: If there is neither a stream nor a seed whose counter can be kept.
+    """
+    if layer.has_rng("dropout") or (layer.seed is None and layer.is_initializing()):
+        return Dropout(layer.make_rng("dropout"), layer.dropout)
+    if layer.seed is None:
+        raise ShapeError(
+            'dropout needs a key in training: no "dropout" stream was given. '
+            'Pass rngs={"dropout": jax.random.key(0)} to apply, a new key for every step.'
+        )
+    if not layer.is_mutable_collection("dropout_state"):
+        raise ShapeError(
+            f'with seed={layer.seed} and no "dropout" stream the layer counts its calls in the '
+            'collection "dropout_state", which is not mutable here. Pass mutable=["dropout_state"] to '
+            'apply and feed the collection back, or pass rngs={"dropout": key}.'
+        )
+    count = layer.variable("dropout_state", "count", lambda: jnp.zeros((), jnp.uint32))
+    key = jax.random.fold_in(jax.random.key(layer.seed), count.value)
+    count.value = count.value + 1
+    return Dropout(key, layer.dropout)
+
+
+def _sow_losses(layer: MultiHeadAttention, params: Params, query: Any, value: Any) -> Any:
+    """Keep every weight's penalty, once however often the layer is called; watch the activities'."""
+    for name, loss in penalties.of_weights(layer, params):
+        layer.sow("losses", name, loss, lambda _, new: new, lambda: 0.0)
+    if layer.activity_regularizer is None:
+        return None
+    return penalties.of_activities(layer, query, value, partial(layer.sow, "losses"))

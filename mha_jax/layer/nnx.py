@@ -51,8 +51,8 @@ class Projection(nnx.Module):
     Anything that is called with an input and returns a projection may stand in its place.
     """
 
-    def __init__(self, name: str, in_axes: int, precision: Precision, weights: dict[str, Any]):
-        self.name, self.in_axes, self.precision = name, in_axes, precision
+    def __init__(self, name: str, precision: Precision, weights: dict[str, Any]):
+        self.name, self.precision = name, precision
         for part, value in weights.items():
             if isinstance(value, nn.meta.AxisMetadata):
                 raise UnsupportedError(
@@ -67,7 +67,7 @@ class Projection(nnx.Module):
         """Return x [*L, *inputs] times the kernel, plus the bias, as [*L, *features]."""
         bias = None if self.bias is None else self.bias[...]
         kernel = _value(self.kernel)
-        return projections.product(self.name, kernel, bias, x, self.in_axes, self.precision)
+        return projections.product(self.name, kernel, bias, x, self.precision)
 
 
 class Vector(nnx.Module):
@@ -172,7 +172,7 @@ class MultiHeadAttention(Arguments, nnx.Module):
             for part, kept in zip(("kernel", "bias"), made):
                 if isinstance(kept, _Kept):
                     drawn[part] = kept.with_metadata(drawn[part])
-            setattr(self, name, Projection(name, shape.in_axes, self.precision, drawn))
+            setattr(self, name, Projection(name, self.precision, drawn))
         for name, kind in vectors.of(self).items():
             setattr(self, name, Vector(kind, self.param_dtype))
         losses = self._loss_names(list(shapes))
@@ -299,7 +299,7 @@ class MultiHeadAttention(Arguments, nnx.Module):
         True
         """
         params = nn.meta.unbox(variables.get("params", {}))
-        projections.check_names(params)
+        projections.check_names(params, module.use_bias, module.use_gate)
         widths = (params[name]["kernel"].shape[0] for name in ("query", "value", "key"))
         names = (field.name for field in dataclasses.fields(cls))
         layer = cls(

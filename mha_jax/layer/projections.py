@@ -10,7 +10,6 @@ Kernels are three-dimensional, as in Keras: query (D, N, H), key (D, K, H), valu
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mha_jax.errors import WeightsError
@@ -27,6 +26,11 @@ class KernelShape(NamedTuple):
     @property
     def bias(self) -> tuple[int, ...]:
         return self.kernel[self.in_axes :]
+
+
+def in_axes_of(name: str) -> int:
+    """Return how many leading axes the kernel of a projection contracts."""
+    return 2 if name == "attention_output" else 1
 
 
 def init(
@@ -48,27 +52,40 @@ def init(
     return params
 
 
-def check_names(params: Params) -> None:
+def check_names(
+    params: Params, use_bias: bool | tuple[str, ...] | None = None, use_gate: bool | None = None
+) -> None:
     """Refuse parameters that are not the layer's.
 
+    Args:
+      params: {"query": {"kernel": ..., "bias": ...}, ...}.
+      use_bias, use_gate: What the layer has; None where its parameters tell.
+
     Raises:
-      WeightsError: Naming what is missing.
+      WeightsError: Naming what is missing, or too many.
     """
-    missing = [
-        name
-        for name in ("query", "key", "value", "attention_output")
-        if name not in params or "kernel" not in params[name]
-    ]
+    names = ("query", "key", "value", *(["gate"] if use_gate else []), "attention_output")
+    missing = [name for name in names if name not in params or "kernel" not in params[name]]
     if missing:
         raise WeightsError(
             f"the parameters have no kernel for {', '.join(missing)}: got {sorted(params)}. "
             'Pass variables["params"] of the layer itself, or what init_params returns.'
         )
+    if use_bias is None:
+        return
+    biased = names if use_bias is True else use_bias or ()
+    odd = [name for name in names if ("bias" in params[name]) is not (name in biased)]
+    if odd or ("gate" in params and not use_gate):
+        what = f"a bias of {', '.join(odd)}" if odd else "a gate"
+        has = "lack" if odd and "bias" not in params[odd[0]] else "have"
+        raise WeightsError(
+            f"the parameters do not fit the layer: it has use_bias={use_bias}, use_gate={use_gate}, and they "
+            f"{has} {what}. Initialise the layer with these arguments, or "
+            "make it as the parameters were made."
+        )
 
 
-def product(
-    name: str, kernel: Any, bias: Any, x: Array, in_axes: int, precision: Precision = None
-) -> Array:
+def product(name: str, kernel: Any, bias: Any, x: Array, precision: Precision = None) -> Array:
     """Multiply the last axes of `x` by a kernel, as it is stored, and add the bias, in the dtype of `x`.
 
     What replaces products (quantization, adapters) sees `jax.lax.dot_general` with the kernel itself. On
@@ -78,12 +95,12 @@ def product(
       name: Of the projection, for errors.
       kernel: [*inputs, *features], or what stands for it.
       bias: [*features] or None.
-      x: [*L, *inputs].
-      in_axes: Number of the inputs' axes: 1, or 2 for the output kernel.
+      x: [*L, *inputs]; the inputs are one axis, or two for the output kernel.
 
     Raises:
       WeightsError: If the kernel was made for inputs of another width.
     """
+    in_axes = in_axes_of(name)
     if tuple(kernel.shape[:in_axes]) != tuple(x.shape[x.ndim - in_axes :]):
         raise WeightsError(
             f"the {name} kernel of shape {tuple(kernel.shape)} does not fit its input of shape "
@@ -99,7 +116,9 @@ def product(
     y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), precision=precision, **options)
     if bias is None:
         return y
-    return y + jnp.expand_dims(jnp.asarray(bias, x.dtype), tuple(range(outer)))
+    bias = bias if bias.dtype == x.dtype else bias.astype(x.dtype)
+    with jax.numpy_rank_promotion("allow"):  # cheaper than to add the missing axes
+        return y + bias
 
 
 def _explicit(x: Array, kernel: Any, outer: int, in_axes: int) -> NamedSharding | None:

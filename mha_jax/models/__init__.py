@@ -6,6 +6,7 @@ if _typing.TYPE_CHECKING:
     from mha_jax.models import bert as bert
     from mha_jax.models import minilm as minilm
     from mha_jax.models import rxnmapper as rxnmapper
+    from mha_jax.models import sizes as sizes
     from mha_jax.models import smiles as smiles
     from mha_jax.models import torch_file as torch_file
     from mha_jax.models import transformer as transformer
@@ -22,6 +23,7 @@ else:
             "bert",
             "minilm",
             "rxnmapper",
+            "sizes",
             "smiles",
             "torch_file",
             "transformer",

@@ -26,6 +26,7 @@ from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.layer.projections import product
+from mha_jax.models.sizes import check_config
 from mha_jax.types import Array, ArrayLike, Bool, Float, Int
 
 # By the mean of squared deviations, as accurate as the tiny epsilon needs.
@@ -47,6 +48,9 @@ class Config:
       layers: Which parameters each layer uses, in order: `(0, 1, 2)` is BERT with three layers, and
         `(0, 0, 0)` ALBERT, whose three layers share one set.
       dropout: Rate on the embeddings, on every sub-layer and on the attention weights.
+
+    Raises:
+      ShapeError: A size, the rate or the number of heads cannot be meant.
     """
 
     vocabulary: int = 30_522
@@ -58,6 +62,13 @@ class Config:
     hidden: int = 3072
     layers: tuple[int, ...] = tuple(range(12))
     dropout: float = 0.1
+
+    def __post_init__(self):
+        sizes = dict.fromkeys(
+            ("vocabulary", "positions", "segments", "width", "num_heads", "hidden"), 1
+        )
+        optional = {} if self.embedding is None else {"embedding": 1}
+        check_config(self, "dropout", **sizes, **optional)
 
 
 class Embeddings(nn.Module):
@@ -208,8 +219,7 @@ def _scores(model, layer, heads, variables, tokens, mask):
         for name in ("query", "key")
     }
     q, k = (
-        product(name, weights["kernel"], weights.get("bias"), x, 1)
-        for name, weights in chosen.items()
+        product(name, weights["kernel"], weights.get("bias"), x) for name, weights in chosen.items()
     )
     key_tokens = Tokens(x.shape[1], valid=None if mask is None else jnp.asarray(mask))
     return attention_scores(Call(q, k, k, k_tokens=key_tokens, mask=ValidKeys()))

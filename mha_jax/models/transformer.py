@@ -27,7 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mha_jax.attention.cache import Cache
+from mha_jax.errors import ShapeError
 from mha_jax.layer.linen import MultiHeadAttention
+from mha_jax.models.sizes import check_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,9 @@ class Config:
       sliding_window: Keras's window of the encoder's self-attention; None sees everything.
       kernel_regularizer: Keras's name or config of a regularizer of all attention kernels.
       kernel_constraint: The same of a constraint, which the optimizer applies.
+
+    Raises:
+      ShapeError: A size, a rate or the number of heads cannot be meant.
     """
 
     width: int = 512
@@ -63,6 +68,10 @@ class Config:
     kernel_regularizer: Any = None
     kernel_constraint: Any = None
 
+    def __post_init__(self):
+        sizes = {"width": 1, "num_heads": 1, "hidden": 1, "encoder_layers": 0, "decoder_layers": 0}
+        check_config(self, "dropout", "attention_dropout", **sizes)
+
 
 def sinusoids(positions: jax.Array, width: int) -> jax.Array:
     """Encode positions as sines and cosines of geometric wavelengths.
@@ -74,11 +83,19 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
     Returns:
       Float32 array `[*positions.shape, width]`: the sines, then the cosines.
 
+    Raises:
+      ShapeError: `width` is odd.
+
     Source: Vaswani et al. 2017, section 3.5, where sines and cosines alternate: a permutation.
 
     >>> sinusoids(jnp.arange(5), 8).shape
     (5, 8)
     """
+    if width % 2:
+        raise ShapeError(
+            f"positions are half sines, half cosines, which need an even number of features: got {width}. "
+            "Let the width of a model be even, that of an ImageClassifier a multiple of 4."
+        )
     rates = 10_000.0 ** (-np.arange(0, width, 2) / width)
     angles = jnp.multiply.outer(positions.astype(jnp.float32), jnp.asarray(rates, jnp.float32))
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

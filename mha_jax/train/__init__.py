@@ -23,6 +23,7 @@ if _typing.TYPE_CHECKING:
     from mha_jax.train import predict as predict
     from mha_jax.train import progress as progress
     from mha_jax.train import scoring as scoring
+    from mha_jax.train import settings as settings
     from mha_jax.train import tasks as tasks
     from mha_jax.train import translation as translation
     from mha_jax.train import workdir as workdir
@@ -49,6 +50,7 @@ else:
             "predict",
             "progress",
             "scoring",
+            "settings",
             "tasks",
             "translation",
             "workdir",

@@ -20,8 +20,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from mha_jax.errors import WorkdirError
 from mha_jax.files import reason
+from mha_jax.train.workdir import CHECKPOINTS, DAMAGED, writing
 
-FOLDER = "checkpoints"
 DIGESTS = "digests"
 # What orbax and its file formats raise on files that are missing, cut short or changed.
 DAMAGE = OSError, ValueError, KeyError, TypeError
@@ -93,7 +93,7 @@ def read_params(workdir: pathlib.Path, params: Any) -> Any:
     Raises:
       WorkdirError: There is no checkpoint that can be read.
     """
-    folder = (workdir / FOLDER).absolute()
+    folder = (workdir / CHECKPOINTS).absolute()
     if not folder.is_dir():
         raise WorkdirError(f"{workdir} has no checkpoint yet. Train first, or longer.")
     options = ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True)
@@ -121,9 +121,10 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: pathlib.Path, best: str):
-        self.folder = (workdir / FOLDER).absolute()
+        self.folder = (workdir / CHECKPOINTS).absolute()
         self.best = best
-        self.manager = self._open()
+        with writing(workdir):
+            self.manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         def goodness(figures: dict[str, float]) -> float:
@@ -141,13 +142,18 @@ class Checkpoints:
         """Begin to write the state after `step` steps; the arrays are copied before this returns.
 
         Raises:
-          WorkdirError: This write or the one before it failed, as on a full disk.
+          WorkdirError: This write or the one before it failed, as on a full disk, or the folder is gone.
         """
         copy = jax.tree.map(np.array, dict(state))
         trees = {name: ocp.args.StandardSave(tree) for name, tree in copy.items()}
         digests = ocp.args.JsonSave({name: digest(tree) for name, tree in copy.items()})
         arguments = ocp.args.Composite(**trees, **{DIGESTS: digests})
-        self._guard(lambda: self.manager.save(step, args=arguments, metrics=figures, force=True))
+
+        def write() -> None:
+            self.folder.stat()  # Where it has vanished, orbax would make it anew, without its run.
+            self.manager.save(step, args=arguments, metrics=figures, force=True)
+
+        self._guard(write)
 
     def wait(self) -> None:
         """Wait until the last write is whole.
@@ -161,7 +167,7 @@ class Checkpoints:
         try:
             write()
         except (OSError, ValueError) as error:
-            steps = sorted(self.manager.all_steps(read=True))
+            steps = sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit())
             good = f"The last good one is step {steps[-1]}" if steps else "There is no other"
             raise WorkdirError(
                 f"a checkpoint could not be written: {reason(error)}. "
@@ -181,7 +187,7 @@ class Checkpoints:
 
     def _put_aside(self, step: int, error: Exception) -> None:
         report(step, error)
-        aside = self.folder.with_name(f"damaged-{step}")
+        aside = self.folder.with_name(f"{DAMAGED}{step}")
         self.manager.close()
         shutil.rmtree(aside, ignore_errors=True)
         (self.folder / str(step)).rename(aside)
@@ -189,4 +195,9 @@ class Checkpoints:
         print(f"checkpoint {step} is now in {aside}", file=sys.stderr)
 
     def close(self) -> None:
-        self.manager.close()
+        """Let go of the folder.
+
+        Raises:
+          WorkdirError: A write that was going on failed.
+        """
+        self._guard(self.manager.close)

@@ -109,18 +109,23 @@ def train() -> None:
         )
     config = CONFIG.value.copy_and_resolve_references()
 
-    from mha_jax.train import loop
+    from mha_jax.train.loop import Run
     from mha_jax.train.progress import draw_metrics
     from mha_jax.train.tasks import make_task
-    from mha_jax.train.workdir import open_workdir, write_whole
+    from mha_jax.train.workdir import claimed, open_workdir, write_whole, writing
 
     task = make_task(config)
-    workdir = open_workdir(
-        pathlib.Path(WORKDIR.value or f"workdir/{config.task}"), config, task.card()
-    )
-    params = loop.train(config, task, workdir)
-    figures = task.judge(params, workdir)
-    draw_metrics(workdir)
-    seconds = time.monotonic() - BEGUN
-    write_whole(workdir / "result.json", json.dumps(figures | {"seconds": round(seconds, 1)}))
+    run = Run(config, task)
+    print(run, flush=True)
+    workdir = pathlib.Path(WORKDIR.value or f"workdir/{config.task}")
+    with claimed(workdir):
+        open_workdir(workdir, config, task.card())
+        print("compiling; the first steps take longest", flush=True)
+        params = run.train(workdir)
+        with writing(workdir):
+            figures = task.judge(params, workdir)
+            draw_metrics(workdir)
+            seconds = time.monotonic() - BEGUN
+            figures["seconds"] = round(seconds, 1)
+            write_whole(workdir / "result.json", json.dumps(figures))
     print(f"results in {workdir}; {clock(seconds)} in all")

@@ -48,6 +48,10 @@ class Digits:
         self.held_out = self._pick(place % 5 == 0)
         self.validation = self._pick(place % 20 == 1)
         train = self._pick((place % 5 != 0) & (place % 20 != 1))
+        self.data = (
+            f"{len(train['labels']):,} images to learn from, {len(self.validation['labels']):,} to "
+            f"validate, {len(self.held_out['labels']):,} held out"
+        )
         self.batches = endless(train, config.batch_size, config.seed)
         self.model = ImageClassifier(10, Config(**config.model.to_dict()))
         self.answer = jax.jit(self._answer)

@@ -166,6 +166,10 @@ class Spelling:
         words = {word: entry for word, entry in entries.items() if is_usable(word, entry)}
         train, self.validation, self.held_out = split(words)
         self.phonemes = Phonemes.of(words)
+        self.data = (
+            f"{len(train):,} words to learn from, {len(self.validation):,} to validate, "
+            f"{len(self.held_out):,} held out"
+        )
         self.model = make_model(config, self.phonemes.symbols)
         self.smoothing = config.label_smoothing
         self.batches = self._mix(train, config)

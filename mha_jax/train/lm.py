@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mha_jax.errors import ConfigError
 from mha_jax.models.transformer import Config, LanguageModel
 from mha_jax.train.data import endless
 from mha_jax.train.losses import token_loss
@@ -62,10 +63,16 @@ class Characters:
         train, held_out = [], []
         for name, text in read_topics().items():
             (held_out if zlib.crc32(name.encode()) % 10 == 0 else train).append(text)
+        most = (len("".join(held_out)) - 1) // config.batch_size
+        if config.length > most:
+            raise ConfigError(
+                f"config.length={config.length} with config.batch_size={config.batch_size} leaves no "
+                f"whole batch of the text held out. Expected a length of at most {most}, or smaller batches."
+            )
         self.held_out = cut("".join(held_out), config.length)
-        self.batches = endless(
-            {"text": cut("".join(train), config.length)}, config.batch_size, config.seed
-        )
+        text = cut("".join(train), config.length)
+        self.data = f"{text.size:,} characters to learn from, {self.held_out.size:,} held out"
+        self.batches = endless({"text": text}, config.batch_size, config.seed)
         self.model = LanguageModel(len(ALPHABET), Config(**config.model.to_dict()))
         self.chunk = config.batch_size
         self.seed = config.seed

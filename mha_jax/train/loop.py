@@ -6,6 +6,7 @@ with the same bits.
 """
 
 import contextlib
+import math
 import pathlib
 import signal
 from collections.abc import Iterator
@@ -91,47 +92,93 @@ def make_step(task: Task, optimizer: optax.GradientTransformation, seed: int):
     return train_step
 
 
-def train(config: Any, task: Task, workdir: pathlib.Path) -> Any:
-    """Train to `config.steps`, from the newest checkpoint in `workdir` if there is one.
+class Run:
+    """A run that is ready to start: everything that can be refused has been.
 
-    Returns:
-      The parameters.
+    Args:
+      config: The experiment.
+      task: Its task.
+
+    Attributes:
+      parameters: How many numbers the model learns.
 
     Raises:
-      Stopped: SIGTERM or SIGINT came; everything up to the step it names is saved.
-      WorkdirError: A checkpoint could not be written.
+      MhaError: The model, the optimizer or a batch do not fit.
+
+    Cost: Traces the first step; computes nothing.
     """
-    constraint = config.model.to_dict().get("kernel_constraint")
-    optimizer = make_optimizer(config.optimizer, config.steps, constraint)
-    checkpoints = Checkpoints(workdir, task.best)
-    start, state = checkpoints.restore(initial_state(task, optimizer, config.seed))
-    if start:
-        print(f"continuing from step {start:,} of {config.steps:,}")
-    metrics = Metrics(workdir, start, config.tensorboard)
-    progress = Progress(start, config.steps)
-    train_step = make_step(task, optimizer, config.seed)
-    losses = []
 
-    def save(step: int, state: State) -> None:
-        figures = task.validate(state["params"])
-        metrics.write(step, figures)
-        progress.note(figures)
-        checkpoints.save(step, state, figures)
+    def __init__(self, config: Any, task: Task):
+        constraint = config.model.to_dict().get("kernel_constraint")
+        self.config, self.task = config, task
+        self.optimizer = make_optimizer(config.optimizer, config.steps, constraint)
+        self.step = make_step(task, self.optimizer, config.seed)
+        state = jax.eval_shape(lambda: initial_state(task, self.optimizer, config.seed))
+        jax.eval_shape(self.step, state, task.batch(0), 1)
+        self.parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state["params"]))
 
-    with catch_signals() as caught, contextlib.closing(metrics), contextlib.closing(checkpoints):
-        for step in range(start + 1, config.steps + 1):
-            state, loss = train_step(state, task.batch(step - 1), step)
-            losses.append(loss)
-            stopping = caught[:1]
-            if step % config.save_every == 0 or step == config.steps or stopping:
-                save(step, state)
-            if step % config.log_every == 0 or step == config.steps:
-                figures = {"loss": float(jnp.stack(losses).mean())}
-                losses.clear()
-                metrics.write(step, figures)
-                progress.show(step, figures)
-            if stopping:
-                checkpoints.wait()
-                raise Stopped(stopping[0], step)
-        checkpoints.wait()
-    return state["params"]
+    def __str__(self) -> str:
+        devices = jax.devices()
+        return (
+            f"{self.config.task}: {self.parameters:,} parameters on {len(devices)} x "
+            f"{devices[0].device_kind}; {self.task.data}"
+        )
+
+    def train(self, workdir: pathlib.Path) -> Any:
+        """Train to `config.steps`, from the newest checkpoint in `workdir` if there is one.
+
+        Returns:
+          The parameters.
+
+        Raises:
+          Stopped: SIGTERM or SIGINT came; everything up to the step it names is saved.
+          WorkdirError: A checkpoint or a figure could not be written.
+        """
+        config, task, seen = self.config, self.task, set()
+        checkpoints = Checkpoints(workdir, task.best)
+        start, state = checkpoints.restore(initial_state(task, self.optimizer, config.seed))
+        if start:
+            print(f"continuing from step {start:,} of {config.steps:,}")
+        metrics = Metrics(workdir, start, config.tensorboard)
+        progress = Progress(start, config.steps)
+        losses = []
+
+        def save(step: int, state: State) -> None:
+            with contextlib.nullcontext() if "validate" in seen else progress.uncounted():
+                figures = task.validate(state["params"])
+            seen.add("validate")
+            metrics.write(step, figures)
+            progress.note(figures)
+            checkpoints.save(step, state, figures)
+
+        def advance(step: int, state: Any) -> tuple[State, jax.Array]:
+            batch = task.batch(step - 1)
+            shapes = str(jax.tree.map(jnp.shape, batch))
+            if shapes in seen:
+                return self.step(state, batch, step)
+            seen.add(shapes)
+            jax.block_until_ready(state)
+            with progress.uncounted(steps=1):  # It is compiled for every new shape of a batch.
+                return jax.block_until_ready(self.step(state, batch, step))
+
+        with (
+            catch_signals() as caught,
+            contextlib.closing(metrics),
+            contextlib.closing(checkpoints),
+        ):
+            for step in range(start + 1, config.steps + 1):
+                state, loss = advance(step, state)
+                losses.append(loss)
+                stopping = caught[:1]
+                if step % config.save_every == 0 or step == config.steps or stopping:
+                    save(step, state)
+                if step % config.log_every == 0 or step == config.steps:
+                    figures = {"loss": float(jnp.stack(losses).mean())}
+                    losses.clear()
+                    metrics.write(step, figures)
+                    progress.show(step, figures)
+                if stopping:
+                    checkpoints.wait()
+                    raise Stopped(stopping[0], step)
+            checkpoints.wait()
+        return state["params"]

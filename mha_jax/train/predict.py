@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from mha_jax.cli import command
 from mha_jax.errors import DataError, WorkdirError
-from mha_jax.train.workdir import read_card
+from mha_jax.files import reading
+from mha_jax.train.workdir import CARD, read_card
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -60,10 +61,11 @@ def load(workdir: pathlib.Path) -> tuple[Any, Any, Any]:
     from mha_jax.train import g2p
     from mha_jax.train.checkpoints import read_params
 
-    phonemes = g2p.Phonemes(card["task"]["symbols"])
-    model = g2p.make_model(ConfigDict(card["config"]), phonemes.symbols)
-    word = jnp.ones((1, 1), int)
-    template = jax.eval_shape(model.init, jax.random.key(0), word, word)["params"]
+    with reading(str(workdir / CARD), "Train again.", WorkdirError):
+        phonemes = g2p.Phonemes(card["task"]["symbols"])
+        model = g2p.make_model(ConfigDict(card["config"]), phonemes.symbols)
+        word = jnp.ones((1, 1), int)
+        template = jax.eval_shape(model.init, jax.random.key(0), word, word)["params"]
     return model, read_params(workdir, template), phonemes
 
 

@@ -1,16 +1,44 @@
 """Where a run's figures go: the terminal, a CSV file and TensorBoard events."""
 
-import csv
+import contextlib
 import os
 import pathlib
+import re
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
+from mha_jax.rooms import packages
+from mha_jax.train.workdir import DAMAGED, write_whole, writing
 from mha_jax.visualize import curves
 
-COLUMNS = "step", "seconds", "name", "value"
+METRICS, HEADER = "metrics.csv", "step,seconds,name,value"
+
+
+class Row(NamedTuple):
+    """One figure of one step, after so many seconds; as text a line of `metrics.csv`."""
+
+    step: int
+    seconds: float
+    name: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.step},{self.seconds:.2f},{self.name},{self.value:.6g}"
+
+    @classmethod
+    def parse(cls, line: str) -> "Row | None":
+        """Read a line; None if it is damaged."""
+        match = _ROW.fullmatch(line)
+        if match is None:
+            return None
+        return cls(int(match[1]), float(match[2]), match[3], float(match[4]))
+
+
+_ROW = re.compile(
+    r"(\d{1,15}),(\d{1,15}(?:\.\d{1,9})?),(\w{1,99}),(nan|-?inf|-?\d[\d.e+-]{0,20})\r?"
+)
 
 
 def clock(seconds: float) -> str:
@@ -25,12 +53,23 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """One line on the terminal, rewritten in place, or one line a report when it is no terminal."""
+    """One line on the terminal, rewritten in place, or one line a report when it is no terminal.
+
+    The speed and the time left are those of the steps that are counted: compiling is not.
+    """
 
     def __init__(self, start: int, steps: int):
-        self.start, self.steps = start, steps
-        self.begun = time.monotonic()
+        self.begun, self.steps = time.monotonic(), steps
+        self.uncounted_steps, self.uncounted_seconds = start, 0.0
         self.noted: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def uncounted(self, steps: int = 0) -> Iterator[None]:
+        """Leave what happens in the `with` block, and this many steps, out of the speed."""
+        begun = time.monotonic()
+        yield
+        self.uncounted_seconds += time.monotonic() - begun
+        self.uncounted_steps += steps
 
     def note(self, figures: Mapping[str, float]) -> None:
         """Show these figures from now on, until the next of the same names."""
@@ -38,13 +77,13 @@ class Progress:
 
     def show(self, step: int, figures: Mapping[str, float]) -> None:
         """Show the step, the figures, the speed and the time left."""
-        spent = time.monotonic() - self.begun
-        speed = (step - self.start) / max(spent, 1e-9)
-        left = clock((self.steps - step) / speed) if speed else "?"
+        spent = time.monotonic() - self.begun - self.uncounted_seconds
+        counted = step - self.uncounted_steps
         texts = [f"{name} {value:.4f}" for name, value in (self.noted | dict(figures)).items()]
-        line = " | ".join(
-            [f"step {step:,}/{self.steps:,}", *texts, f"{speed:.1f} steps/s", f"{left} left"]
-        )
+        if counted > 0:
+            left = clock((self.steps - step) * spent / counted)
+            texts += [f"{counted / max(spent, 1e-9):.1f} steps/s", f"{left} left"]
+        line = " | ".join([f"step {step:,}/{self.steps:,}", *texts])
         if sys.stdout.isatty():
             print(f"\r{line:<100}", end="" if step < self.steps else "\n", flush=True)
         else:
@@ -58,55 +97,71 @@ class Metrics:
       workdir: Where the files go.
       start: The step that the run continues from; rows after it, of a run cut off, are dropped.
       tensorboard: Whether to write events as well; needs the package tensorboardX.
+
+    Raises:
+      WorkdirError: The files cannot be written.
     """
 
     def __init__(self, workdir: pathlib.Path, start: int, tensorboard: bool):
-        path = workdir / "metrics.csv"
-        rows = [row for row in read_metrics(path) if int(row["step"]) <= start]
-        draft = path.with_name("metrics.csv.tmp")
-        self.file = draft.open("w", newline="", encoding="utf-8")
-        self.table = csv.writer(self.file)
-        self.table.writerow(COLUMNS)
-        self.table.writerows([row[column] for column in COLUMNS] for row in rows)
-        self.file.flush()
-        os.replace(draft, path)
-        self.begun = time.monotonic() - (float(rows[-1]["seconds"]) if rows else 0.0)
+        self.workdir, path = workdir, workdir / METRICS
+        rows, damaged = read_metrics(path)
+        rows = [row for row in rows if row.step <= start]
+        with writing(workdir):
+            if damaged:
+                aside = path.with_name(f"{DAMAGED}{METRICS}")
+                os.replace(path, aside)
+                print(
+                    f"{path} is damaged ({damaged} of its lines); it is now {aside}. The run goes on with "
+                    "the others.",
+                    file=sys.stderr,
+                )
+            write_whole(path, "".join(f"{line}\n" for line in [HEADER, *map(str, rows)]))
+            self.file = path.open("a", encoding="utf-8")
+        self.begun = time.monotonic() - (rows[-1].seconds if rows else 0.0)
         self.events: Any = None
         if tensorboard:
-            from tensorboardX import SummaryWriter
+            with packages():
+                from tensorboardX import SummaryWriter
 
             self.events = SummaryWriter(str(workdir), purge_step=start + 1)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Add figures of a step."""
-        seconds = f"{time.monotonic() - self.begun:.2f}"
-        for name, value in figures.items():
-            self.table.writerow([step, seconds, name, f"{value:.6g}"])
-            if self.events is not None:
-                self.events.add_scalar(name, value, step)
-        self.file.flush()
+        seconds = time.monotonic() - self.begun
+        with writing(self.workdir):
+            for name, value in figures.items():
+                self.file.write(f"{Row(step, seconds, name, value)}\n")
+                if self.events is not None:
+                    self.events.add_scalar(name, value, step)
+            self.file.flush()
 
     def close(self) -> None:
-        self.file.close()
+        with writing(self.workdir):
+            self.file.close()
         if self.events is not None:
             self.events.close()
 
 
-def draw_metrics(workdir: pathlib.Path) -> pathlib.Path:
-    """Draw the figures of `metrics.csv` into `curves.png`."""
+def draw_metrics(workdir: pathlib.Path) -> None:
+    """Draw the figures of `metrics.csv` into `curves.png`, if there are any."""
     series: dict[str, tuple[list[float], list[float]]] = {}
-    for row in read_metrics(workdir / "metrics.csv"):
-        steps, values = series.setdefault(row["name"], ([], []))
-        steps.append(float(row["step"]))
-        values.append(float(row["value"]))
-    curves(series, workdir / "curves.png")
-    return workdir / "curves.png"
+    for row in read_metrics(workdir / METRICS)[0]:
+        steps, values = series.setdefault(row.name, ([], []))
+        steps.append(row.step)
+        values.append(row.value)
+    if series:
+        curves(series, workdir / "curves.png")
 
 
-def read_metrics(path: pathlib.Path) -> list[dict[str, str]]:
-    """Read the rows of `metrics.csv`; none when the file is absent, a torn last row left out."""
+def read_metrics(path: pathlib.Path) -> tuple[list[Row], int]:
+    """Read the rows of `metrics.csv` and count its damaged lines; a torn last one is none.
+
+    A file that is absent has no rows.
+    """
     if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if all(row.get(column) for column in COLUMNS)]
+        return [], 0
+    *lines, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = [Row.parse(line) for line in lines[1:]]
+    whole = [row for row in rows if row is not None]
+    begun = lines[0] == HEADER if lines else HEADER.startswith(torn)
+    return whole, len(rows) - len(whole) + (not begun)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 
-from mha_jax.errors import ConfigError
+from mha_jax.train.settings import check_settings
 
 Batch = Mapping[str, Any]
 
@@ -30,10 +30,12 @@ class Task(Protocol):
     Attributes:
       model: The Flax model.
       best: The validation figure that ranks checkpoints; lower is better.
+      data: What there is to learn from, in words.
     """
 
     model: nn.Module
     best: str
+    data: str
 
     def __init__(self, config: Any): ...
 
@@ -66,11 +68,8 @@ def make_task(config: Any) -> Task:
     """Build the task that `config.task` names.
 
     Raises:
-      ConfigError: There is no such task.
+      ConfigError: There is no such task, or a setting cannot be meant.
     """
-    if config.task not in TASKS:
-        raise ConfigError(
-            f"config.task={config.task!r} is not a task. Expected one of {', '.join(TASKS)}."
-        )
+    check_settings(config)
     module, _, name = TASKS[config.task].partition(":")
     return getattr(importlib.import_module(module), name)(config)

@@ -62,6 +62,7 @@ class Translation:
         held_out = np.arange(len(pairs["source"])) % 100 == 0
         train = {name: rows[~held_out] for name, rows in pairs.items()}
         self.held_out = {name: rows[held_out] for name, rows in pairs.items()}
+        self.data = f"{len(train['source']):,} pairs to learn from, {len(self.held_out['source']):,} held out"
         self.model = make_model(config)
         self.batches = endless(train, config.batch_size, config.seed)
         self.smoothing = config.label_smoothing

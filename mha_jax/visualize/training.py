@@ -4,6 +4,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mha_jax.errors import ShapeError
+
 
 def curves(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
@@ -15,10 +17,15 @@ def curves(
       series: Steps and values by name.
       path: The PNG, SVG or PDF file to write; None returns the Figure.
 
+    Raises:
+      ShapeError: There are none.
+
     >>> figure = curves({"loss": ([0, 50, 100], [4.0, 1.2, 0.7])})
     """
     from mha_jax.visualize.pictures import INK, Picture, finish
 
+    if not series:
+        raise ShapeError("series holds no figures to draw. Expected steps and values by name.")
     picture = Picture(figsize=(3.6 * len(series), 2.8), layout="constrained")
     panels = picture.subplots(1, len(series), squeeze=False)[0]
     for axes, (name, (steps, values)) in zip(panels, series.items()):

@@ -1,6 +1,5 @@
 """Every mistake on the command line or in a folder is one clear line, and nothing is overwritten."""
 
-import json
 import pathlib
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from ml_collections import ConfigDict
 from mha_jax.errors import ConfigError, WorkdirError
 from mha_jax.train.command import NAMED, find_config
 from mha_jax.train.tasks import make_task
-from mha_jax.train.workdir import CARD, open_workdir, read_card
+from mha_jax.train.workdir import CARD, claimed, open_workdir, read_card
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -45,6 +44,22 @@ def run(*arguments):
         (["--config=lm", "steps=3"], "error: unexpected argument 'steps=3'"),
         (["--config=lm", "--config.task=lmm"], "error: config.task='lmm' is not a task"),
         (["--config=vaswani_base"], "error: config.data='' is not a file"),
+        (
+            ["--config=digits", "--config.steps=30"],
+            "error: config.optimizer.warmup=50 is not below",
+        ),
+        (
+            ["--config=digits", "--config.model.num_heads=5"],
+            "error: width must be a multiple of num",
+        ),
+        (
+            ["--config=digits", "--config.model.num_heads=2", "--config.model.width=34"],
+            "error: positions are half sines, half",
+        ),
+        (
+            ["--config=lm", "--config.length=99999"],
+            "error: config.length=99999 with config.batch_size",
+        ),
     ],
 )
 def test_mistakes_end_with_one_clear_line(arguments, message, tmp_path):
@@ -77,12 +92,15 @@ def config(**changes):
 
 
 def test_a_new_folder_is_made_and_described(tmp_path):
-    workdir = open_workdir(tmp_path / "a" / "b", config(), {"classes": 3})
+    workdir = tmp_path / "a" / "b"
+    with claimed(workdir):
+        open_workdir(workdir, config(), {"classes": 3})
     assert read_card(workdir) == {"config": config().to_dict(), "task": {"classes": 3}}
 
 
 def test_a_folder_with_a_run_needs_resume(tmp_path):
     open_workdir(tmp_path, config(), {})
+    (tmp_path / "checkpoints" / "300").mkdir(parents=True)
     before = (tmp_path / CARD).read_bytes()
     with pytest.raises(WorkdirError, match=r"holds a run already.*--config.resume, or.*--workdir"):
         open_workdir(tmp_path, config(), {})
@@ -107,17 +125,19 @@ def test_another_run_is_not_continued(tmp_path, changes, task, message):
 
 def test_foreign_folders_are_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(WorkdirError, match="not empty and holds no run"):
-        open_workdir(tmp_path, config(), {})
-    with pytest.raises(WorkdirError, match="is a file"):
-        open_workdir(tmp_path / "mine.txt", config(), {})
+    with pytest.raises(WorkdirError, match="not empty and holds no run"), claimed(tmp_path):
+        pytest.fail("it was claimed")
+    with pytest.raises(WorkdirError, match="is a file"), claimed(tmp_path / "mine.txt"):
+        pytest.fail("it was claimed")
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"config": {}}', json.dumps({"task": {}})])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"config": {}}', '{"config": 1, "task": 2}', "[" * 10**5]
+)
 def test_a_damaged_card_is_named(tmp_path, text):
     (tmp_path / CARD).write_text(text)
-    with pytest.raises(WorkdirError, match=f"{CARD} is damaged"):
+    with pytest.raises(WorkdirError, match=rf"{CARD} cannot be read: .*train again\."):
         read_card(tmp_path)
 
 

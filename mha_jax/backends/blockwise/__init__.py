@@ -5,11 +5,14 @@ Source: Rabe & Staats 2021, arXiv:2112.05682; Dao 2023, arXiv:2307.08691, algori
 
 import dataclasses
 
+import numpy as np
+
 from mha_jax.attention.call import Moves, Output, Problem, State
 from mha_jax.backends.base import Backend
 from mha_jax.backends.blockwise import few_rows, passes
 from mha_jax.backends.blockwise.layout import Apart, Grouped
 from mha_jax.backends.blockwise.tiles import Tiles, Tiling
+from mha_jax.errors import ShapeError
 from mha_jax.types import Size
 
 # Weights in one tile of short sequences.
@@ -36,6 +39,21 @@ class Blockwise(Backend):
     pairs: int | None = None
     exhaustive: bool = False
     apart: bool = False
+
+    def __post_init__(self):
+        for name in ("block_q", "block_k", "pairs"):
+            size = getattr(self, name)
+            whole = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
+            if size is not None and not (whole and size > 0):
+                raise ShapeError(
+                    f"Blockwise({name}={size!r}) is no size of a tile: expected a positive integer, or None "
+                    "to choose one."
+                )
+        for name in ("exhaustive", "apart"):
+            if not isinstance(getattr(self, name), bool):
+                raise ShapeError(
+                    f"Blockwise({name}={getattr(self, name)!r}) must be True or False."
+                )
 
     def tiling(self, problem: Problem) -> Tiling:
         """Return the tiles of a problem: near the wanted sizes, with little padding.

@@ -81,8 +81,7 @@ class Tiles:
         s, kv = problem.k.shape[1:3]
         self.tiling, self.layout, self.dtype = tiling, tiling.layout, problem.accumulator
         self.scale = problem.logits.scale
-        # A power of two goes into q, once for each row instead of each logit: it rounds nothing.
-        if abs(math.frexp(self.scale)[0]) == 0.5 and self.scale != 1:
+        if _goes_into_q(self.scale, problem):
             q = problem.q * jnp.asarray(self.scale, problem.q.dtype)
             logits = dataclasses.replace(problem.logits, scale=1.0)
             problem = dataclasses.replace(problem, q=q, logits=logits)
@@ -382,7 +381,7 @@ class ByQueries:
 
     def _merged(self, tile: Any) -> Any:
         """Merge [*#lead, #G, #block_q, #block_k] to [*#lead, #r, #block_k]."""
-        if tile.ndim == 0:  # a rule that says the same of every pair
+        if np.ndim(tile) == 0:  # a rule that says the same of every pair
             return tile
         lead, (heads, rows, columns) = tile.shape[:-3], tile.shape[-3:]
         groups, size = self.tiles.groups, self.tiles.tiling.block_q
@@ -415,7 +414,7 @@ class ByKeys(ByQueries):
 
     def _merged(self, tile: Any) -> Any:
         """Merge [*#lead, #block_k, #G, #block_q] to [*#lead, #block_k, #r]."""
-        if tile.ndim == 0:
+        if np.ndim(tile) == 0:
             return tile
         lead, (columns, heads, rows) = tile.shape[:-3], tile.shape[-3:]
         groups, size = self.tiles.groups, self.tiles.tiling.block_q
@@ -440,6 +439,19 @@ def scan(step: Callable, carry: Any, groups: int, lines: int) -> tuple[Any, Any]
 def numbers(count: int) -> Array:
     """Return 0 to `count` as what all indices are: unsigned, so that slices check for no negative ones."""
     return jnp.arange(count, dtype=jnp.uint32)
+
+
+def _goes_into_q(scale: float, problem: Problem) -> bool:
+    """Say whether to scale every query instead of every logit.
+
+    A moderate power of two rounds nothing and leaves the range of float32 nowhere. Another moderate factor
+    rounds a query once, no more than the product does that follows, and leaves no product of two numbers that
+    the compiler may add to a third without rounding (`scale * dot - m`), which it does or not as the code
+    around the pass has it.
+    """
+    dtype = problem.q.dtype
+    exact = abs(math.frexp(scale)[0]) == 0.5 and dtype != jnp.float16
+    return 2**-16 <= abs(scale) < 1 and (exact or dtype == problem.accumulator)
 
 
 def _blocks(length: Size, size: Size) -> int:

@@ -7,9 +7,12 @@ Source: Dao 2023, arXiv:2307.08691; Milakov & Gimelshein 2018, arXiv:1805.02867.
 """
 
 import dataclasses
+from functools import lru_cache
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.experimental import io_callback
 
 from mha_jax.attention.call import Moves, Output, Problem, State
 from mha_jax.backends.base import Backend
@@ -41,6 +44,12 @@ class PallasTPU(Backend):
             )
         return None
 
+    def effects(self) -> set[Any]:
+        if isinstance(self.interpret, bool):
+            return set()
+        # The interpreter's memory lives in callbacks: they keep their order over the whole program.
+        return _ordered_effects()
+
     # Pallas is imported where a kernel is compiled, and nowhere else.
 
     def forward(self, problem: Problem) -> State:
@@ -57,3 +66,8 @@ class PallasTPU(Backend):
         from mha_jax.backends.pallas_tpu.sizes import Tuning, of_this_process
 
         return Tuning(of_this_process() if self.sizes is None else self.sizes, self.interpret)
+
+
+@lru_cache(maxsize=1)
+def _ordered_effects() -> set[Any]:
+    return jax.make_jaxpr(lambda: io_callback(lambda: None, None, ordered=True))().effects

@@ -104,7 +104,7 @@ def _forward_block(view: View, precision: Any) -> None:
             share = share * dropout.factor
         refs["out"][here] = (acc_ref[...] * share).astype(refs["out"].dtype)
         m, l = as_line(m_ref[...]), as_line(jnp.broadcast_to(l, l_ref.shape))
-        refs["m"][:, here] = jnp.where(l > 0, m, -jnp.inf)
+        refs["m"][:, here] = jnp.where(l != 0, m, -jnp.inf)
         refs["l"][:, here] = l
 
 
@@ -170,8 +170,7 @@ def _clear(view: View) -> None:
 
 def _backward_block(view: View, precision: Any) -> None:
     refs, plan, rows = view.refs, view.plan, view.rows
-    q, d_out = refs["q"], refs["d_out"]
-    k, v = refs["k"].at[rows], refs["v"].at[rows]
+    q, k, v, d_out = (refs[name] for name in ("q", "k", "v", "d_out"))
     dq_sum, dk_sum, dv_sum = refs["dq_sum"], refs["dk_sum"], refs["dv_sum"]
     bias_side = plan.vectors.get("bias")
     last = "dk_before" not in refs
@@ -180,7 +179,7 @@ def _backward_block(view: View, precision: Any) -> None:
     view.transpose_rows()
 
     def start(part):
-        capped = view.capped(dot(k[part.rows], q[part.columns], (1, 1), precision))
+        capped = view.capped(dot(k[view.rows_of_part(part)], q[part.columns], (1, 1), precision))
         return view.logits(capped, part), view.slope(capped)
 
     def finish(part, x, slope):
@@ -189,7 +188,7 @@ def _backward_block(view: View, precision: Any) -> None:
         keep = None if plan.dropout is None else view.kept(part)
         kept = p if keep is None else jnp.where(keep, p, 0.0)
         dv_sum[part.rows] += dot(kept.astype(d_out.dtype), d_out[here], (1, 0), precision)
-        dp = dot(v[part.rows], d_out[here], (1, 1), precision)
+        dp = dot(v[view.rows_of_part(part)], d_out[here], (1, 1), precision)
         ds = slopes(view, p, dp, keep, part)
         if bias_side == "k":
             refs["d_bias_sum"][part.rows] += by_lane(ds)
@@ -197,7 +196,7 @@ def _backward_block(view: View, precision: Any) -> None:
             refs["d_bias"][:, here] += jnp.sum(ds, axis=0, keepdims=True)
         ds = (ds if slope is None else ds * slope).astype(q.dtype)
         dk_sum[part.rows] += dot(ds, q[here], (1, 0), precision)
-        dq_sum[here] += dot(ds, k[part.rows], (0, 0), precision)
+        dq_sum[here] += dot(ds, k[view.rows_of_part(part)], (0, 0), precision)
 
     view.each_tile(lambda parts: staggered(parts, start, finish))
     share = 1.0 if plan.dropout is None else plan.dropout.factor

@@ -56,7 +56,7 @@ def forward(tuning: Tuning, problem: Problem) -> State:
     if (scale := _folded_scale(plan)) != 1:
         # The kernel's m is before the scale; l shall belong to m scaled and rounded.
         m, rest = _product(softmax.finite(m), scale)
-        m, l = jnp.where(l > 0, m, -jnp.inf), l * jnp.exp(rest)
+        m, l = jnp.where(l != 0, m, -jnp.inf), l * jnp.exp(rest)
     return State(out[:, :, :t].swapaxes(1, 2), m, l)
 
 
@@ -117,7 +117,7 @@ def _shift(problem: Problem, state: State) -> tuple[Array, Array]:
     scale = problem.logits.scale
     if not folds(problem) or scale == 1:
         return shift, ratio
-    seen = state.l > 0
+    seen = state.l != 0
     finite = jnp.where(seen, shift, 0)
     own = finite / jnp.asarray(scale, jnp.float32)
     back, rest = _product(own, scale)

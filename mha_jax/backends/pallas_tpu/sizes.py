@@ -24,7 +24,7 @@ class Sizes:
       vmem: Bytes of VMEM that a kernel may use.
       resident: Bytes of the columns held at once: keys and values, or queries and their cotangents.
       outer_resident: Bytes of the rows held at once, with what is computed for them.
-      dropout_sweep: Heights of the parts of a full tile with dropout, if others than without.
+      dropout: Tiles forward with dropout, if others than without.
     """
 
     forward: tuple[Blocks, ...]
@@ -32,16 +32,20 @@ class Sizes:
     vmem: int
     resident: int
     outer_resident: int
-    dropout_sweep: tuple[int, ...] = ()
+    dropout: tuple[Blocks, ...] = ()
 
     def lay(self, problem: Problem, outer: str, writes_slab: bool = False) -> Geometry:
         """Lay tiles over a problem: queries are outer in the forward pass, keys in the backward pass.
 
-        Columns and rows are held as many at once as their bytes allow.
+        Columns and rows are held as many at once as their bytes allow, in VMEM, where a row of a
+        narrow head takes all 128 lanes.
         """
         forward = outer == "q" and not writes_slab
         choices = self.forward if forward else self.backward
-        token = (problem.q.shape[-1] + problem.v.shape[-1]) * problem.q.dtype.itemsize * 2
+        if forward and problem.dropout is not None and self.dropout:
+            choices = self.dropout
+        lanes = sum(-(-x.shape[-1] // LANES) * LANES for x in (problem.q, problem.v))
+        token = lanes * problem.q.dtype.itemsize * 2
         shape = (problem.q.shape[1], problem.k.shape[1])
         dense = [a for a in (*jax.tree.leaves(problem.mask), problem.bias) if a is not None]
         slabs = sum(a.dtype.itemsize for a in dense if a.shape[2:] == shape)
@@ -60,8 +64,6 @@ class Sizes:
             if problem.q.dtype.itemsize > 2:
                 # A float32 product is six of bfloat16: one tile at a time keeps the program small.
                 blocks = dataclasses.replace(blocks, full=(1,), sweep=())
-            elif forward and problem.dropout is not None and self.dropout_sweep:
-                blocks = dataclasses.replace(blocks, sweep=self.dropout_sweep)
             return geometry(problem, outer, blocks)
 
         first, *others = choices
@@ -104,12 +106,15 @@ _SHORT = Blocks(512, 512, full=(4, 1))
 _TALL = Blocks(1024, 1024, full=(2, 1), sweep=(512, 512), cost=0.93)
 _TALL_BACKWARD = Blocks(1024, 1024, full=(2, 1), cost=0.97)
 _V4 = Blocks(512, 512, full=(2, 1)), Blocks(256, 512)
+_V5_DROPOUT = _SHORT, dataclasses.replace(_TALL, sweep=(256, 320, 256, 192))
+_V6_DROPOUT = _SHORT, dataclasses.replace(_TALL, sweep=(192, 512, 320))
 SIZES = {
-    "v4": Sizes(_V4[:1], _V4[1:], vmem=16 * MIB, resident=3 * MIB, outer_resident=MIB),
-    "v5e": _large((_SHORT, _TALL), (_SHORT,), dropout_sweep=(256, 320, 256, 192)),
-    "v5p": _medium((_SHORT, _TALL), (_SHORT,), dropout_sweep=(256, 320, 256, 192)),
-    "v6e": _large((_SHORT, _TALL), (_SHORT, _TALL_BACKWARD), dropout_sweep=(192, 512, 320)),
-    "tpu7x": _medium((_SHORT, _TALL), (_SHORT, _TALL_BACKWARD), dropout_sweep=(192, 512, 320)),
+    # Dropout takes as much VMEM again for what one tile computes, before libtpu 0.0.30.
+    "v4": Sizes(_V4[:1], _V4[1:], 16 * MIB, 3 * MIB, outer_resident=MIB, dropout=_V4[1:]),
+    "v5e": _large((_SHORT, _TALL), (_SHORT,), dropout=_V5_DROPOUT),
+    "v5p": _medium((_SHORT, _TALL), (_SHORT,), dropout=_V5_DROPOUT),
+    "v6e": _large((_SHORT, _TALL), (_SHORT, _TALL_BACKWARD), dropout=_V6_DROPOUT),
+    "tpu7x": _medium((_SHORT, _TALL), (_SHORT, _TALL_BACKWARD), dropout=_V6_DROPOUT),
 }
 # The smallest core: what a program is compiled for when nothing says which TPU will run it.
 ANY = "v4"

@@ -1,0 +1,34 @@
+"""What no model can have: sizes that are no sizes, rates that are no shares, heads that do not fit."""
+
+import numbers
+from typing import Any
+
+from mha_jax.errors import ShapeError
+
+
+def check_config(config: Any, *rates: str, **least: int) -> None:
+    """Refuse sizes and rates of a model's configuration that cannot be meant.
+
+    Args:
+      config: It, with `width` and `num_heads` among its fields.
+      rates: Fields that are shares, from 0 to below 1.
+      least: Fields that are whole numbers, and the smallest that each may be.
+
+    Raises:
+      ShapeError: Naming the field, its value and what was expected.
+    """
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not whole or value < smallest:
+            raise ShapeError(f"{name} must be a whole number from {smallest} on: got {value!r}.")
+    for name in rates:
+        value = getattr(config, name)
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not number or not 0 <= float(value) < 1:
+            raise ShapeError(f"{name} must be a number from 0 to below 1: got {value!r}.")
+    if config.width % config.num_heads:
+        raise ShapeError(
+            f"width must be a multiple of num_heads: got width={config.width} and "
+            f"num_heads={config.num_heads}. Every head has width / num_heads features."
+        )
