@@ -7,6 +7,7 @@ python -m benchmarks --json FILE --plot FILE.png --markdown
 python -m benchmarks --baseline ../before   ours beside ours of another checkout, in turns
 python -m benchmarks --list                 the rows and what they are
 python -m benchmarks tpu                    our TPU kernels by the compiler's schedule
+python -m benchmarks gpu                    our programs for NVIDIA GPUs by what XLA made of them
 python -m benchmarks decoding               decoding with a cache beside decoding without
 """
 
@@ -114,8 +115,8 @@ def use_all_cores() -> None:
 
 
 def dispatch(arguments: list[str]) -> None:
-    """Run the command, or the one for TPUs or for decoding."""
-    if arguments[:1] in (["tpu"], ["decoding"], ["overhead"]):
+    """Run the command, or the one for TPUs, for GPUs, for decoding or for overhead."""
+    if arguments[:1] in (["tpu"], ["gpu"], ["decoding"], ["overhead"]):
         importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
     else:
         main(arguments)

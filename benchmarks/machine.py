@@ -47,7 +47,7 @@ def available_bytes() -> int | None:
 def facts() -> dict[str, Any]:
     """Return date, commit, versions and machine; no host names and no paths."""
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": commit(pathlib.Path(__file__).parent),
         "versions": _versions(),
         "machine": {

@@ -8,17 +8,15 @@ from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.functions import attend, attention_scores, dot_product_attention, explain
 from mha_jax.attention.masks import (
     Causal,
-    ChunkedCausal,
     Dense,
-    Dilated,
     Full,
     Mask,
-    PrefixLM,
     SameSegment,
     ValidKeys,
     ValidQueries,
     Window,
 )
+from mha_jax.attention.patterns import ChunkedCausal, Dilated, PrefixLM
 from mha_jax.attention.rotary import Rotary
 from mha_jax.attention.scores import scores_entropy, scores_max, scores_mean, scores_top_k
 from mha_jax.attention.tokens import Tokens

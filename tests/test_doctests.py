@@ -9,21 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import benchmarks
 import mha_jax
 
 # What an example may use without importing it.
 NAMES = {"jax": jax, "jnp": jnp, "np": np, "mj": mha_jax}
-# Programs, whose modules need the packages of the `train` extra.
-PROGRAMS = ("mha_jax.train",)
+# Modules that need packages which few have: those of the `train` extra, rivals of the bench.
+TRAIN, RIVALS = "mha_jax.train.", "benchmarks.peers."
 MODULES = [
     module.name
-    for module in pkgutil.walk_packages(mha_jax.__path__, "mha_jax.")
-    if not module.name.startswith(PROGRAMS)
+    for package in (mha_jax, benchmarks)
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    if not module.name.startswith(RIVALS)
 ]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name):
+    if name.startswith(TRAIN):
+        for package in ("absl", "grain", "ml_collections", "orbax.checkpoint"):
+            pytest.importorskip(package, reason='pip install -e ".[train]"')
     module = importlib.import_module(name)
     results = doctest.testmod(module, extraglobs=NAMES)
     assert results.failed == 0, f"{results.failed} of {results.attempted} examples of {name} failed"

@@ -438,7 +438,12 @@ CALLING = [
     wrong("axis_out_of_range", lambda: functional(attention_axes=(3,)), "attention_axes=(3,)"),
     wrong("axis_of_features", lambda: functional(attention_axes=(2,)), "holds the features"),
     wrong("axis_repeated", lambda: functional(attention_axes=(1, -2)), "each axis once", "(1, 1)"),
-    wrong("float_attention_mask", lambda: functional(attention_mask=ones(T, S)), "`bias`"),
+    wrong(
+        "float_attention_mask",
+        lambda: functional(attention_mask=ones(T, S)),
+        "attention_mask holds",
+        "`bias`",
+    ),
     wrong(
         "attention_mask_of_keys",
         lambda: functional(attention_mask=np.ones((B, S), bool)),
@@ -464,7 +469,12 @@ CALLING = [
         lambda: functional(key_mask=np.ones((B, S, 1, 1), bool)),
         "key_mask of shape",
     ),
-    wrong("float_key_mask", lambda: functional(key_mask=ones(B, S)), "True or False", "float32"),
+    wrong(
+        "float_key_mask",
+        lambda: functional(key_mask=ones(B, S)),
+        "key_mask holds True or False",
+        "float32",
+    ),
     wrong(
         "mask_as_array", lambda: functional(mask=BOOL_TS), "mask", "attention_mask", kind=MhaError
     ),

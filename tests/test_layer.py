@@ -643,8 +643,12 @@ def test_parameters_of_another_layer_are_refused():
     gated = mj.MultiHeadAttention(2, 3, use_gate=True)
     params = {m: m.init(jax.random.key(0), X, X) for m in (biased, plain, gated)}
     for layer, given, message in (
-        (biased, plain, "they lack a bias of query, key, value, attention_output"),
-        (plain, biased, "they have a bias of query, key, value, attention_output"),
+        (
+            biased,
+            plain,
+            "they lack a bias of query, a bias of key, a bias of value, a bias of attention_output",
+        ),
+        (plain, biased, "they have a bias of query, a bias of key"),
         (gated, biased, "no kernel for gate"),
         (biased, gated, "they have a gate"),
     ):

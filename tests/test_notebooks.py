@@ -6,6 +6,7 @@ Every test executes one notebook on the CPU and reads what its cells printed; `j
 
 import base64
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -149,6 +150,17 @@ def test_long_context(execute):
     assert re.search(r"tiled, window of 256 .* 8192: \d+ ms", text)
 
 
+def test_on_a_tpu(execute, tmp_path):
+    text = printed(execute("on_a_tpu"))
+    assert re.search(r"blockwise +can run", text)
+    assert "2 on each device; moved: nothing" in text
+    found = json.loads((tmp_path / "on_a_tpu.json").read_text())
+    assert found["device"] == "cpu"
+    assert len(found["layer_seconds"]["mha_jax, forward and backward"]) == 3
+    held = list(found["temporary_bytes"].values())
+    assert held[-1] < 2.5 * held[-2], "memory grows with T"
+
+
 # ---- as they are stored -------------------------------------------------------------------------
 
 
@@ -159,6 +171,7 @@ def test_the_notebooks_are_those():
         "masks_and_dropout",
         "looking_inside",
         "long_context",
+        "on_a_tpu",
     }
 
 

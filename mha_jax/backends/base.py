@@ -31,6 +31,10 @@ class Backend:
         """Say in words why this problem cannot run on `platform`, or return None."""
         return None
 
+    def on(self, platform: str) -> "Backend":
+        """Return this backend with what it leaves open chosen for a platform."""
+        return self
+
     def forward(self, problem: Problem) -> State:
         """Return the output and the statistics of every row."""
         raise NotImplementedError(

@@ -94,12 +94,15 @@ class CuDNN(Backend):
         first = _valid_keys_are_first(problem)
         if first is None:
             return _forward(problem)
-        return lax.cond(first, _forward, self.tiled().forward, problem)
+        return lax.cond(first, _forward, self._tiles().forward, problem)
 
     def _cotangent(self, problem: Problem, state: State, cotangent: Output) -> Moves:
         fits, first = jnp.all(cotangent.lse == 0), _valid_keys_are_first(problem)
         fits = fits if first is None else fits & first
-        return lax.cond(fits, _backward, self.tiled().cotangent, problem, state, cotangent)
+        return lax.cond(fits, _backward, self._tiles().cotangent, problem, state, cotangent)
+
+    def _tiles(self) -> Backend:
+        return self.tiled().on("cuda")
 
 
 # ---- what cuDNN can do ----------------------------------------------------------------------------

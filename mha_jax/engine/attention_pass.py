@@ -243,6 +243,7 @@ def _program(
     """Return the pass as a compiled function of flat arrays, for a platform and a place."""
     problem = this.problem(kinds)
     backend = choose(problem, platform) if this.backend is None else this.backend
+    backend = backend.on(platform)
     if not place.free:
         return _whole_program(this, backend)
     cuttable = backend.partitionable()

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax.attention.check import mask_array
+from mha_jax.attention.fitted import mask_array
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, ArrayLike
 
@@ -106,7 +106,7 @@ class Folding:
         Raises:
           ShapeError: If it does not broadcast to the input's shape without its features.
         """
-        flags = mask_array(flags)
+        flags = mask_array(flags, name)
         if flags.ndim > len(self.shape) or any(
             x not in (1, y) for x, y in zip(flags.shape[::-1], self.shape[::-1])
         ):
@@ -132,7 +132,7 @@ def fold_mask(mask: ArrayLike, query: Folding, key: Folding, heads: int) -> Arra
     Raises:
       ShapeError: If the mask does not broadcast to the scores.
     """
-    mask = mask_array(mask)
+    mask = mask_array(mask, "attention_mask")
     groups = (query.batch, (heads,), query.extent, key.extent)
     shape = sum(groups, ())
     pairs = len(query.extent) + len(key.extent)

@@ -7,12 +7,11 @@ D input width   E output width   H query-key head size   V value head size
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, Never
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from typing_extensions import Never
 
 from mha_jax.attention.biases import Bias
 from mha_jax.attention.cache import Cache
@@ -197,7 +196,7 @@ class MultiHeadAttention(Arguments, nn.Module):
         params = nn.meta.unbox(self.variables.get("params", {}))
         observe = None
         if not self.is_initializing():
-            projections.check_names(params, self.use_bias, self.use_gate)
+            projections.check_names(params, self.has_bias, self.use_gate)
             if self.is_mutable_collection("losses"):
                 observe = _sow_losses(self, params, query, value)
         kept = {

@@ -7,14 +7,13 @@ is its `variables["params"]`, and `nnx.update(layer, variables["params"])` goes 
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Never
 
 import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from typing_extensions import Never
 
 from mha_jax.attention.biases import Bias
 from mha_jax.attention.cache import Cache
@@ -299,7 +298,7 @@ class MultiHeadAttention(Arguments, nnx.Module):
         True
         """
         params = nn.meta.unbox(variables.get("params", {}))
-        projections.check_names(params, module.use_bias, module.use_gate)
+        projections.check_names(params, module.has_bias, module.use_gate)
         widths = (params[name]["kernel"].shape[0] for name in ("query", "value", "key"))
         names = (field.name for field in dataclasses.fields(cls))
         layer = cls(

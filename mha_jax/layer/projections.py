@@ -7,6 +7,7 @@ Kernels are three-dimensional, as in Keras: query (D, N, H), key (D, K, H), valu
 (D, N, V), output (N, V, *output_shape); biases (N, H), (K, H), (K, V), (N, V), output_shape.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -53,13 +54,13 @@ def init(
 
 
 def check_names(
-    params: Params, use_bias: bool | tuple[str, ...] | None = None, use_gate: bool | None = None
+    params: Params, has_bias: Callable[[str], bool] | None = None, use_gate: bool = False
 ) -> None:
     """Refuse parameters that are not the layer's.
 
     Args:
       params: {"query": {"kernel": ..., "bias": ...}, ...}.
-      use_bias, use_gate: What the layer has; None where its parameters tell.
+      has_bias, use_gate: What the layer has, by a projection's name; None where its parameters tell.
 
     Raises:
       WeightsError: Naming what is missing, or too many.
@@ -71,17 +72,16 @@ def check_names(
             f"the parameters have no kernel for {', '.join(missing)}: got {sorted(params)}. "
             'Pass variables["params"] of the layer itself, or what init_params returns.'
         )
-    if use_bias is None:
+    if has_bias is None:
         return
-    biased = names if use_bias is True else use_bias or ()
-    odd = [name for name in names if ("bias" in params[name]) is not (name in biased)]
-    if odd or ("gate" in params and not use_gate):
-        what = f"a bias of {', '.join(odd)}" if odd else "a gate"
-        has = "lack" if odd and "bias" not in params[odd[0]] else "have"
+    lacking = [f"a bias of {x}" for x in names if has_bias(x) and "bias" not in params[x]]
+    more = [f"a bias of {x}" for x in names if not has_bias(x) and "bias" in params[x]]
+    more += ["a gate"] if "gate" in params and not use_gate else []
+    if lacking or more:
         raise WeightsError(
-            f"the parameters do not fit the layer: it has use_bias={use_bias}, use_gate={use_gate}, and they "
-            f"{has} {what}. Initialise the layer with these arguments, or "
-            "make it as the parameters were made."
+            "the parameters do not fit the layer: they "
+            f"{'lack' if lacking else 'have'} {', '.join(lacking or more)}. Make the layer with the use_bias "
+            "and use_gate of these parameters, or initialise it again."
         )
 
 

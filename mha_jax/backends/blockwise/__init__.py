@@ -15,10 +15,32 @@ from mha_jax.backends.blockwise.tiles import Tiles, Tiling
 from mha_jax.errors import ShapeError
 from mha_jax.types import Size
 
-# Weights in one tile of short sequences.
-_WHOLE = 2**19
 # Weights in a tile of all examples and heads, on all devices together.
 _TOGETHER = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Sizes that suit a kind of processor.
+
+    Args:
+      side: Query rows, over the G heads of a pair, and keys of a tile.
+      short: Weights in one tile of short sequences.
+      weights: Weights in a tile of longer ones, which holds as many pairs, and is as wide up to a quarter of
+        the lengths; None: two pairs.
+      halves: Multiply what rests on bfloat16 inputs in bfloat16, summed in float32: what tensor cores do.
+    """
+
+    side: int
+    short: int
+    weights: int | None = None
+    halves: bool = False
+
+
+CPU = Tuning(512, 2**19)
+# Every operation on a tile is a launch, of microseconds, so that tiles are few, and large: 64 MiB of logits.
+GPU = Tuning(1024, 2**24, 2**24, halves=True)
+_TUNINGS = {"cuda": GPU, "rocm": GPU}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +52,7 @@ class Blockwise(Backend):
       pairs: Pairs of an example and a key-value head in one tile, at most; None chooses.
       exhaustive: Visit also the tiles that nothing can see, so that reverse mode can pass twice.
       apart: Keep examples and heads as axes of their own, which XLA can cut over devices.
+      tuning: What the sizes that are None are chosen by; None is that of the platform lowered for.
     """
 
     bias_rules = True
@@ -39,6 +62,10 @@ class Blockwise(Backend):
     pairs: int | None = None
     exhaustive: bool = False
     apart: bool = False
+    tuning: Tuning | None = None
+
+    def on(self, platform: str) -> Backend:
+        return dataclasses.replace(self, tuning=self.tuning or _TUNINGS.get(platform, CPU))
 
     def __post_init__(self):
         for name in ("block_q", "block_k", "pairs"):
@@ -68,16 +95,22 @@ class Blockwise(Backend):
         """
         b, t, _, _ = problem.q.shape
         s, kv = problem.k.shape[1:3]
+        tuning = self.tuning or CPU
+        rest = {"exhaustive": self.exhaustive, "halves": tuning.halves}
         if self.apart or not all(isinstance(size, int) for size in (b, t, s)):
-            return Tiling(*self._blocks_apart(problem), Apart(b, kv), self.exhaustive)
-        rows = problem.groups * t
+            return Tiling(*self._blocks_apart(problem), Apart(b, kv), **rest)
+        rows, side, wanted = problem.groups * t, tuning.side, 2
+        if tuning.weights is not None:
+            while 8 * side <= min(rows, s) and b * kv * 4 * side * side <= tuning.weights:
+                side *= 2
+            wanted = max(1, tuning.weights // (min(rows, side) * min(s, side)))
         step = problem.heads_first and rows <= 16 and s <= 8192
-        short = rows <= 512 and s <= 512
-        wanted = self.pairs or (b * kv if step else _WHOLE // (rows * s) if short else 2)
+        short = rows <= tuning.side and s <= tuning.side
+        wanted = self.pairs or (b * kv if step else tuning.short // (rows * s) if short else wanted)
         pairs = next(d for d in range(min(b * kv, wanted), 0, -1) if b * kv % d == 0)
-        block_q = _near(max(1, (self.block_q or 512) // problem.groups), t)
-        block_k = _near(self.block_k or (s if step else 512), s)
-        return Tiling(block_q, block_k, Grouped(b, kv, pairs), self.exhaustive)
+        block_q = _near(max(1, (self.block_q or side) // problem.groups), t)
+        block_k = _near(self.block_k or (s if step else side), s)
+        return Tiling(block_q, block_k, Grouped(b, kv, pairs), **rest)
 
     def _blocks_apart(self, problem: Problem) -> tuple[Size, Size]:
         """Return sizes of tiles that hold all examples and heads; whole lengths where they are symbols."""
@@ -85,7 +118,7 @@ class Blockwise(Backend):
         s = problem.k.shape[1]
         if not (isinstance(t, int) and isinstance(s, int)):
             return t, s
-        side = 512
+        side = (self.tuning or CPU).side
         while side > 64 and isinstance(b, int) and b * n * side * side > _TOGETHER:
             side //= 2
         return _near(self.block_q or side, t), _near(self.block_k or side, s)

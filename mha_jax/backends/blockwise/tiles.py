@@ -39,12 +39,14 @@ class Tiling:
       layout: How examples and heads lie side by side.
       exhaustive: Visit every tile, masked, by loops of fixed length that recompute their steps: what
         reverse mode can differentiate.
+      halves: Multiply in bfloat16 where the inputs are, and no other precision is asked for.
     """
 
     block_q: Size
     block_k: Size
     layout: Grouped | Apart
     exhaustive: bool = False
+    halves: bool = False
 
 
 class Visits(NamedTuple):
@@ -184,6 +186,8 @@ class Tiles:
     def dot(self, spec: str, a: Array, b: Array) -> Array:
         """Multiply tiles, summing in the accumulator's dtype."""
         precision = self.rules.precision
+        if self.tiling.halves and precision is None and self.problem.q.dtype == jnp.bfloat16:
+            a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
         return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=self.dtype)
 
     def dense_of(self, dense: Array, at: Place) -> Array:

@@ -300,4 +300,5 @@ class _Kernel:
         )
         at = jnp.asarray(chunk, jnp.int32).reshape(1)
         prefetched = (at, jnp.asarray(order.table), jnp.asarray(order.source))
-        return launch(*prefetched, *(stream.array for stream in inputs.values()))
+        with jax.named_scope(self.name):  # jax 0.7 names the kernel nowhere in the program
+            return launch(*prefetched, *(stream.array for stream in inputs.values()))

@@ -1,0 +1,105 @@
+"""Ahead-of-time compilation for GPUs that are not there: who runs what, and nothing of T x S."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import gpu_cards
+from mha_jax import Call, Causal, MultiHeadAttention, attend
+
+if (why := gpu_cards.missing()) is not None:
+    pytest.skip(why, allow_module_level=True)
+
+LENGTH, WIDTH, HEADS = 4096, 64, 4
+FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+# The logits of the largest tile, and what a tile's operations launch at most.
+LARGEST, LAUNCHES = 2**24, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer, and how it is called."""
+
+    card: str
+    training: bool = False
+    dtype: Any = jnp.bfloat16
+    causal: bool = True
+    padded: bool = False
+    tiles: bool = False  # whether a loop over tiles is there
+    fused: bool = True  # whether cuDNN is called
+    options: dict = dataclasses.field(default_factory=dict)
+
+    def compile(self):
+        options = {"num_heads": HEADS, "key_dim": 64, "dtype": self.dtype} | self.options
+        layer = MultiHeadAttention(**options)
+        x = jax.ShapeDtypeStruct((1, LENGTH, WIDTH), self.dtype)
+        small = jnp.zeros((1, 3, WIDTH), self.dtype)
+        variables = jax.eval_shape(lambda: layer.init(jax.random.key(0), small, small))
+
+        def loss(variables, x, real, words):
+            masks = {"query_mask": real, "value_mask": real} if self.padded else {}
+            out = layer.apply(
+                *(variables, x, x),
+                use_causal_mask=self.causal,
+                training=self.training,
+                rngs={"dropout": jax.random.wrap_key_data(words)},
+                **masks,
+            )
+            return jnp.sum(out.astype(jnp.float32))
+
+        real = jax.ShapeDtypeStruct((1, LENGTH), jnp.bool_)
+        words = jax.ShapeDtypeStruct((2,), jnp.uint32)
+        step = jax.grad(loss) if self.training else loss
+        return gpu_cards.counts(gpu_cards.compiled(self.card, step, variables, x, real, words))
+
+
+GRID = {
+    "causal": Layer("A100", training=True),
+    "full": Layer("H100", causal=False, dtype=jnp.float16),
+    "window_of_the_past": Layer("B200", training=True, options={"sliding_window": 512}),
+    "few_kv_heads": Layer("H100", options={"num_kv_heads": 2, "value_dim": 40}),
+    "padding": Layer("H100", training=True, padded=True, tiles=True),
+    "float32": Layer("A100", training=True, dtype=jnp.float32, tiles=True, fused=False),
+    "dropout": Layer("B200", training=True, tiles=True, fused=False, options={"dropout": 0.1}),
+    "window": Layer("A100", causal=False, tiles=True, fused=False, options={"sliding_window": 512}),
+    "wide_heads": Layer("A100", tiles=True, fused=False, options={"key_dim": 136}),
+}
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_the_layer_compiles_takes_the_right_backend_and_keeps_nothing_of_t_x_s(name):
+    case = GRID[name]
+    found = case.compile()
+    wanted = {FORWARD, BACKWARD} if case.training else {FORWARD}
+    assert wanted.intersection(found.calls) == (wanted if case.fused else set())
+    assert bool(found.loops) == case.tiles
+    assert max(found.loops, default=0) <= LAUNCHES
+    assert found.largest <= LARGEST < HEADS * LENGTH * LENGTH
+    assert found.temporaries < 4 * HEADS * LENGTH * LENGTH
+
+
+def test_the_branch_beside_cudnn_is_there_only_where_the_cotangent_of_lse_is():
+    x = jax.ShapeDtypeStruct((1, 2048, 2, 64), jnp.bfloat16)
+
+    def gradients(both):
+        def function(q, k, v):
+            out, pull = jax.vjp(lambda *a: attend(Call(*a, mask=Causal())), q, k, v)
+            zeros = jnp.zeros_like(out.lse)
+            return pull(out if both else out._replace(lse=zeros))
+
+        return gpu_cards.counts(gpu_cards.compiled("H100", function, x, x, x))
+
+    assert gradients(both=True).loops and BACKWARD in gradients(both=True).calls
+    assert not gradients(both=False).loops
+
+
+def test_the_measure_sees_loops_and_large_arrays():
+    x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    looped = gpu_cards.counts(
+        gpu_cards.compiled("H100", lambda x: jax.lax.fori_loop(0, 7, lambda i, y: y @ x, x), x)
+    )
+    assert len(looped.loops) == 1 and 1 <= looped.loops[0] <= 4
+    assert looped.largest == 1024 * 1024

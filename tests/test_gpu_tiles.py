@@ -1,0 +1,97 @@
+"""The tiles that a GPU is given: few and large, multiplied in bfloat16, and as right as the others."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mha_jax import Call, Causal, attend
+from mha_jax.attention.check import check
+from mha_jax.backends.blockwise import CPU, GPU, Blockwise, Tuning
+from mha_jax.backends.blockwise.tiles import Tiles
+from mha_jax.backends.reference import Reference
+from tests import oracles
+from tests.cases import CASES
+from tests.test_backends import BACKWARD, FORWARD, run, truth
+
+NAMES = ("packed_causal", "dropout_causal", "bias_dense")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_products_in_bfloat16_are_as_right_as_bfloat16_can_be(name):
+    (case,) = (case for case in CASES if case.name == name)
+    (out, lse), gradients = truth(case, jnp.bfloat16)
+    wanted = {"out": out, "lse": lse} | {f"d{key}": x for key, x in gradients.items()}
+
+    def errors(backend):
+        (out, lse), gradients = run(backend, case, jnp.bfloat16)
+        got = {"out": out, "lse": lse} | {f"d{key}": x for key, x in gradients.items()}
+        return {key: oracles.relative_error(got[key], wanted[key]) for key in wanted}
+
+    own, plain = errors(Blockwise(16, 8, tuning=GPU)), errors(Reference())
+    for key in wanted:
+        multiple = FORWARD if key in ("out", "lse") else BACKWARD
+        assert own[key] <= multiple * plain[key], key
+
+
+def dots_in_bfloat16(dtype, **options):
+    """Return how many products of a program for CUDA have two bfloat16 operands, and how many others."""
+    x = jax.ShapeDtypeStruct((1, 64, 2, 12), dtype)
+
+    def both(q, k, v):
+        out, pull = jax.vjp(lambda *a: attend(Call(*a, logit_cap=9.0, **options)).out, q, k, v)
+        return pull(out)
+
+    text = jax.jit(both).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    lines = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    halves = sum(line.rsplit(" : (", 1)[1].split(" -> ")[0].count("bf16") == 2 for line in lines)
+    return halves, len(lines) - halves
+
+
+def test_tensor_cores_get_halves_where_the_inputs_are_and_nobody_asks_for_more():
+    assert dots_in_bfloat16(jnp.bfloat16) == (7, 0)
+    assert dots_in_bfloat16(jnp.float32) == (0, 7)
+    assert dots_in_bfloat16(jnp.bfloat16, precision="highest")[0] < 7
+
+
+def tiles_of(tuning, b, t, n, kv, mask=None):
+    q, k = jnp.zeros((b, t, n, 8), jnp.bfloat16), jnp.zeros((b, t, kv, 8), jnp.bfloat16)
+    problem = check(Call(q, k, k, mask=mask or Causal()))
+    return Tiles(problem, Blockwise(tuning=tuning).tiling(problem))
+
+
+def turns(tiles):
+    """Return how many tiles are visited one after the other."""
+    order = tiles.visits(by_rows=True)
+    return tiles.layout.groups * int(order.live.sum()) // order.live.shape[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "on_cpu", "on_gpu"),
+    [
+        ((1, 4096, 16, 16), 288, 10),
+        ((8, 4096, 16, 4), 2304, 80),
+        ((1, 16384, 1, 1), 528, 10),
+        ((8, 512, 8, 8), 32, 1),
+    ],
+)
+def test_a_gpu_is_given_few_tiles(shape, on_cpu, on_gpu):
+    assert turns(tiles_of(CPU, *shape)) == on_cpu
+    tiles = tiles_of(GPU, *shape)
+    assert turns(tiles) == on_gpu
+    weights = tiles.layout.pairs * tiles.groups * tiles.tiling.block_q * tiles.tiling.block_k
+    assert weights <= 2**24
+
+
+def test_the_platform_lowered_for_chooses_the_sizes():
+    x = jax.ShapeDtypeStruct((1, 2048, 2, 8), jnp.float32)
+    function = jax.jit(lambda q, k, v: attend(Call(q, k, v)).out)
+    for platform, side in {"cuda": 1024, "rocm": 1024, "cpu": 512}.items():
+        text = function.trace(x, x, x).lower(lowering_platforms=(platform,)).as_text()
+        assert f"tensor<2x{side}x{side}xf32>" in text, platform
+
+
+def test_sizes_that_are_given_stay():
+    mine = Tuning(64, 2**10)
+    assert Blockwise(tuning=mine).on("cuda") == Blockwise(tuning=mine)
+    assert Blockwise(block_q=7).on("rocm") == Blockwise(block_q=7, tuning=GPU)
+    assert Blockwise().on("other").tuning == CPU
