@@ -18,7 +18,7 @@ To add a mask: subclass `Mask`, register it as a pytree with static fields, writ
 
 import dataclasses
 import numbers
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +101,8 @@ class Mask:
     [[1, 0], [1, 1]]
     """
 
+    # Whether its arrays are numbers of their own meaning; those of other masks are truth values.
+    holds_numbers: ClassVar[bool] = False
     __array_ufunc__ = None  # NumPy leaves `array & mask` to the mask
 
     def visible(self, q: Facts, k: Facts) -> Any:
@@ -124,7 +126,11 @@ class Mask:
 
     def matrix(self, q: Tokens, k: Tokens) -> Bool[np.ndarray, "*B T S"]:
         """Return the mask as NumPy, [T, S] or [#B, #N, T, S]: to look at, not to compute with."""
-        mask = jax.tree.map(lambda a: a if isinstance(a, Mask) else np.asarray(a, bool), self)
+        mask = jax.tree.map(
+            lambda a: a if isinstance(a, Mask) else np.asarray(a, bool),
+            self,
+            is_leaf=lambda a: isinstance(a, Mask) and a.holds_numbers,
+        )
         seen = np.asarray(mask.visible(q.as_queries(), k.as_keys()))
         shape = np.broadcast_shapes(seen.shape, (1, 1, q.length, k.length))
         seen = np.broadcast_to(seen, shape)

@@ -83,6 +83,8 @@ class PrefixLM(Mask):
     [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
     """
 
+    holds_numbers = True
+
     lengths: Int[ArrayLike, "..."] | int
 
     def visible(self, q, k):
