@@ -12,7 +12,7 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ def _ours(work: Work, backend: Any = None) -> Callable:
     return attention
 
 
-def _jax_nn(work: Work, implementation: str) -> Callable:
+def _jax_nn(work: Work, implementation: Literal["xla", "cudnn"]) -> Callable:
     def attention(q, k, v, valid, bias, words):
         options: dict[str, Any] = {"is_causal": work.mask in ("causal", "window")}
         if work.mask == "window":

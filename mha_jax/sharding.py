@@ -1,16 +1,24 @@
-"""What a user says of a mesh: how parameters lie on it, and which of its axes cut a kernel.
+"""What a user says of a mesh: how parameters and tokens lie on it, and which of its axes cut attention.
 
 Attention itself is cut where JAX says it: along explicit axes, which stand in the types of arrays, or as
-XLA's partitioner finds it; `Sharded` names the axes where neither can be asked.
+XLA's partitioner finds it; `Sharded` names the axes where neither can be asked. In a `jax.shard_map` of the
+caller's own, `Ring`, `Gather` and `Heads` are backends for shards of the tokens.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import PartitionSpec
 
+from mha_jax.attention.tokens import Tokens
+from mha_jax.backends.sequence import Gather as Gather
+from mha_jax.backends.sequence import Heads as Heads
+from mha_jax.backends.sequence import Ring as Ring
+from mha_jax.engine.mesh import explicit_axes
 from mha_jax.engine.run import Sharded as Sharded
 from mha_jax.errors import ShapeError
 from mha_jax.types import Params
@@ -114,3 +122,80 @@ def with_logical_names(params: Params) -> Any:
     return jax.tree.map(
         lambda array, names: nn.LogicallyPartitioned(array, names), params, logical_axes(params)
     )
+
+
+# ---- the order of tokens ------------------------------------------------------------------------
+
+
+def balanced(x: Any, axis: int, parts: int, tokens: Tokens | None = None) -> tuple[Any, Tokens]:
+    """Reorder tokens so that devices with equal shards of them have equal work under a causal mask.
+
+    The tokens are cut into 2 x `parts` pieces; a device has an early piece and the late one that mirrors it.
+    The tokens that are returned say which row each of them was, so masks, windows, rotary and dropout give
+    what they give in the first order. It is an order of data, best made where the data is loaded: embeddings
+    of positions, and losses that pair a token with the next one, are reordered likewise.
+
+    Args:
+      x: An array, or a tree of them, whose axis `axis` is the tokens'.
+      axis: That axis.
+      parts: The number of devices that have shards of the tokens.
+      tokens: The tokens of `x`, plain ones if None.
+
+    Returns:
+      The arrays in the new order, and their tokens: `query_tokens` and `key_tokens` of a layer.
+
+    Raises:
+      ShapeError: If there are fewer than one part, or the lengths differ.
+
+    >>> x, tokens = balanced(jnp.arange(8.0), axis=0, parts=2)
+    >>> x.tolist(), tokens.rows.tolist()
+    ([0.0, 1.0, 6.0, 7.0, 2.0, 3.0, 4.0, 5.0], [[0, 1, 6, 7, 2, 3, 4, 5]])
+    >>> restored(x, axis=0, parts=2).tolist()
+    [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    """
+    order = _zigzag(_length(x, axis, tokens), parts)
+    tokens = Tokens(len(order)) if tokens is None else tokens
+    found = dataclasses.replace(tokens, index=tokens.rows)
+    return _taken(x, order, axis), found.map(lambda a: _taken(a, order, a.ndim - 1), len(order), 0)
+
+
+def restored(x: Any, axis: int, parts: int) -> Any:
+    """Return arrays that `balanced` has reordered, or what was computed from them, in the first order.
+
+    Arguments and errors as `balanced`.
+    """
+    return _taken(x, np.argsort(_zigzag(_length(x, axis), parts)), axis)
+
+
+def _taken(x: Any, order: np.ndarray, axis: int) -> Any:
+    """Take entries of an axis of arrays, which keep their type where it says how they lie on a mesh."""
+
+    def take(a):
+        where = (*[slice(None)] * (axis % a.ndim), order)
+        if isinstance(a, np.ndarray):
+            return a[where]
+        place = jax.typeof(a).sharding
+        if explicit_axes(place.mesh):
+            return a.at[where].get(out_sharding=place)
+        return a[where]
+
+    return jax.tree.map(take, x)
+
+
+def _length(x: Any, axis: int, tokens: Tokens | None = None) -> int:
+    lengths = {a.shape[axis] for a in jax.tree.leaves(x)}
+    lengths |= set() if tokens is None else {tokens.length}
+    if len(lengths) != 1:
+        raise ShapeError(
+            f"axis {axis} of all arrays is the tokens', of one length: got {sorted(lengths)}. "
+            "Reorder queries and keys of different lengths one after the other."
+        )
+    return lengths.pop()
+
+
+def _zigzag(length: int, parts: int) -> np.ndarray:
+    """Return the tokens in the order in which every part has an early and a late piece."""
+    if parts < 1:
+        raise ShapeError(f"parts={parts}: expected the number of devices, 1 or more.")
+    pieces = np.array_split(np.arange(length), 2 * parts)
+    return np.concatenate([np.concatenate([pieces[i], pieces[-1 - i]]) for i in range(parts)])

@@ -20,7 +20,7 @@ from mha_jax.attention.check import Names, check, checked_sinks
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Dense, Full, Mask
 from mha_jax.attention.tokens import Tokens, zero_invalid
-from mha_jax.engine.choose import reasons
+from mha_jax.engine.run import explain as explain_problem
 from mha_jax.engine.run import run
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, ArrayLike, Float, Int, Precision
@@ -214,18 +214,21 @@ def attention_scores(
     return _unfolded(scores.astype(call.q.dtype), lead)
 
 
-def explain(call: Call, platform: str | None = None) -> dict[str, str]:
+def explain(call: Call, platform: str | None = None, backend: Any = None) -> dict[str, str]:
     """Say for every backend whether it can run a call, without running it.
 
     Args:
       call: The call; `jax.ShapeDtypeStruct`s do for its arrays.
       platform: "cpu", "cuda", "rocm" or "tpu"; that of this process if None.
+      backend: As for `attend`; a `Sharded` with names of mesh axes, say.
 
     Returns:
-      A sentence for each backend, in order of preference: "can run", or what stands in the way.
+      A sentence for each backend, in order of preference: "can run", or what stands in the way. Where the
+      context or the types of arrays have a mesh that cuts the tokens, "sequence" says how, and why so.
 
     Raises:
       ShapeError: If the call is malformed or the platform unknown.
+      UnsupportedError: If the call cannot be cut as `backend` says.
 
     >>> x = jax.ShapeDtypeStruct((1, 5, 2, 4), jnp.float32)
     >>> explain(Call(x, x, x), platform="cpu")["blockwise"]
@@ -234,7 +237,7 @@ def explain(call: Call, platform: str | None = None) -> dict[str, str]:
     found: dict[str, str] = {}
 
     def trace(call):
-        found.update(reasons(check(call), platform))
+        found.update(explain_problem(check(call), platform, backend))
 
     jax.eval_shape(trace, call)
     return found

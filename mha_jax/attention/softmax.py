@@ -79,6 +79,13 @@ def grow(
     return p, fix, new, l * fix + jnp.sum(p, axis=-1, keepdims=True)
 
 
+def merge(a: Running, b: Running) -> Running:
+    """Return the state of rows that have seen the keys of both, none of them twice."""
+    m = jnp.maximum(a.m, b.m)
+    shrunk_a, shrunk_b = (jnp.exp(x.m - finite(m)) for x in (a, b))
+    return Running(a.acc * shrunk_a + b.acc * shrunk_b, m, a.l * shrunk_a + b.l * shrunk_b)
+
+
 def reciprocal(l: Float[Array, "*R"]) -> Float[Array, "*R"]:
     """Return 1 / l, and 0 for rows that saw no key. A NaN, of a row that saw one, stays."""
     seen = l != 0

@@ -59,6 +59,10 @@ class Backend:
         """Return a backend whose `cotangent` and `tangent` JAX can differentiate: the tiled one."""
         return self.tiled().differentiable()
 
+    def rests_on_state(self) -> bool:
+        """Whether `cotangent` and `tangent` rebuild weights from the state: keys may be a part of a row's."""
+        return True
+
     def partitionable(self) -> "Backend | None":
         """Return this backend in a form that XLA can cut over devices, or None: then shards run alone."""
         return None

@@ -64,5 +64,8 @@ class Reference(Backend):
     def differentiable(self) -> Backend:
         return self
 
+    def rests_on_state(self) -> bool:
+        return False
+
     def partitionable(self) -> Backend:
         return self

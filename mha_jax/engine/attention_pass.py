@@ -12,8 +12,11 @@ it is lowered, for one platform or for several in one program,
 * a kernel is cut by a `jax.shard_map` over the mesh lowered for, along the axes that types say explicitly,
   that the caller named, or that have common names.
 
-The tokens of one example stay on one device. Where K is no multiple of the head axis, keys and values are
-held by every device of it, and each takes the key-value head that its query heads read.
+* tokens of one example that lie on several devices are attended by a backend of `backends.sequence`, which
+  holds the chosen one. Their shards have equal lengths: what is added is hidden, and cut off the results.
+
+Where K is no multiple of the head axis, keys and values are held by every device of it, and each takes the
+key-value head that its query heads read.
 """
 
 import dataclasses
@@ -31,8 +34,9 @@ from mha_jax.attention.biases import floats
 from mha_jax.attention.call import Moves, Output, Problem, State
 from mha_jax.backends.base import Backend
 from mha_jax.engine import mesh as meshes
-from mha_jax.engine.choose import PLATFORMS, choose, default_platform
-from mha_jax.engine.mesh import Axes, Place, Wanted, fitting
+from mha_jax.engine.choose import PLATFORMS, complete, default_platform
+from mha_jax.engine.cuts import Cut, pad, padded, plan, without_padded_keys
+from mha_jax.engine.mesh import Place, Wanted
 from mha_jax.errors import UnsupportedError
 from mha_jax.types import Array
 
@@ -78,10 +82,10 @@ class Pass:
         leaves = [jax.ShapeDtypeStruct(shape, x.dtype) for shape, x in zip(shapes, kinds)]
         return jax.tree.unflatten(self.tree, leaves)[0]
 
-    def of_leaves(self, backend: Backend, axes: Axes = Axes()) -> Callable[..., list[Array]]:  # noqa: B008
+    def of_leaves(self, backend: Backend, cut: Cut | None = None) -> Callable[..., list[Array]]:
         """Return the pass as a function of flat arrays, whole or those of one shard."""
 
-        run = partial(_on_shard, self.run, axes) if axes.batch or axes.heads else self.run
+        run = self.run if cut is None else partial(_on_shard, self.run, cut)
 
         def function(*leaves):
             return jax.tree.leaves(run(backend, *jax.tree.unflatten(self.tree, leaves)))
@@ -177,15 +181,18 @@ def _as_array(x: Any) -> Array:
 # ---- one shard ----------------------------------------------------------------------------------
 
 
-def _on_shard(run: Callable, axes: Axes, backend: Backend, problem: Problem, *args: Any) -> Any:
+def _on_shard(run: Callable, cut: Cut, backend: Backend, problem: Problem, *args: Any) -> Any:
     """Run a pass of a backend on the shard of this device."""
     if problem.bias_rule is not None:
         raise UnsupportedError(
             f"{type(backend).__name__} is cut over a mesh, and biases by rule are not. Let `partitionable` "
             "return a form of it that XLA can cut, or pass the bias as an array."
         )
-    rest = list(args)
-    b, _, n, _ = problem.q.shape
+    rest, axes = list(args), cut.axes
+    b, t, n, _ = problem.q.shape
+    sides = zip((problem.q_tokens, problem.k_tokens), (t, problem.k.shape[1]))
+    q_tokens, k_tokens = (dataclasses.replace(tokens, length=n) for tokens, n in sides)
+    problem = dataclasses.replace(problem, q_tokens=q_tokens, k_tokens=k_tokens)
     if problem.dropout is not None:
         dropout = problem.dropout
         dropout = dataclasses.replace(
@@ -194,6 +201,7 @@ def _on_shard(run: Callable, axes: Axes, backend: Backend, problem: Problem, *ar
             head_start=dropout.head_start + _index(axes.heads) * n,
         )
         problem = dataclasses.replace(problem, dropout=dropout)
+    problem = without_padded_keys(problem, cut)
     shared = bool(axes.heads) and not axes.keys
     kv = problem.k.shape[2]
     # Where the devices of the head axis hold all key-value heads, each of them reads one.
@@ -208,11 +216,9 @@ def _on_shard(run: Callable, axes: Axes, backend: Backend, problem: Problem, *ar
     if shared:
         dk, dv = (_whole(x, first, kv, axes.heads) for x in (result.k, result.v))
         result = result._replace(k=dk, v=dv)
-    if result.bias is None:
+    if result.bias is None or not cut.bias:
         return result
-    sizes = zip((axes.batch, axes.heads), result.bias.shape)
-    summed = [name for names, size in sizes if size == 1 for name in names]
-    return result._replace(bias=jax.lax.psum(result.bias, summed)) if summed else result
+    return result._replace(bias=jax.lax.psum(result.bias, cut.bias))
 
 
 def _index(names: tuple[str, ...]) -> Array:
@@ -242,23 +248,22 @@ def _program(
 ) -> Any:
     """Return the pass as a compiled function of flat arrays, for a platform and a place."""
     problem = this.problem(kinds)
-    backend = choose(problem, platform) if this.backend is None else this.backend
-    backend = backend.on(platform)
-    if not place.free:
+    backend = complete(this.backend, problem, platform)
+    mapped = this.levels[0].size if this.levels else 1
+    backend, cut, _ = plan(backend, problem, this.wanted, place, mapped)
+    if cut is None:
         return _whole_program(this, backend)
-    cuttable = backend.partitionable()
-    if cuttable is not None:
-        return _whole_program(this, cuttable)
-    sizes = {"B": problem.q.shape[0], "N": problem.q.shape[2], "K": problem.k.shape[2]}
-    sizes["mapped"] = this.levels[0].size if this.levels else 1
-    axes = fitting(this.wanted.on(place.mesh), sizes, place.lengths)
     everywhere = (True,) * len(this.levels)
     inputs = enumerate(zip(this.letters, kinds, strict=True))
     outputs = zip(this.outputs, types, strict=True)
+
+    def spec(letters, shape, levels):
+        return cut.axes.spec(letters, padded(letters, shape, dict(cut.padded)), levels)
+
     return _cut_program(
-        *(this, backend, axes, place),
-        tuple(axes.spec(x, a.shape, this.levels_of(i)) for i, (x, a) in inputs),
-        tuple(axes.spec(x, a.shape, everywhere) for x, a in outputs),
+        *(this, backend, cut, place),
+        tuple(spec(x, a.shape, this.levels_of(i)) for i, (x, a) in inputs),
+        tuple(spec(x, a.shape, everywhere) for x, a in outputs),
     )
 
 
@@ -269,17 +274,28 @@ def _whole_program(this: Pass, backend: Backend) -> Callable[..., list[Array]]:
 
 @lru_cache(maxsize=1024)
 def _cut_program(
-    this: Pass, backend: Backend, axes: Axes, place: Place, inputs: tuple, outputs: tuple
+    this: Pass, backend: Backend, cut: Cut, place: Place, inputs: tuple, outputs: tuple
 ) -> Callable[..., list[Array]]:
     shards = jax.shard_map(
-        this.of_leaves(backend, axes),
+        this.of_leaves(backend, cut),
         mesh=place.mesh,
         in_specs=inputs,
         out_specs=list(outputs),
         axis_names=set(place.free),
         check_vma=False,
     )
-    return jax.jit(shards)
+    if cut.padded == cut.real:
+        return jax.jit(shards)
+
+    def function(*leaves):
+        longer, real = dict(cut.padded), dict(cut.real)
+        sides = zip(this.letters, leaves, strict=True)
+        shapes = [padded(letters, x.shape, longer) for letters, x in sides]
+        results = shards(*map(pad, leaves, shapes))
+        shapes = [padded(x, a.shape, real) for x, a in zip(this.outputs, results, strict=True)]
+        return [a[tuple(map(slice, shape))] for a, shape in zip(results, shapes)]
+
+    return jax.jit(function)
 
 
 def _run(*leaves: Array, this: Pass, types: Any, asks: Any) -> list[Array]:

@@ -1,5 +1,6 @@
 """Which backend runs a problem: the one asked for, or the best one for a platform."""
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 
 from mha_jax.attention.call import Problem
 from mha_jax.backends.base import Backend
+from mha_jax.backends.sequence import Gather, Heads, Ring, Shards
 from mha_jax.errors import ShapeError, UnsupportedError
 
 # In order of preference; a backend's module is imported when it is first asked. The last one but the
@@ -17,6 +19,8 @@ BACKENDS = {
     "blockwise": ("mha_jax.backends.blockwise", "Blockwise"),
     "reference": ("mha_jax.backends.reference", "Reference"),
 }
+# How devices that have shards of the tokens of an example attend.
+STRATEGIES = {"gather": Gather, "ring": Ring, "heads": Heads}
 # Platforms that a backend may tell apart; on any other run those that need none.
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -59,6 +63,14 @@ def choose(problem: Problem, platform: str) -> Backend:
     """Return the first backend that can run the problem on `platform`; the tiled one always can."""
     backends = (load(name) for name in BACKENDS)
     return next(b for b in backends if why_not(b, problem, platform) is None)
+
+
+def complete(backend: Backend | None, problem: Problem, platform: str) -> Backend:
+    """Return a backend with what it leaves open chosen for a platform: itself, if None."""
+    backend = choose(problem, platform) if backend is None else backend
+    if isinstance(backend, Shards):
+        return dataclasses.replace(backend, inner=complete(backend.inner, problem, platform))
+    return backend.on(platform)
 
 
 def named(problem: Problem, backend: Any) -> Backend:

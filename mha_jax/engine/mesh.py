@@ -1,4 +1,4 @@
-"""What a mesh means to a problem: which of its axes cut the batch and the heads, and what types say.
+"""What a mesh means to a problem: which axes cut the batch, the heads and the tokens, and what types say.
 
 B batch   T query length   S key length   N query heads   K key-value heads
 H query-key head size   V value head size   W words of a random key
@@ -27,6 +27,7 @@ from mha_jax.types import Array
 
 BATCH_AXES = ("data", "batch", "dp", "replica", "fsdp")
 HEAD_AXES = ("model", "heads", "tensor", "tp", "mp")
+SEQUENCE_AXES = ("context", "seq", "sequence", "cp", "sp")
 
 STATE = ("BTNV", "BNT", "BNT")
 OUTPUT = ("BTNV", "BNT")
@@ -59,12 +60,31 @@ class Axes:
       heads: Axes that cut the query heads.
       keys: Axes that cut the key-value heads: those of `heads`, or none where K is no multiple.
       mapped: Axes that cut the outermost axis that `vmap` has added.
+      sequence: Axes that cut the keys of an example.
+      rows: Axes that cut its queries: those of `sequence`, or none where every device has all of them.
     """
 
     batch: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     mapped: tuple[str, ...] = ()
+    sequence: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+
+    def of(self, letters: str) -> list[tuple[str, ...]]:
+        """Return the mesh axes of every axis of an array.
+
+        A device has the queries of a T x S array that are its own, and all keys.
+        """
+        whole = letters == "BNTS" and self.rows
+        cut = {"B": self.batch, "N": self.heads, "K": self.keys, "T": self.rows}
+        cut["S"] = () if whole else self.sequence
+        return [cut.get(letter, ()) for letter in letters]
+
+    def missing(self, letters: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """Return the mesh axes along which an array that has `letters` is not cut, being of size 1 there."""
+        sizes = zip(self.of(letters), shape, strict=True)
+        return tuple(name for names, size in sizes if size == 1 for name in names)
 
     def spec(
         self, letters: str, shape: tuple[int, ...], levels: tuple[bool, ...] = ()
@@ -79,21 +99,20 @@ class Axes:
         >>> tuple(Axes(batch=("data",), heads=("model",)).spec("BNTS", (4, 1, 5, 5)))
         ('data', None, None, None)
         """
-        of = {"B": self.batch, "N": self.heads, "K": self.keys}
         outer = [self.mapped if level == 0 else () for level, there in enumerate(levels) if there]
-        inner = [of.get(letter, ()) for letter in letters]
-        sizes = zip([*outer, *inner], shape, strict=True)
+        sizes = zip([*outer, *self.of(letters)], shape, strict=True)
         return PartitionSpec(*(axes if axes and size > 1 else None for axes, size in sizes))
 
 
-def fitting(axes: Axes, sizes: dict[str, int], lengths: dict[str, int]) -> Axes:
+def fitting(wanted: Axes, sizes: dict[str, int], lengths: dict[str, int]) -> Axes:
     """Return the axes that cut a problem into equal shards, each of whole groups of heads.
 
-    Axes of the batch that do not fit it cut the axis that `vmap` has added.
+    Axes of the batch that do not fit it cut the axis that `vmap` has added. Tokens are padded to fit, but
+    queries that are fewer than the devices are everywhere.
 
     Args:
-      axes: Wanted axes.
-      sizes: Of B, N and K, and of "mapped", that axis.
+      wanted: The axes that shall cut it.
+      sizes: Of B, N, K, T and S, and of "mapped", that axis.
       lengths: Of every mesh axis that may be used.
     """
 
@@ -104,24 +123,33 @@ def fitting(axes: Axes, sizes: dict[str, int], lengths: dict[str, int]) -> Axes:
         kept: tuple[str, ...] = ()
         for name in names:
             free = lengths.get(name, 1) > 1 and name not in taken
-            if free and size % count((*kept, name)) == 0:
+            if free and (size is None or size % count((*kept, name)) == 0):
                 kept = (*kept, name)
         return kept
 
-    batch = fits(axes.batch, (), sizes["B"])
-    mapped = fits(axes.batch, batch, sizes["mapped"])
-    heads = fits(axes.heads, (*batch, *mapped), sizes["N"])
+    batch = fits(wanted.batch, (), sizes["B"])
+    mapped = fits(wanted.batch, batch, sizes["mapped"])
+    heads = fits(wanted.heads, (*batch, *mapped), sizes["N"])
     groups = sizes["N"] // sizes["K"]
     while heads and sizes["K"] % count(heads) and groups % (sizes["N"] // count(heads)):
         heads = heads[:-1]
-    return Axes(batch, heads, heads if sizes["K"] % count(heads) == 0 else (), mapped)
+    keys = heads if sizes["K"] % count(heads) == 0 else ()
+    sequence = fits(wanted.sequence, (*batch, *mapped, *heads), None)
+    if max(sizes["T"] if wanted.rows else 0, sizes["S"]) < count(sequence):
+        sequence = ()
+    rows = sequence if wanted.rows and sizes["T"] >= count(sequence) else ()
+    return Axes(batch, heads, keys, mapped, sequence, rows)
 
 
 class Wanted(NamedTuple):
-    """Names of the mesh axes that shall cut the batch and the heads; None for the common names."""
+    """Names of the mesh axes that shall cut batch, heads and tokens; None for the common names."""
 
     batch: tuple[str, ...] | None = None
     heads: tuple[str, ...] | None = None
+    sequence: tuple[str, ...] | None = None
+    strategy: str | None = None  # how the tokens' shards attend, None to choose
+    everywhere: bool = False  # whether every device shall have all queries
+    typed: tuple[str, ...] = ()  # axes that types speak of: no common name is looked for there
 
     def on(self, mesh: Any) -> Axes:
         """Return what the axes of a mesh cut: of names without a known meaning nothing."""
@@ -129,7 +157,11 @@ class Wanted(NamedTuple):
         def known(given, common):
             return tuple(x for x in (common if given is None else given) if x in mesh.axis_names)
 
-        return Axes(known(self.batch, BATCH_AXES), known(self.heads, HEAD_AXES))
+        common = tuple(name for name in SEQUENCE_AXES if name not in self.typed)
+        sequence = known(self.sequence, common)
+        rows = () if self.everywhere else sequence
+        batch, heads = known(self.batch, BATCH_AXES), known(self.heads, HEAD_AXES)
+        return Axes(batch, heads, sequence=sequence, rows=rows)
 
 
 # ---- what types say -----------------------------------------------------------------------------
@@ -241,6 +273,15 @@ def traced_mesh(x: Array) -> AbstractMesh | None:
         if not mesh.empty:
             return mesh
     return None
+
+
+def place_of_trace(x: Array) -> Place:
+    """Return the place of a program that is traced, as far as it is known then."""
+    mesh = traced_mesh(x)
+    if mesh is None or mesh.size == 1:
+        return Place()
+    free = (name for name in mesh.axis_names if name not in mesh.manual_axes)
+    return Place(_all_auto(mesh), tuple(free))
 
 
 def place_of_lowering(context: Any, traced: AbstractMesh | None) -> Place:

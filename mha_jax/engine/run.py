@@ -1,14 +1,16 @@
-"""`run`: a checked problem on the backend that was asked for, or on the best one, shard by shard."""
+"""`run`: a checked problem on the backend that was asked for, or on the best one, shard by shard; and why."""
 
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from mha_jax.attention.call import Problem, State
 from mha_jax.engine import mesh as meshes
 from mha_jax.engine.attention_pass import Runner
-from mha_jax.engine.choose import named
+from mha_jax.engine.choose import STRATEGIES, complete, default_platform, named, reasons
+from mha_jax.engine.cuts import plan
 from mha_jax.engine.derivative import attend
 from mha_jax.engine.mesh import Wanted
 from mha_jax.errors import UnsupportedError
@@ -16,19 +18,24 @@ from mha_jax.errors import UnsupportedError
 
 @dataclasses.dataclass(frozen=True)
 class Sharded:
-    """A backend, and the mesh axes that cut a kernel of its: to be passed as `backend`.
+    """A backend, and the mesh axes that cut what it computes: to be passed as `backend`.
 
-    What is plain XLA is cut by XLA, and axes that stand in the types of arrays are read off them. Elsewhere,
-    on TPU or inside a `jax.shard_map` over a part of the mesh, a kernel is cut along axes known by name:
-    those given here, or common ones ("data", "batch", "dp", "replica", "fsdp"; "model", "heads", "tensor",
-    "tp", "mp"). Names that the mesh does not have are passed over.
+    Axes that stand in the types of arrays are read off them. Elsewhere batch and heads of what is plain XLA
+    are cut by XLA; a kernel, on TPU or inside a `jax.shard_map` over a part of the mesh, and the tokens of an
+    example are cut along axes known by name: those given here, or common ones ("data", "batch", "dp",
+    "replica", "fsdp"; "model", "heads", "tensor", "tp", "mp"; "context", "seq", "sequence", "cp", "sp").
+    Names of batch and heads that the mesh does not have are passed over.
 
     Args:
       backend: A name, a backend object, or None to choose by the platform lowered for.
-      batch, heads: Names of the mesh axes that cut the batch and the heads, in tuples.
+      batch, heads, sequence: Names of the mesh axes that cut the batch, the heads and the tokens, in tuples.
+      strategy: How devices that have shards of the tokens attend: "gather" (each gets all keys and values),
+        "ring" (keys and values go round), "heads" (each gets all tokens of some heads), or None to choose by
+        the bytes that are sent and held. Queries fewer than the devices, a step of decoding say, are on all.
 
     Raises:
-      UnsupportedError: If the names are no tuples of strings.
+      UnsupportedError: If the names are no tuples of strings, or there is no such strategy; where the program
+        is made, if the mesh has no axis that `sequence` names, or the strategy cannot run the problem.
 
     >>> x = jnp.ones((2, 5, 4, 8))
     >>> mj.dot_product_attention(x, x, x, backend=Sharded(batch=("hosts", "chips"))).shape
@@ -38,9 +45,16 @@ class Sharded:
     backend: Any = None
     batch: tuple[str, ...] | None = None
     heads: tuple[str, ...] | None = None
+    sequence: tuple[str, ...] | None = None
+    strategy: str | None = None
 
     def __post_init__(self):
-        for name in ("batch", "heads"):
+        if self.strategy is not None and self.strategy not in STRATEGIES:
+            raise UnsupportedError(
+                f"there is no strategy {self.strategy!r}. Expected one of "
+                f"{', '.join(map(repr, STRATEGIES))}, or None to choose by bytes."
+            )
+        for name in ("batch", "heads", "sequence"):
             axes = getattr(self, name)
             if axes is None:
                 continue
@@ -73,13 +87,34 @@ def run(problem: Problem, backend: Any = None) -> State:
     return attend(Runner(chosen, _wanted(problem, sharded)), problem)
 
 
+def explain(problem: Problem, platform: str | None, backend: Any = None) -> dict[str, str]:
+    """Say for every backend whether it can run a problem, and how devices that share its tokens attend.
+
+    Raises:
+      ShapeError: If the platform is unknown.
+      UnsupportedError: If the tokens cannot be cut as the caller wants.
+    """
+    found = reasons(problem, platform)
+    sharded = backend if isinstance(backend, Sharded) else Sharded(backend)
+    place = meshes.place_of_trace(problem.q)
+    chosen = None if sharded.backend is None else named(problem, sharded.backend)
+    chosen = complete(chosen, problem, platform or default_platform())
+    why = plan(chosen, problem, _wanted(problem, sharded), place).why
+    return found if why is None else {**found, "sequence": why}
+
+
 def _wanted(problem: Problem, sharded: Sharded) -> Wanted:
-    """Return the mesh axes that a kernel is cut along: explicit ones, given ones, or common names."""
+    """Return the mesh axes that a problem is cut along: explicit ones, given ones, or common names."""
     letters = zip(meshes.MOVES, (problem.q, problem.k))
     cut = meshes.cut_by_letter(letters, problem.groups)
-    if any(cut.values()):
-        return Wanted(cut.get("B", ()), cut.get("N") or cut.get("K", ()))
-    return Wanted(sharded.batch, sharded.heads)
+    batch, heads, sequence = sharded.batch, sharded.heads, sharded.sequence
+    typed = meshes.explicit_axes(jax.typeof(problem.q).sharding.mesh)
+    if not any(cut.values()):
+        return Wanted(batch, heads, sequence, sharded.strategy, typed=typed)
+    heads, rows, keys = cut.get("N") or cut.get("K", ()), cut.get("T", ()), cut.get("S", ())
+    everywhere = bool(keys) and not rows
+    sequence = rows or keys or sequence
+    return Wanted(cut.get("B", ()), heads, sequence, sharded.strategy, everywhere, typed)
 
 
 def _padded(x: Any) -> Any:
