@@ -8,17 +8,15 @@ from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.functions import attend, attention_scores, dot_product_attention, explain
 from mha_jax.attention.masks import (
     Causal,
-    ChunkedCausal,
     Dense,
-    Dilated,
     Full,
     Mask,
-    PrefixLM,
     SameSegment,
     ValidKeys,
     ValidQueries,
     Window,
 )
+from mha_jax.attention.patterns import ChunkedCausal, Dilated, PrefixLM
 from mha_jax.attention.rotary import Rotary
 from mha_jax.attention.scores import scores_entropy, scores_max, scores_mean, scores_top_k
 from mha_jax.attention.tokens import Tokens
@@ -69,6 +67,7 @@ if _typing.TYPE_CHECKING:
     from mha_jax import sharding as sharding
     from mha_jax import train as train
     from mha_jax import visualize as visualize
+    from mha_jax.attention import biases as biases
     from mha_jax.attention import rotary as rotary
     from mha_jax.layer import constraints as constraints
     from mha_jax.layer import initializers as initializers
@@ -81,7 +80,7 @@ else:
     __getattr__, __dir__ = _lazy(
         __name__,
         _inside(__name__, "interop", "models", "sharding", "train", "visualize")
-        | _inside(f"{__name__}.attention", "rotary")
+        | _inside(f"{__name__}.attention", "biases", "rotary")
         | _inside(f"{__name__}.layer", "constraints", "initializers", "nnx", "regularizers"),
         (*__all__, "__version__"),
     )

@@ -59,6 +59,10 @@ def _named(params: Params) -> Any:
 
     def of(name: str, part: str, array: Any) -> tuple[str | None, ...]:
         known = names.get(name, ("embed", "heads", "kv"))
+        if part == "scale":  # of a norm
+            known = ("kv",)
+        if part == "logits":  # of the sinks
+            known = ("heads",)
         if part == "bias":
             known = known[2:] if name == "attention_output" else known[1:]
         rest = len(array.shape) - stacked - len(known)

@@ -46,7 +46,7 @@ WRONG = {
     "key_dim": (0, False, np.float32(3), (3,)),
     "value_dim": (0, -5, True, 5.0),
     "dropout": (1.0, -0.1, float("nan"), "0.1", True, None, 1j),
-    "use_bias": ("no", 1, None, np.ones(3)),
+    "use_bias": ("no", 1, None, np.ones(3), ("query", "nothing")),
     "output_shape": (0, (), (2, 0), (2.0,), "3", True),
     "attention_axes": ((), "1", 1.0, True, (True,), {1}),
     "sliding_window": (0, -3, True, 2.5, (1, 1)),
@@ -64,6 +64,11 @@ WRONG = {
     "dtype": (int, "float33", "int8"),
     "param_dtype": (None, bool, "float33"),
     "precision": ("hi", 3, ["high"]),
+    "rotary": (3, True, "rope", {"rope_theta": 1e4}),
+    "qk_norm": ("l2", True, 1),
+    "use_sinks": ("yes", 1, None),
+    "scale": ("1", True, float("inf"), 1j),
+    "logit_cap": (0, -1.0, "30", float("nan")),
 }
 
 

@@ -247,6 +247,11 @@ EVERYTHING = {
     "dtype": "bfloat16",
     "param_dtype": "float16",
     "precision": "highest",
+    "rotary": mj.Rotary(base=500.0, fraction=0.4, axes=(5,)),
+    "qk_norm": "layer",
+    "use_sinks": True,
+    "scale": 0.5,
+    "logit_cap": 30.0,
     "name": "mine",
 }
 

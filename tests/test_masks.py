@@ -185,6 +185,13 @@ def test_plain_tokens_are_decided_while_tracing():
     assert all(isinstance(x, (np.ndarray, np.bool_)) for x in reach)
 
 
+def test_a_matrix_keeps_numbers_and_reads_flags_as_truth():
+    mask = PrefixLM(np.array([1, 3])) & Dense(np.array([[1, 1, 1, 0]]))
+    matrix = mask.matrix(Tokens(2), Tokens(4))[:, 0]
+    want = [[[1, 0, 0, 0], [1, 1, 0, 0]], [[1, 1, 1, 0], [1, 1, 1, 0]]]
+    np.testing.assert_array_equal(matrix, np.array(want, bool))
+
+
 @pytest.mark.parametrize(
     "make, sentence",
     [

@@ -15,7 +15,8 @@ from mha_jax.errors import DataError, MhaError, MissingPackageError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROOMS = {
-    "mha_jax": "constraints initializers interop models nnx regularizers rotary sharding train visualize",
+    "mha_jax": "biases constraints initializers interop models nnx regularizers rotary sharding train "
+    "visualize",
     "mha_jax.interop": "flax keras torch",
     "mha_jax.models": "bert minilm rxnmapper sizes smiles torch_file transformer weights wordpiece",
     "mha_jax.train": "checkpoints cmudict command configs data decoding digits g2p lm loop losses "

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from typing_extensions import TypedDict
 
+from mha_jax.attention.biases import Bias
 from mha_jax.attention.call import Call
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Causal, Dense
@@ -127,7 +128,7 @@ def with_flax_arguments(call: Call, flax: FlaxArguments) -> Call:
         k=jnp.asarray(call.k, dtype),
         v=jnp.asarray(call.v, dtype),
         mask=mask,
-        bias=None if bias is None else _aligned(jnp.asarray(bias), rank),
+        bias=bias if bias is None or isinstance(bias, Bias) else _aligned(jnp.asarray(bias), rank),
         dropout=_dropout(call, flax),
     )
 

@@ -239,11 +239,10 @@ class Cache:
             in self-attention (as many queries as keys), and after all that was held otherwise.
           key_tokens: Tokens of the slots that the caller gave, or None.
         """
-        length, chunk = call.q.shape[1], call.k_tokens
+        chunk = call.k_tokens
         q_tokens, rule = call.q_tokens, call.mask & Held()
         if query_tokens is None:
-            own = chunk.valid if length == chunk.length else None
-            q_tokens = dataclasses.replace(q_tokens, index=self.next_positions(length, own))
+            q_tokens = dataclasses.replace(q_tokens, index=self._rows(q_tokens, chunk))
         cache = self.append(call.k, call.v, chunk.valid)
         k_tokens = cache.tokens
         if key_tokens is not None and key_tokens.valid is not None:
@@ -254,6 +253,32 @@ class Cache:
         k, v = cache.keys.swapaxes(1, 2), cache.values.swapaxes(1, 2)
         tokens = {"q_tokens": q_tokens, "k_tokens": k_tokens}
         return dataclasses.replace(call, k=k, v=v, **tokens, mask=rule, heads_first=True), cache
+
+    def _rows(self, queries: Tokens, chunk: Tokens) -> Int[Array, "B T"]:
+        """Return the rows of queries: in self-attention those of their own tokens, else the next ones."""
+        own = chunk.valid if queries.length == chunk.length else None
+        return self.next_positions(queries.length, own)
+
+    def positions(
+        self,
+        queries: Tokens,
+        chunk: Tokens,
+        query_tokens: Tokens | None = None,
+        key_tokens: Tokens | None = None,
+    ) -> tuple[Int[ArrayLike, "#B T"], Int[Array, "#B L"]]:
+        """Return the positions of queries and of the keys of a chunk, as `extend` sees them.
+
+        Args:
+          queries, chunk: Tokens of the call, whose `valid` tells real ones.
+          query_tokens, key_tokens: As for `extend`.
+        """
+        q = self._rows(queries, chunk) if query_tokens is None else query_tokens.positions
+        k = self.next_positions(chunk.length, chunk.valid)
+        if key_tokens is not None and key_tokens.pos is not None:
+            slots = jnp.clip(k, 0, self.capacity - 1)
+            rows = jnp.broadcast_to(jnp.asarray(key_tokens.pos), (k.shape[0], self.capacity))
+            k = jnp.take_along_axis(rows, slots, axis=1)
+        return q, k
 
     def check(self) -> "Cache":
         """Return the cache if no row has overflowed.

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mha_jax.attention import biases
+from mha_jax.attention.biases import Bias
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Full, Mask, static
 from mha_jax.attention.tokens import Tokens, finite, replaced
@@ -38,8 +40,8 @@ class Call:
       q_tokens: Tokens of the queries; plain ones if None.
       k_tokens: Tokens of the keys; plain ones if None.
       mask: Which query may attend to which key.
-      bias: Added to the scaled and capped logits, [T, S] or [*B, N, T, S], axes of 1 broadcast;
-        differentiable.
+      bias: Added to the scaled and capped logits: a rule, `mj.biases`, or an array [T, S] or [*B, N, T, S],
+        axes of 1 broadcast; differentiable.
       dropout: Dropout on the weights, or None.
       sinks: A logit for every query head [N] that takes part in the denominator of the softmax alone, or
         None: weights sum to less than 1. The statistics, lse, are those of the keys.
@@ -110,6 +112,7 @@ class Problem:
       q_tokens, k_tokens: The tokens of both sides, arrays [#B, length].
       mask: A rule; its arrays are [#B, #N, #T, #S] booleans.
       bias: Added to the capped logits, or None.
+      bias_rule: Added to the capped logits, by rule, or None.
       dropout: Dropout whose key is key data, two 32-bit words, or None.
       logits: How q . k becomes a logit.
       heads_first: As in `Call`.
@@ -122,6 +125,7 @@ class Problem:
     k_tokens: Tokens
     mask: Mask
     bias: Float[ArrayLike, "#B #N #T #S"] | None
+    bias_rule: Bias | None
     dropout: Dropout | None
     logits: Logits = static()
     heads_first: bool = static(default=False)
@@ -153,7 +157,7 @@ class State(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """A direction in the four differentiable arrays of a problem, or a cotangent of them.
+    """A direction in what is differentiable of a problem, or a cotangent of it.
 
     None means that an array does not move, or is not there.
     """
@@ -162,6 +166,7 @@ class Moves(NamedTuple):
     k: Keys | None
     v: Values | None
     bias: Array | None
+    bias_rule: Any = None  # a rule with None where it has no floats
 
 
 def logits(problem: Problem) -> Float[Array, "B N T S"]:
@@ -186,6 +191,9 @@ def logits(problem: Problem) -> Float[Array, "B N T S"]:
         x = x + q_mark[..., :, None] + k_mark[..., None, :]
     if problem.bias is not None:
         x = x + problem.bias.astype(x.dtype)
+    if problem.bias_rule is not None:
+        facts = biases.queries(problem.q_tokens, n), problem.k_tokens.as_keys()
+        x = x + problem.bias_rule.logits(*facts).astype(x.dtype)
     visible = problem.mask.visible(problem.q_tokens.as_queries(), problem.k_tokens.as_keys())
     return jnp.where(visible, x, -jnp.inf)
 

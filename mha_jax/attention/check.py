@@ -15,7 +15,8 @@ import numpy as np
 
 from mha_jax.attention.call import Call, Logits, Problem
 from mha_jax.attention.dropout import Dropout
-from mha_jax.attention.masks import And, Mask, Not, Or, PrefixLM, SameSegment, check_mask
+from mha_jax.attention.fitted import fitted_bias, fitted_mask, fold_batch, int32
+from mha_jax.attention.masks import And, Mask, Not, Or, SameSegment, check_mask
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array
@@ -59,8 +60,9 @@ def check(call: Call, names: Names = Names()) -> Problem:  # noqa: B008
             "Pass query_tokens=Tokens(T, segment=ids) and key_tokens=Tokens(S, segment=ids)."
         )
     shape = (*lead, heads, t, s)
-    mask = _mask(call.mask, shape)
+    mask = fitted_mask(call.mask, shape)
     _check_rules(mask, q_tokens, k_tokens, (math.prod(lead), heads, t, s))
+    bias, rule = fitted_bias(call.bias, shape)
     scale, factor = _scale(call.scale, size)
     return Problem(
         q=_folded(q if factor is None else _times(q, factor)),
@@ -69,7 +71,8 @@ def check(call: Call, names: Names = Names()) -> Problem:  # noqa: B008
         q_tokens=q_tokens,
         k_tokens=k_tokens,
         mask=mask,
-        bias=None if call.bias is None else _bias(call.bias, shape),
+        bias=bias,
+        bias_rule=rule,
         dropout=_dropout(call.dropout),
         logits=Logits(scale, _cap(call.logit_cap), call.precision),
         heads_first=call.heads_first,
@@ -212,7 +215,7 @@ def _tokens(name: str, tokens: Tokens | None, length: int, lead: tuple[int, ...]
                 "Positions, rows and segments are integers, validity is True or False."
             )
         if field != "valid":
-            a = _int32(f"{name}.{field}", a)
+            a = int32(f"{name}.{field}", a)
         whole = (*lead, length)
         sizes = zip(a.shape[::-1], whole[::-1])
         fits = 0 < a.ndim <= len(whole) and all(x == 1 or x == y for x, y in sizes)
@@ -221,19 +224,10 @@ def _tokens(name: str, tokens: Tokens | None, length: int, lead: tuple[int, ...]
                 f"{name}.{field} must have shape {(*lead, length)}, batch axes of 1 or left out "
                 f"broadcast: got {a.shape}."
             )
-        return _fold_batch(a, lead, 1)
+        return fold_batch(a, lead, 1)
 
     arrays = {field: fold(field) for field in ("index", "pos", "segment", "valid")}
     return Tokens(length, int(start), **arrays)
-
-
-def _fold_batch(a: Any, lead: tuple[int, ...], rest: int) -> Any:
-    """Fold the batch axes of `a` into one, of size 1 where all of them are 1 or left out."""
-    own, tail = a.shape[: a.ndim - rest], a.shape[a.ndim - rest :]
-    if math.prod(own) == 1:
-        return a.reshape(1, *tail)
-    xp = np if isinstance(a, np.ndarray) else jnp
-    return xp.broadcast_to(a, (*lead, *tail)).reshape(math.prod(lead), *tail)
 
 
 def _check_rules(mask: Mask, q: Tokens, k: Tokens, shape: tuple[Any, ...]) -> None:
@@ -269,126 +263,6 @@ def _reads_segments(mask: Mask) -> bool:
     if isinstance(mask, (And, Or)):
         return _reads_segments(mask.a) or _reads_segments(mask.b)
     return _reads_segments(mask.a) if isinstance(mask, Not) else isinstance(mask, SameSegment)
-
-
-def mask_array(a, name: str = "a mask") -> Array:
-    """Return a mask's array as booleans; `name` is what the caller calls it.
-
-    Of traced integers, whose values cannot be seen, 1 alone means "may attend": what is no truth value hides.
-
-    Raises:
-      ShapeError: If it holds floats, which are a bias, or integers other than 0 and 1.
-    """
-    a = a if isinstance(a, np.ndarray) else jnp.asarray(a)
-    if jnp.issubdtype(a.dtype, jnp.floating):
-        raise ShapeError(
-            f"{name} holds True or False (or 1 and 0): got dtype {a.dtype}. "
-            "If it is added to the logits (0 and -1e9, say), pass it as `bias`; "
-            "if it marks what may be attended, pass mask != 0."
-        )
-    if not (jnp.issubdtype(a.dtype, jnp.integer) or a.dtype == jnp.bool_):
-        raise ShapeError(
-            f"{name} holds True or False (or 1 and 0): got dtype {a.dtype}. Pass mask.astype(bool)."
-        )
-    if a.dtype != jnp.bool_ and not isinstance(a, jax.core.Tracer):
-        seen = np.asarray(a)
-        other = seen[(seen != 0) & (seen != 1)]
-        if other.size:
-            raise ShapeError(
-                f"{name} holds True or False (or 1 and 0): got {a.dtype} with the value {other[0]}. "
-                "Numbers that are added to the logits are a bias: pass bias=mask.astype(float). Lengths are "
-                "jnp.arange(S)[None] < lengths[:, None]. If anything but 0 may be attended, pass mask != 0."
-            )
-    return jnp.asarray(a == 1 if a.dtype != jnp.bool_ else a)
-
-
-def _mask(mask: Mask, shape: tuple[int, ...]) -> Mask:
-    """Return a mask whose arrays broadcast to the logits with one batch axis."""
-
-    def fit(part):
-        if isinstance(part, PrefixLM):
-            return PrefixLM(_of_examples("the lengths of PrefixLM", part.lengths, shape[:-3]))
-        return _mask_array(part, shape)
-
-    return jax.tree.map(fit, mask, is_leaf=lambda part: isinstance(part, PrefixLM))
-
-
-def _of_examples(name: str, a: Any, lead: tuple[int, ...]) -> Array:
-    """Return integers of examples as [#B, 1, 1, 1]."""
-    a = a if isinstance(a, np.ndarray) else jnp.asarray(a)
-    sizes = zip(a.shape[::-1], lead[::-1])
-    if (
-        not jnp.issubdtype(a.dtype, jnp.integer)
-        or a.ndim > len(lead)
-        or any(x not in (1, y) for x, y in sizes)
-    ):
-        raise ShapeError(
-            f"{name} must be an integer or integers of the batch axes {lead}, each axis of that size or 1: "
-            f"got {a.dtype}{list(a.shape)}."
-        )
-    return jnp.asarray(_fold_batch(_int32(name, a)[..., None, None, None], lead, 3))
-
-
-def _mask_array(a, shape: tuple[int, ...]) -> Array:
-    """Return an array of a mask as [#B, #N, #T, #S] booleans; missing axes go before T and S."""
-    if isinstance(a, Mask):
-        raise ShapeError(
-            f"{type(a).__name__} is a mask, but no pytree: JAX cannot carry it into a program. "
-            "Decorate its class with @jax.tree_util.register_dataclass and "
-            "@dataclasses.dataclass(frozen=True)."
-        )
-    a = mask_array(a)
-    return _broadcastable("mask", a, shape, missing_heads=True)
-
-
-def _bias(a, shape: tuple[int, ...]) -> Array:
-    a = jnp.asarray(a)
-    if not jnp.issubdtype(a.dtype, jnp.floating):
-        raise ShapeError(
-            f"bias is added to the logits and must be floating point: got dtype {a.dtype}. "
-            "Pass what marks the keys that may be attended as `mask`."
-        )
-    return _broadcastable("bias", a, shape, missing_heads=False)
-
-
-def _broadcastable(name: str, a: Array, shape: tuple[int, ...], missing_heads: bool) -> Array:
-    full, given = len(shape), a.shape
-    if a.ndim == 2 or (missing_heads and 2 < a.ndim < full):
-        a = a.reshape(*a.shape[:-2], *(1,) * (full - a.ndim), *a.shape[-2:])
-    if a.ndim != full or any(x not in (1, y) for x, y in zip(a.shape, shape)):
-        forms = ["[T, S]", "[*B, N, T, S]"]
-        if missing_heads:
-            forms.insert(1, "[*B, T, S]")
-        raise ShapeError(
-            f"{name} of shape {given} does not fit the logits [*B, N, T, S] = {shape}. "
-            f"Expected {', '.join(forms)}, each axis of that size or 1. A mask over keys alone, "
-            "[B, S], goes into Tokens(S, valid=...) with ValidKeys(), or key_mask= of the layer."
-        )
-    return _fold_batch(a, shape[:-3], 3)
-
-
-def _int32(name: str, a: Any) -> Any:
-    """Return integers as 32-bit ones, whose values they must have.
-
-    Raises:
-      ShapeError: If a value does not fit, or cannot be seen and might not.
-    """
-    if np.iinfo(a.dtype).bits < 32 or a.dtype == np.int32:
-        return a.astype(np.int32)
-    limits = np.iinfo(np.int32)
-    if isinstance(a, jax.core.Tracer):
-        raise ShapeError(
-            f"{name} must hold integers of at most 32 bits: got a traced {a.dtype}, whose values cannot be "
-            f"checked. Pass {name.rpartition('.')[2]}.astype(jnp.int32)."
-        )
-    seen = np.asarray(a)
-    if seen.size and (seen.min() < limits.min or seen.max() > limits.max):
-        raise ShapeError(
-            f"{name} must hold integers that fit 32 bits: got values from {seen.min()} to {seen.max()}. "
-            "Number them from 0 first, ids by np.unique(ids, return_inverse=True), times by subtracting "
-            "the first."
-        )
-    return a.astype(np.int32)
 
 
 def _scale(x: Any, size: int) -> tuple[float, Array | None]:

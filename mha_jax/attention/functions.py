@@ -14,6 +14,7 @@ import numpy as np
 from typing_extensions import Unpack
 
 from mha_jax.attention import attention_fn, softmax
+from mha_jax.attention.biases import Bias, OfHeads
 from mha_jax.attention.call import Call, Output, Problem, State, logits
 from mha_jax.attention.check import Names, check, checked_sinks
 from mha_jax.attention.dropout import Dropout
@@ -89,7 +90,7 @@ def dot_product_attention(
     value: Float[ArrayLike, "*B S K V"],
     *,
     mask: Mask | ArrayLike | None = None,
-    bias: Float[ArrayLike, "..."] | None = None,
+    bias: Bias | ArrayLike | None = None,
     sinks: Float[ArrayLike, "N"] | None = None,
     dropout: Dropout | None = None,
     query_tokens: Tokens | None = None,
@@ -109,7 +110,8 @@ def dot_product_attention(
       query, key, value: NumPy or JAX arrays, any leading batch axes; K divides N.
       mask: A `Mask`, or a boolean array [T, S], [*B, T, S] or [*B, N, T, S], axes of 1 broadcast.
         True means "may attend".
-      bias: Added to the scaled logits, [T, S] or [*B, N, T, S], axes of 1 broadcast; differentiable.
+      bias: Added to the scaled and capped logits: a rule, `mj.biases`, or an array [T, S] or [*B, N, T, S],
+        axes of 1 broadcast; differentiable.
       sinks: A logit for every query head, [N], that takes part in the denominator of the softmax alone, so
         that a query's weights sum to less than 1; differentiable.
       dropout: `Dropout(key, rate)`, or None.
@@ -281,7 +283,7 @@ def _of_heads(problem: Problem, heads: Int[ArrayLike, "M"]) -> Problem:
     def take(a):
         return a if a.shape[1] == 1 else a[:, heads]
 
-    shared = heads // problem.groups
+    shared, rule = heads // problem.groups, problem.bias_rule
     return dataclasses.replace(
         problem,
         q=problem.q[:, :, heads],
@@ -289,4 +291,5 @@ def _of_heads(problem: Problem, heads: Int[ArrayLike, "M"]) -> Problem:
         v=problem.v[:, :, shared],
         mask=jax.tree.map(take, problem.mask),
         bias=None if problem.bias is None else take(problem.bias),
+        bias_rule=None if rule is None else OfHeads(rule, heads),
     )

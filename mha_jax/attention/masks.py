@@ -18,7 +18,7 @@ To add a mask: subclass `Mask`, register it as a pytree with static fields, writ
 
 import dataclasses
 import numbers
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from typing_extensions import dataclass_transform
 
 from mha_jax.attention.tokens import Facts, Tokens
 from mha_jax.errors import ShapeError
-from mha_jax.types import ArrayLike, Bool, Int
+from mha_jax.types import ArrayLike, Bool
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -43,7 +43,7 @@ def pytree(cls: _Class) -> _Class:
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
-def _is_integer(x: Any) -> bool:
+def is_integer(x: Any) -> bool:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
@@ -101,6 +101,8 @@ class Mask:
     [[1, 0], [1, 1]]
     """
 
+    # Whether its arrays are numbers of their own meaning; those of other masks are truth values.
+    holds_numbers: ClassVar[bool] = False
     __array_ufunc__ = None  # NumPy leaves `array & mask` to the mask
 
     def visible(self, q: Facts, k: Facts) -> Any:
@@ -124,7 +126,11 @@ class Mask:
 
     def matrix(self, q: Tokens, k: Tokens) -> Bool[np.ndarray, "*B T S"]:
         """Return the mask as NumPy, [T, S] or [#B, #N, T, S]: to look at, not to compute with."""
-        mask = jax.tree.map(lambda a: a if isinstance(a, Mask) else np.asarray(a, bool), self)
+        mask = jax.tree.map(
+            lambda a: a if isinstance(a, Mask) else np.asarray(a, bool),
+            self,
+            is_leaf=lambda a: isinstance(a, Mask) and a.holds_numbers,
+        )
         seen = np.asarray(mask.visible(q.as_queries(), k.as_keys()))
         shape = np.broadcast_shapes(seen.shape, (1, 1, q.length, k.length))
         seen = np.broadcast_to(seen, shape)
@@ -219,7 +225,7 @@ class Window(Mask):
 
     def __post_init__(self):
         for name, size in (("left", self.left), ("right", self.right)):
-            if not _is_integer(size):
+            if not is_integer(size):
                 raise ShapeError(
                     f"Window counts keys on each side: got {name}={size!r}. Expected an integer; for no "
                     "limit on one side pass a size larger than any sequence."
@@ -249,97 +255,6 @@ class Window(Mask):
         if self.right < 0:
             return k < _minus(q, -self.right - 1)
         return k <= _plus(q, self.right)
-
-
-@pytree
-class ChunkedCausal(Mask):
-    """A query sees the keys of its own chunk of `size` positions, at its own position and before.
-
-    Chunks begin at the positions that are multiples of `size`: Llama 4's local layers.
-
-    >>> ChunkedCausal(2).matrix(Tokens(4), Tokens(4)).astype(int).tolist()
-    [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    """
-
-    size: int = static()
-
-    def __post_init__(self):
-        if not _is_integer(self.size) or self.size < 1:
-            raise ShapeError(
-                f"ChunkedCausal counts the positions of a chunk: got size={self.size!r}. Expected a positive "
-                "integer, 8192 for Llama 4; a chunk without end is Causal()."
-            )
-
-    def visible(self, q, k):
-        return (q.positions >= k.positions) & (self._start(q.positions) == self._start(k.positions))
-
-    def reach(self, q, k):
-        (q_low, q_high), (k_low, k_high) = (
-            tuple(self._start(end) for end in side.positions) for side in (q, k)
-        )
-        same = Reach(
-            (q_low <= k_high) & (k_low <= q_high),
-            (q_low == q_high) & (k_low == k_high) & (q_low == k_low),
-        )
-        return Causal().reach(q, k) & same
-
-    def _start(self, positions: Any) -> Any:
-        """Return the first position of a chunk."""
-        return positions - positions % self.size
-
-
-@pytree
-class Dilated(Mask):
-    """A query sees the keys whose distance from it is a multiple of `step`, on both sides.
-
-    `Causal() & Window(4 * 7, 0) & Dilated(7)` sees five keys of the past, every seventh.
-    """
-
-    step: int = static()
-
-    def __post_init__(self):
-        if not _is_integer(self.step) or self.step < 1:
-            raise ShapeError(
-                f"Dilated counts positions from one key to the next: got step={self.step!r}. Expected a "
-                "positive integer; 1 sees every key."
-            )
-
-    def visible(self, q, k):
-        return (k.positions - q.positions) % self.step == 0
-
-    def reach(self, q, k):
-        (q_low, q_high), (k_low, k_high) = q.positions, k.positions
-        low, high = k_low - q_high, k_high - q_low
-        some = high // self.step * self.step >= low
-        return Reach(some, (self.step == 1) | ((low == high) & some))
-
-
-@pytree
-class PrefixLM(Mask):
-    """Every query sees the first `lengths` positions, and of the others those at its own and before.
-
-    Args:
-      lengths: Of the prefixes: an integer, or integers of the batch axes [*#B].
-
-    >>> PrefixLM(2).matrix(Tokens(3), Tokens(3)).astype(int).tolist()
-    [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
-    """
-
-    lengths: Int[ArrayLike, "..."] | int
-
-    def visible(self, q, k):
-        return (q.positions >= k.positions) | (k.positions < self._each())
-
-    def reach(self, q, k):
-        k_low, k_high = k.positions
-        lengths = self._each()
-        return Causal().reach(q, k) | Reach(k_low < lengths, k_high < lengths)
-
-    def _each(self) -> Any:
-        """Return the lengths as they broadcast against the facts; `check` has laid them so for backends."""
-        return (
-            np.reshape(self.lengths, (-1, 1, 1, 1)) if np.ndim(self.lengths) == 1 else self.lengths
-        )
 
 
 @pytree

@@ -289,3 +289,42 @@ class Rotary:
         ]
         whole = angles[0] if len(angles) == 1 else jnp.concatenate(angles, -1)
         return whole.reshape((1,) * (len(lead) + 1 - whole.ndim) + whole.shape)
+
+
+_BY_NAME = {cls.__name__: cls for cls in (Linear, NTK, Llama3, YaRN)}
+
+
+def to_plain(rotary: Rotary) -> dict[str, Any]:
+    """Return rotary positions as plain JSON values.
+
+    Raises:
+      ShapeError: If they have a scaling of one's own.
+    """
+    scaling, axes = rotary.scaling, rotary.axes
+    said = None
+    if scaling is not None:
+        if _BY_NAME.get(type(scaling).__name__) is not type(scaling):
+            raise ShapeError(
+                f"rotary has a scaling that no configuration can name, {type(scaling).__name__}: expected "
+                f"one of {', '.join(_BY_NAME)}."
+            )
+        said = {"name": type(scaling).__name__} | dataclasses.asdict(scaling)
+    fields = {"base": rotary.base, "fraction": rotary.fraction, "interleaved": rotary.interleaved}
+    return fields | {"scaling": said, "axes": None if axes is None else list(axes)}
+
+
+def from_plain(values: Mapping[str, Any]) -> Rotary:
+    """Return the rotary positions that `to_plain` wrote.
+
+    Raises:
+      ShapeError: If it did not.
+    """
+    said = dict(values.get("scaling") or {})
+    scaling = _BY_NAME.get(said.pop("name", ""))
+    known = [field.name for field in dataclasses.fields(Rotary)]
+    if not set(values) <= set(known) or (said and scaling is None):
+        raise ShapeError(
+            f"rotary must be mj.Rotary(...) or what a layer's configuration has of it, {', '.join(known)}: "
+            f"got {dict(values)}. A Hugging Face config is read by mj.Rotary.from_config(config)."
+        )
+    return Rotary(**{**values, "scaling": None if scaling is None else scaling(**said)})

@@ -33,6 +33,7 @@ class Facts(NamedTuple):
     positions: Any
     segment: Any = None
     valid: Any = None
+    head: Any = None  # the number of the query head, for biases
 
 
 @jax.tree_util.register_dataclass

@@ -1,7 +1,7 @@
 """Backend: what runs a problem, and what it inherits."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from mha_jax.attention.call import Moves, Output, Problem, State
 
@@ -24,6 +24,9 @@ class Backend:
     2.0
     """
 
+    # Whether the passes add what `problem.bias_rule` says; where they do not, it is refused for them.
+    bias_rules: ClassVar[bool] = False
+
     def why_not(self, problem: Problem, platform: str) -> str | None:
         """Say in words why this problem cannot run on `platform`, or return None."""
         return None
@@ -39,7 +42,7 @@ class Backend:
         )
 
     def cotangent(self, problem: Problem, state: State, cotangent: Output) -> Moves:
-        """Return the cotangents of q, k, v and bias, given those of out and lse."""
+        """Return the cotangents of q, k, v, bias and the floats of its rules, given those of out and lse."""
         return self.tiled().cotangent(problem, state, cotangent)
 
     def tangent(self, problem: Problem, state: State, direction: Moves) -> Output:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mha_jax.attention import hidden, softmax
+from mha_jax.attention.biases import floats, with_floats
 from mha_jax.attention.call import Moves, Output, Problem, State, logits
 from mha_jax.attention.hidden import Rows
 from mha_jax.attention.masks import Dense
@@ -19,6 +20,8 @@ from mha_jax.backends.base import Backend
 @dataclasses.dataclass(frozen=True)
 class Reference(Backend):
     """Attention by the formula. O(T S) memory."""
+
+    bias_rules = True
 
     def forward(self, problem: Problem) -> State:
         problem = hidden.forward(problem)
@@ -62,22 +65,20 @@ class Reference(Backend):
 
     def tangent(self, problem: Problem, state: State, direction: Moves) -> Output:
         function, moved = self._of_moves(problem)
-        moves = [
-            jnp.zeros_like(x) if d is None else d for x, d in zip(moved, direction) if x is not None
-        ]
-        return jax.jvp(function, (moved,), (jax.tree.unflatten(jax.tree.structure(moved), moves),))[
-            1
-        ]
+        moves = jax.tree.map(lambda x, d: jnp.zeros_like(x) if d is None else d, moved, direction)
+        return jax.jvp(function, (moved,), (moves,))[1]
 
     def _of_moves(self, problem: Problem):
         """Return (out, lse) as a function of what moves, and that."""
 
         def function(moved: Moves) -> Output:
-            moving = dict(zip(Moves._fields, moved))
+            moving = moved._asdict()
+            moving["bias_rule"] = with_floats(problem.bias_rule, moved.bias_rule)
             out, m, l = self.forward(dataclasses.replace(problem, **moving))
             return Output(out, softmax.logsumexp(m, l))
 
-        return function, Moves(*(getattr(problem, name) for name in Moves._fields))
+        moved = Moves(*(getattr(problem, name) for name in Moves._fields))
+        return function, moved._replace(bias_rule=floats(problem.bias_rule))
 
     def differentiable(self) -> Backend:
         return self

@@ -30,12 +30,14 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from mha_jax.attention.biases import floats
 from mha_jax.attention.call import Moves, Output, Problem, State
 from mha_jax.backends.base import Backend
 from mha_jax.engine import mesh as meshes
 from mha_jax.engine.choose import PLATFORMS, complete, default_platform
 from mha_jax.engine.cuts import Cut, pad, padded, plan, without_padded_keys
 from mha_jax.engine.mesh import Place, Wanted
+from mha_jax.errors import UnsupportedError
 from mha_jax.types import Array
 
 
@@ -125,13 +127,12 @@ class Runner:
         return State(*self._bind(forward, meshes.STATE, shapes, problem))
 
     def cotangent(self, problem: Problem, state: State, ct: Output) -> Moves:
-        moving = [
-            (x, letters) for x, letters in zip(_moving(problem), meshes.MOVES) if x is not None
-        ]
-        shapes = [(x.shape, x.dtype) for x, _ in moving]
-        letters = tuple(x for _, x in moving)
-        found = self._bind(cotangent, letters, shapes, problem, state, ct)
-        return Moves(*found, *[None] * (4 - len(found)))
+        moving = Moves(*(getattr(problem, name) for name in Moves._fields))
+        moving = moving._replace(bias_rule=floats(problem.bias_rule))
+        leaves, tree = jax.tree.flatten(moving)
+        shapes = [(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+        found = self._bind(cotangent, _letters(moving), shapes, problem, state, ct)
+        return jax.tree.unflatten(tree, found)
 
     def tangent(self, problem: Problem, state: State, direction: Moves) -> Output:
         shapes = [(x.shape, x.dtype) for x in (state.out, state.l)]
@@ -165,17 +166,14 @@ def _needs_devices() -> Any:
     return jax.make_jaxpr(lambda x: jax.pure_callback(lambda x: x, like, x))(like)
 
 
-def _moving(problem: Problem) -> tuple:
-    return problem.q, problem.k, problem.v, problem.bias
-
-
 def _letters(value: Any) -> tuple[str, ...]:
     """Return the letters of what goes into a pass beside the problem."""
     if isinstance(value, State):
         return meshes.STATE
     if isinstance(value, Output):
         return meshes.OUTPUT
-    return tuple(x for a, x in zip(value, meshes.MOVES) if a is not None)
+    dense = tuple(x for a, x in zip(value, meshes.MOVES) if a is not None)
+    return dense + tuple("?" * jnp.ndim(a) for a in jax.tree.leaves(value.bias_rule))
 
 
 def _as_array(x: Any) -> Array:
@@ -187,6 +185,11 @@ def _as_array(x: Any) -> Array:
 
 def _on_shard(run: Callable, cut: Cut, backend: Backend, problem: Problem, *args: Any) -> Any:
     """Run a pass of a backend on the shard of this device."""
+    if problem.bias_rule is not None:
+        raise UnsupportedError(
+            f"{type(backend).__name__} is cut over a mesh, and biases by rule are not. Let `partitionable` "
+            "return a form of it that XLA can cut, or pass the bias as an array."
+        )
     rest, axes = list(args), cut.axes
     b, t, n, _ = problem.q.shape
     sides = zip((problem.q_tokens, problem.k_tokens), (t, problem.k.shape[1]))

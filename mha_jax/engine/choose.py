@@ -49,13 +49,20 @@ def reasons(problem: Problem, platform: str | None) -> dict[str, str]:
             f"unknown platform {platform!r}. Expected one of {', '.join(map(repr, PLATFORMS))}, "
             "or None for the platform of this process."
         )
-    return {name: load(name).why_not(problem, platform) or "can run" for name in BACKENDS}
+    return {name: why_not(load(name), problem, platform) or "can run" for name in BACKENDS}
+
+
+def why_not(backend: Backend, problem: Problem, platform: str) -> str | None:
+    """Say in words why a backend cannot run a problem on `platform`, or return None."""
+    if problem.bias_rule is not None and not backend.bias_rules:
+        return "it has no biases by rule yet; pass backend=None, or the bias as an array, bias.matrix(...)"
+    return backend.why_not(problem, platform)
 
 
 def choose(problem: Problem, platform: str) -> Backend:
     """Return the first backend that can run the problem on `platform`; the tiled one always can."""
     backends = (load(name) for name in BACKENDS)
-    return next(b for b in backends if b.why_not(problem, platform) is None)
+    return next(b for b in backends if why_not(b, problem, platform) is None)
 
 
 def complete(backend: Backend | None, problem: Problem, platform: str) -> Backend:
@@ -86,7 +93,7 @@ def named(problem: Problem, backend: Any) -> Backend:
             "or None to choose automatically."
         )
     platform = default_platform()
-    why = backend.why_not(problem, platform)
+    why = why_not(backend, problem, platform)
     if why is not None:
         rows = reasons(problem, platform).items() if platform in PLATFORMS else ()
         table = "\n".join(f"    {name:12s}{text}" for name, text in rows)

@@ -52,8 +52,8 @@ def _attend_jvp(runner: Runner, primals: tuple, tangents: tuple) -> tuple[State,
     # What a policy of jax.checkpoint may keep: the output, and what rebuilds the weights.
     statistics = (checkpoint_name(x, "attention_lse") for x in (m, l))
     state = State(checkpoint_name(out, "attention_out"), *statistics)
-    moves = Moves(*(_moving(getattr(direction, name)) for name in Moves._fields))
-    if all(move is None for move in moves):
+    moves = Moves(*(jax.tree.map(_moving, getattr(direction, name)) for name in Moves._fields))
+    if not jax.tree.leaves(moves):
         return state, State(*map(jnp.zeros_like, state))
     types = Output(jax.typeof(state.out), jax.typeof(state.l))
     moved = linear_map(_tangent, _cotangent, Saved(problem, state, runner), moves, types)
@@ -65,7 +65,7 @@ attend.defjvp(_attend_jvp, symbolic_zeros=True)
 
 
 def _moving(tangent: Any) -> Any:
-    if tangent is None or isinstance(tangent, SymbolicZero):
+    if isinstance(tangent, SymbolicZero):
         return None
     return None if tangent.dtype == jax.dtypes.float0 else tangent
 

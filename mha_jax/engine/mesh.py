@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.core import ShapedArray
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
@@ -45,6 +46,7 @@ def letters_of(problem: Problem) -> tuple[str, ...]:
         *each(problem.k_tokens, "BS"),
         *each(problem.mask, "BNTS"),
         *each(problem.bias, "BNTS"),
+        *("?" * np.ndim(a) for a in jax.tree.leaves(problem.bias_rule)),
         *(() if problem.dropout is None else ("W", "", "")),
     )
 
@@ -188,7 +190,7 @@ def cut_by_letter(
     for letters, x in arrays:
         names = names_of(jax.typeof(x).sharding.spec, len(letters))
         for letter, axes in zip(letters, names):
-            if axes and not found.get(letter):
+            if axes and letter != "?" and not found.get(letter):
                 found[letter] = axes
     if groups == 1:
         found["N"] = found.get("N") or found.get("K", ())

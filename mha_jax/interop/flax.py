@@ -115,7 +115,7 @@ def export_linen(
         num_heads=module.num_heads,
         qkv_features=module.num_heads * module.key_dim,
         out_features=None if module.output_shape is None else module.output_shape[0],  # type: ignore[index]
-        use_bias=module.use_bias,
+        use_bias=bool(module.use_bias),
         kernel_init=_unnamed(module.kernel_initializer),
         bias_init=_unnamed(module.bias_initializer),
         name=module.name,
@@ -208,7 +208,7 @@ def export_nnx(module: MultiHeadAttention, variables: dict[str, Params], *, rngs
         qkv_features=module.num_heads * module.key_dim,
         out_features=query_size if module.output_shape is None else module.output_shape[0],  # type: ignore[index]
         in_kv_features=key_size,
-        use_bias=module.use_bias,
+        use_bias=bool(module.use_bias),
         kernel_init=_unnamed(module.kernel_initializer),
         bias_init=_unnamed(module.bias_initializer),
         decode=False,

@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax.errors import WeightsError
+from mha_jax.errors import UnsupportedError, WeightsError
 from mha_jax.interop import weights
 from mha_jax.interop.keras_file import Stored, read
 from mha_jax.layer import axes
@@ -110,7 +110,14 @@ def export_layer(
     from keras import layers  # type: ignore[attr-defined]
 
     config = module.get_config()
-    for name in ("backend", "training", "precision", "dtype", "param_dtype", "num_kv_heads"):
+    if lost := weights.ours(module):
+        raise UnsupportedError(
+            "Keras's layer has no counterpart for "
+            + "; ".join(f"{name} ({reason})" for name, reason in lost.items())
+            + ". Change it with module.clone(...) if that means the same to you."
+        )
+    of_flax = ("backend", "training", "precision", "dtype", "param_dtype", "num_kv_heads")
+    for name in (*of_flax, "rotary", "qk_norm", "use_sinks", "scale", "logit_cap"):
         del config[name]
     config["dtype"] = _policy(module)
     if config["name"] is None:

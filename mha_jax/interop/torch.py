@@ -198,7 +198,7 @@ def export_layer(
         query_size,
         module.num_heads,
         dropout=module.dropout,
-        bias=module.use_bias,
+        bias=bool(module.use_bias),
         kdim=key_size,
         vdim=value_size,
         batch_first=batch_first,

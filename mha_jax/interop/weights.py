@@ -70,7 +70,7 @@ def check_shapes(
     shapes = module.shapes(query_size, value_size, key_size)
     expected = {}
     for name, shape in shapes.items():
-        bias = {"bias": shape.bias} if module.use_bias else {}
+        bias = {"bias": shape.bias} if module.has_bias(name) else {}
         expected[name] = {"kernel": shape.kernel, **bias}
     found = {
         name: {part: tuple(np.shape(weight)) for part, weight in weights.items()}
@@ -117,7 +117,7 @@ def require_plain(
     Raises:
       UnsupportedError: Listing every argument that would be lost.
     """
-    why = dict(also)
+    why = dict(also) | ours(module)
     if module.value_dim not in (None, module.key_dim):
         why["value_dim"] = f"{module.value_dim} differs from key_dim={module.key_dim}"
     if module.attention_axes not in (None, (1,), (-2,)):
@@ -139,6 +139,20 @@ def require_plain(
             + "; ".join(f"{name} ({reason})" for name, reason in why.items())
             + ". Change it with module.clone(...) if that means the same to you."
         )
+
+
+def ours(module: MultiHeadAttention) -> dict[str, str]:
+    """Return the arguments of a layer that none of another library has, each with a reason."""
+    found = {
+        name: f"{getattr(module, name)!r}"
+        for name in ("rotary", "qk_norm", "scale", "logit_cap")
+        if getattr(module, name) is not None
+    }
+    if module.use_sinks:
+        found["use_sinks"] = "there are no sinks"
+    if not isinstance(module.use_bias, bool):
+        found["use_bias"] = f"{module.use_bias} only"
+    return found
 
 
 def require_nothing(source: str, found: dict[str, str]) -> None:

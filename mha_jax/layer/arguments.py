@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from mha_jax.attention.cache import Cache
+from mha_jax.attention.rotary import Rotary, to_plain
 from mha_jax.errors import ShapeError, WeightsError
-from mha_jax.layer import checks, constraints, initializers, regularizers
+from mha_jax.layer import checks, constraints, initializers, regularizers, vectors
 from mha_jax.layer.projections import KernelShape
 from mha_jax.types import DType, Params, Precision
 
@@ -64,7 +65,7 @@ class Arguments:
       key_dim: Size H of a query and key head.
       value_dim: Size V of a value head; `key_dim` if None.
       dropout: Share of the attention weights to drop in training, in [0, 1).
-      use_bias: Whether the projections add biases.
+      use_bias: Whether the projections add biases, or the names of those that do.
       output_shape: Features of the output, an int or a tuple; those of `query` if None.
       attention_axes: Axes of the input to attend over, an int or a tuple; negative ones count with
         the features included. None: all axes but the first and the features.
@@ -84,6 +85,11 @@ class Arguments:
       dtype: Of the computation; that of inputs and parameters together if None.
       param_dtype: Of the parameters.
       precision: Of the products, as for `jnp.einsum`.
+      rotary: Rotary positions, `mj.Rotary()`: queries and keys are turned at their tokens' positions.
+      qk_norm: Norm of every head of queries and keys, before `rotary`: "rms", "layer", or None.
+      use_sinks: Whether every query head has a learned logit in the denominator of its softmax.
+      scale: Factor on queries times keys; 1 / sqrt(key_dim) if None.
+      logit_cap: Soft cap on the scaled logits, `logit_cap * tanh(x / logit_cap)`, or None.
 
     Raises:
       ShapeError: When made with values that cannot be right.
@@ -97,7 +103,7 @@ class Arguments:
     key_dim: int = field(metadata=_of_layer(checks.positive))
     value_dim: int | None = field(default=None, metadata=_of_layer(checks.positive_or_none))
     dropout: float = field(default=0.0, metadata=_of_layer(checks.rate))
-    use_bias: bool = field(default=True, metadata=_of_layer(checks.switch))
+    use_bias: bool | tuple[str, ...] = field(default=True, metadata=_of_layer(checks.biased))
     output_shape: int | tuple[int, ...] | None = field(
         default=None, metadata=_of_layer(checks.sizes_or_none)
     )
@@ -120,6 +126,11 @@ class Arguments:
     dtype: DType = field(default=None, metadata=_of_call(checks.floating_or_none))
     param_dtype: DType = field(default=jnp.float32, metadata=_of_layer(checks.floating))
     precision: Precision = field(default=None, metadata=_of_call(checks.precision))
+    rotary: Rotary | None = field(default=None, metadata=_of_call(checks.rotary_or_none))
+    qk_norm: str | None = field(default=None, metadata=_of_call(checks.norm_or_none))
+    use_sinks: bool = field(default=False, metadata=_of_layer(checks.switch))
+    scale: float | None = field(default=None, metadata=_of_call(checks.scale_or_none))
+    logit_cap: float | None = field(default=None, metadata=_of_call(checks.cap_or_none))
 
     __signature__ = _Signature()
 
@@ -139,6 +150,8 @@ class Arguments:
                 f"num_kv_heads must divide num_heads: got num_kv_heads={self.num_kv_heads}, "
                 f"num_heads={self.num_heads}. Every key-value head serves the same number of query heads."
             )
+        if self.rotary is not None:
+            self.rotary.size(self.key_dim)
 
     @classmethod
     def of(cls, params: Params, given: Mapping[str, Any]) -> "Arguments":
@@ -157,14 +170,22 @@ class Arguments:
         sizes = {"num_heads": n, "key_dim": h, "num_kv_heads": k, "value_dim": v}
         for name, value in (sizes | {"output_shape": (*output,)}).items():
             setattr(layer, name, value)
-        layer.use_bias, layer.use_gate = "bias" in params["query"], "gate" in params
+        with_bias = tuple(name for name in checks.PROJECTIONS if "bias" in params.get(name, ()))
+        everywhere = len(with_bias) == sum(name in params for name in checks.PROJECTIONS)
+        layer.use_bias = everywhere or with_bias or False
+        layer.use_gate, layer.use_sinks = "gate" in params, "sinks" in params
         for name, value in given.items():
             setattr(layer, name, _CHECKS[name](name, value))
+        if layer.qk_norm is None and "query_norm" in params:
+            raise ShapeError(
+                "the parameters hold query_norm, of a layer that normalizes queries and keys: got qk_norm="
+                f"None. Pass qk_norm={' or '.join(map(repr, vectors.NORMS))}, as the layer was made."
+            )
         return layer
 
     def has_bias(self, name: str) -> bool:
         """Whether a projection adds a bias."""
-        return self.use_bias
+        return self.use_bias if isinstance(self.use_bias, bool) else name in self.use_bias
 
     @property
     def kv_heads(self) -> int:
@@ -308,6 +329,8 @@ def _plain(name: str, value: Any) -> Any:
     written = FIELDS[name].metadata.get("object") if name in FIELDS else None
     if written is not None:
         return written.serialize(value)
+    if name == "rotary":
+        return None if value is None else to_plain(value)
     if name in ("dtype", "param_dtype"):
         return None if value is None else jnp.dtype(value).name
     if name == "precision" and isinstance(value, jax.lax.Precision):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax.attention.check import mask_array
+from mha_jax.attention.fitted import mask_array
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, ArrayLike
 

@@ -7,8 +7,9 @@ says what was expected, and how to fix it.
 import difflib
 import functools
 import inspect
+import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,9 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from mha_jax.attention.rotary import Rotary, from_plain
 from mha_jax.errors import ArgumentError, ShapeError
+from mha_jax.layer import vectors
 
 _WIDTH = "It is the width, x.shape[-1], of what the layer will be called with."
 _SIZE = "key_dim and value_dim are the sizes of one head; torch's embed_dim is num_heads * key_dim here."
@@ -74,6 +77,88 @@ def switch_or_none(name: str, x: Any) -> bool | None:
       ShapeError: If it is neither.
     """
     return None if x is None else switch(name, x, "True, False or None")
+
+
+PROJECTIONS = ("query", "key", "value", "gate", "attention_output")
+
+
+def biased(name: str, x: Any) -> bool | tuple[str, ...]:
+    """Return True, False, or the names of the projections that have biases.
+
+    Raises:
+      ShapeError: If it is none of these.
+    """
+    if not isinstance(x, (tuple, list, set, frozenset)):
+        return switch(name, x, "True or False, or names of projections")
+    unknown = [one for one in x if one not in PROJECTIONS]
+    if unknown:
+        raise ShapeError(
+            f"{name} names the projections that have biases: got {unknown[0]!r}, expected some of "
+            f"{', '.join(map(repr, PROJECTIONS))}. Qwen 2 has ('query', 'key', 'value')."
+        )
+    return tuple(one for one in PROJECTIONS if one in x) or False
+
+
+def rotary_or_none(name: str, x: Any) -> Rotary | None:
+    """Return rotary positions or None; those of a configuration as themselves.
+
+    Raises:
+      ShapeError: If it is neither.
+    """
+    if isinstance(x, Mapping):
+        return from_plain(x)
+    if x is None or isinstance(x, Rotary):
+        return x
+    raise ShapeError(
+        f"{name} must be mj.Rotary(...) or None: got {x!r}. Pass rotary=mj.Rotary(base=10000.0); of a "
+        "Hugging Face config, mj.Rotary.from_config(config)."
+    )
+
+
+def norm_or_none(name: str, x: Any) -> str | None:
+    """Return the name of a norm or None.
+
+    Raises:
+      ShapeError: If it is neither.
+    """
+    if x is None or (isinstance(x, str) and x in vectors.NORMS):
+        return x
+    raise ShapeError(
+        f"{name} must be one of {', '.join(map(repr, vectors.NORMS))}, or None: got {x!r}. It is the norm of "
+        "every head of the projected queries and keys."
+    )
+
+
+def scale_or_none(name: str, x: Any) -> float | None:
+    """Return a finite number or None.
+
+    Raises:
+      ShapeError: If it is neither.
+    """
+    if x is None:
+        return None
+    if isinstance(x, bool) or not isinstance(x, numbers.Real) or not math.isfinite(x):
+        raise ShapeError(
+            f"{name} must be a finite number or None: got {x!r}. It multiplies queries times keys; None is "
+            "1 / sqrt(key_dim)."
+        )
+    return float(x)
+
+
+def cap_or_none(name: str, x: Any) -> float | None:
+    """Return a positive number or None.
+
+    Raises:
+      ShapeError: If it is neither.
+    """
+    if x is None:
+        return None
+    if isinstance(x, bool) or not isinstance(x, numbers.Real) or not 0 < float(x) < math.inf:
+        raise ShapeError(
+            f"{name} must be a positive number or None: got {x!r}. Logits become {name} * tanh(x / {name}); "
+            "Gemma 2 has 50.0."
+        )
+    return float(x)
 
 
 def rate(name: str, x: Any) -> float:

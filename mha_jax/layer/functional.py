@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mha_jax.attention import softmax
+from mha_jax.attention.biases import Bias
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.call import Call
 from mha_jax.attention.check import check_mask
@@ -24,7 +25,7 @@ from mha_jax.attention.masks import Causal, Dense, Full, Mask, ValidKeys, ValidQ
 from mha_jax.attention.tokens import Tokens, zero_invalid
 from mha_jax.engine.run import run
 from mha_jax.errors import ShapeError
-from mha_jax.layer import axes, checks, projections
+from mha_jax.layer import axes, checks, projections, vectors
 from mha_jax.layer.arguments import (
     FIELDS,
     IN_A_CALL,
@@ -56,7 +57,7 @@ def init_params(
 
     Returns:
       {"query": {"kernel": ..., "bias": ...}, "key": ..., "value": ..., "attention_output": ...} and
-      "gate" if there is one.
+      "gate", "query_norm", "key_norm", "sinks" if there are.
 
     Raises:
       ShapeError, ArgumentError, WeightsError: As `MultiHeadAttention`.
@@ -71,11 +72,14 @@ def init_params(
     layer = Arguments(num_heads, key_dim, **arguments)
     shapes = layer.shapes(*axes.widths(query, value, key))
     keys = jax.random.split(rng, len(shapes))
-    bias = layer.bias_initializer if layer.use_bias else None
-    return {
-        name: projections.init(k, shape, layer.kernel_initializer, bias, layer.param_dtype)
-        for k, (name, shape) in zip(keys, shapes.items())
-    }
+    params = {}
+    for k, (name, shape) in zip(keys, shapes.items()):
+        bias = layer.bias_initializer if layer.has_bias(name) else None
+        made = layer.kernel_initializer, bias, layer.param_dtype
+        params[name] = projections.init(k, shape, *made)
+    for name, vector in vectors.of(layer).items():
+        params[name] = {vector.part: vector.init(layer.param_dtype)}
+    return params
 
 
 @shows(*OF_CALL)
@@ -96,6 +100,7 @@ def multi_head_attention(
     key_tokens: Tokens | None = None,
     cache: Cache | None = None,
     dropout: Dropout | None = None,
+    bias: Bias | ArrayLike | None = None,
     on_projection: Callable[[str, Array], Array] | None = None,
     **arguments: Any,
 ) -> Any:
@@ -113,6 +118,7 @@ def multi_head_attention(
       mask: A rule, combined with all of the above by "and".
       query_tokens, key_tokens: Positions and segments that `mask` reads, over the folded axes.
       dropout: `Dropout(key, rate)`, or None.
+      bias: Added to the logits: a rule of `mj.biases`, or an array over the folded axes, as for `Call`.
       on_projection: Called with the name and the value of every projection; what it returns is used: to
         rotate queries and keys, to normalize them, to look at them. It sees the projections of masked tokens
         too, of zeros where these hold NaN or Inf.
@@ -148,9 +154,11 @@ def multi_head_attention(
 
     inputs = Inputs(
         *(query, value, key, query_mask, value_mask, key_mask, attention_mask),
-        *(return_attention_scores, use_causal_mask, mask, query_tokens, key_tokens, cache),
+        *(return_attention_scores, use_causal_mask, mask, query_tokens, key_tokens, cache, bias),
     )
-    return attend_layer(layer, Weights.of(params, project), inputs, dropout, on_projection)
+    kinds = vectors.of(layer)
+    weights = Weights.of(params, project, lambda name: vectors.stored(params, name, kinds[name]))
+    return attend_layer(layer, weights, inputs, dropout, on_projection)
 
 
 class Inputs(NamedTuple):
@@ -169,6 +177,7 @@ class Inputs(NamedTuple):
     query_tokens: Tokens | None = None
     key_tokens: Tokens | None = None
     cache: Cache | None = None
+    bias: Any = None
 
 
 class Weights(NamedTuple):
@@ -177,17 +186,22 @@ class Weights(NamedTuple):
     project: Callable[[str, Array], Array]  # a projection's name and its input -> its output
     widths: tuple[int, int, int]  # of query, value and key
     dtypes: tuple[Any, ...]
+    vector: Callable[[str], Any]  # the name of a norm or of the sinks -> what is stored
 
     @classmethod
     def of(
-        cls, params: Params, project: Callable[[str, Array], Array], dtype: DType = None
+        cls,
+        params: Params,
+        project: Callable[[str, Array], Array],
+        vector: Callable[[str], Any],
+        dtype: DType = None,
     ) -> "Weights":
         """Return what parameters tell; where none are made yet, their dtype to be."""
         if not params:
-            return cls(project, (0, 0, 0), (jnp.dtype(dtype),))
+            return cls(project, (0, 0, 0), (jnp.dtype(dtype),), vector)
         query, value, key = (params[name]["kernel"].shape[0] for name in ("query", "value", "key"))
         dtypes = (leaf.dtype for weights in params.values() for leaf in weights.values())
-        return cls(project, (query, value, key), tuple(dtypes))
+        return cls(project, (query, value, key), tuple(dtypes), vector)
 
 
 def attend_layer(
@@ -214,9 +228,23 @@ def attend_layer(
     x_v = _entering(k_fold.fold(value), k_tokens, hides, seen)
     x_k = x_v if key is value else _entering(k_fold.fold(key), k_tokens, hides, seen)
     q, k, v = project("query", x_q), project("key", x_k), project("value", x_v)
+    if layer.qk_norm is not None:
+        q, k = (
+            vectors.normalized(layer.qk_norm, weights.vector(name), x)
+            for name, x in (("query_norm", q), ("key_norm", k))
+        )
+    if layer.rotary is not None:
+        q_positions, k_positions = _positions(given, q_tokens, k_tokens)
+        q, k = layer.rotary(q, q_positions), layer.rotary(k, k_positions)
     if given.attention_mask is not None:
         rule = rule & Dense(axes.fold_mask(given.attention_mask, q_fold, s_fold, q.shape[2]))
-    call = Call(q, k, v, q_tokens, k_tokens, rule, dropout=dropout, precision=layer.precision)
+    call = Call(
+        *(q, k, v, q_tokens, k_tokens, rule, given.bias, dropout),
+        sinks=weights.vector("sinks") if layer.use_sinks else None,
+        scale=layer.scale,
+        logit_cap=layer.logit_cap,
+        precision=layer.precision,
+    )
     if cache is not None:
         call, cache = cache.extend(call, given.query_tokens, given.key_tokens)
     out, m, l = after_sinks(call, run(checked(call), layer.backend))
@@ -239,6 +267,12 @@ def _checked(layer: Arguments, weights: Weights, inputs: Inputs) -> Inputs:
     """
     for name in ("use_causal_mask", "return_attention_scores"):
         checks.switch(name, getattr(inputs, name))
+    for name in ("query_tokens", "key_tokens"):
+        if not isinstance(tokens := getattr(inputs, name), (Tokens, type(None))):
+            raise ShapeError(
+                f"{name} must be Tokens or None: got {type(tokens).__name__}. Pass Tokens(length, pos=..., "
+                "segment=..., valid=...)."
+            )
     query, value, key, cache = inputs.query, inputs.value, inputs.key, inputs.cache
     if cache is not None and not isinstance(cache, Cache):
         raise ShapeError(
@@ -288,6 +322,13 @@ def _seen(
             k_tokens = _valid(k_tokens, k_fold, name, flags)
             rule = rule if cached else rule & ValidKeys()
     return rule, q_tokens, k_tokens
+
+
+def _positions(inputs: Inputs, q_tokens: Tokens, k_tokens: Tokens) -> tuple[Any, Any]:
+    """Return the positions at which queries and keys are turned: those of their tokens."""
+    if inputs.cache is None:
+        return q_tokens.positions, k_tokens.positions
+    return inputs.cache.positions(q_tokens, k_tokens, inputs.query_tokens, inputs.key_tokens)
 
 
 def _valid(tokens: Tokens, folding: axes.Folding, name: str, flags: ArrayLike) -> Tokens:

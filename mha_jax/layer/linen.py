@@ -13,12 +13,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mha_jax.attention.biases import Bias
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
-from mha_jax.layer import axes, checks, constraints, initializers, penalties, projections
+from mha_jax.layer import (
+    axes,
+    checks,
+    constraints,
+    initializers,
+    penalties,
+    projections,
+    vectors,
+)
 from mha_jax.layer.arguments import FIELDS, IN_THE_CONSTRUCTOR, Arguments, closed, documented
 from mha_jax.layer.functional import Inputs, Weights, attend_layer
 from mha_jax.types import Array, ArrayLike, DType, Float, Params, Precision
@@ -72,6 +81,20 @@ def _make(module: Projection, made: Made) -> tuple[Any, Any | None]:
     return weights[0], weights[1] if len(weights) > 1 else None
 
 
+class Vector(nn.Module):
+    """A norm's scale or the sinks' logits: one parameter of one axis."""
+
+    kind: vectors.Vector
+    param_dtype: DType
+
+    @nn.compact
+    def __call__(self) -> Any:
+        if self.is_initializing():
+            return self.param(self.kind.part, lambda rng: self.kind.init(self.param_dtype))
+        params = nn.meta.unbox(self.variables.get("params", {}))
+        return vectors.stored({self.name: params}, str(self.name), self.kind)
+
+
 @documented
 class MultiHeadAttention(Arguments, nn.Module):
     """Keras's MultiHeadAttention: the same arguments, numbers and weights.
@@ -122,6 +145,7 @@ class MultiHeadAttention(Arguments, nn.Module):
         query_tokens: Tokens | None = None,
         key_tokens: Tokens | None = None,
         cache: Cache | None = None,
+        bias: Bias | ArrayLike | None = None,
         **unknown: Never,
     ) -> Any:
         """Attend from `query` to `value`.
@@ -139,6 +163,7 @@ class MultiHeadAttention(Arguments, nn.Module):
           query_tokens, key_tokens: Positions and segments that `mask` reads.
           cache: What `empty_cache` or the call before returned: the tokens of `value` are appended,
             then `query` attends to all that it holds; `value=None` appends nothing.
+          bias: Added to the logits: a rule of `mj.biases`, or an array [T, S] or [B, N, T, S].
 
         Returns:
           The output [B, T, E], or (output, scores [B, N, T, S]); with a cache, it comes last.
@@ -156,7 +181,15 @@ class MultiHeadAttention(Arguments, nn.Module):
             )
         inputs = Inputs(
             *(query, value, key, query_mask, value_mask, key_mask, attention_mask),
-            *(return_attention_scores, use_causal_mask, mask, query_tokens, key_tokens, cache),
+            *(
+                return_attention_scores,
+                use_causal_mask,
+                mask,
+                query_tokens,
+                key_tokens,
+                cache,
+                bias,
+            ),
         )
         training = checks.merged("training", self.training, training)
         projected = _projections(self, inputs)
@@ -166,7 +199,16 @@ class MultiHeadAttention(Arguments, nn.Module):
             projections.check_names(params, self.has_bias, self.use_gate)
             if self.is_mutable_collection("losses"):
                 observe = _sow_losses(self, params, query, value)
-        weights = Weights.of(params, lambda name, x: projected[name](x), self.param_dtype)
+        kept = {
+            name: Vector(kind, self.param_dtype, name=name)
+            for name, kind in vectors.of(self).items()
+        }
+        weights = Weights.of(
+            params,
+            lambda name, x: projected[name](x),
+            lambda name: kept[name](),
+            self.param_dtype,
+        )
         dropout = _dropout(self) if training and self.dropout > 0 else None
         return attend_layer(self, weights, inputs, dropout, observe)
 

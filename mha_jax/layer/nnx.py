@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mha_jax.attention.biases import Bias
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError, UnsupportedError
-from mha_jax.layer import checks, constraints, penalties, projections
+from mha_jax.layer import checks, constraints, penalties, projections, vectors
 from mha_jax.layer.arguments import FIELDS, IN_THE_CONSTRUCTOR, Arguments, closed, documented
 from mha_jax.layer.functional import Inputs, Weights, attend_layer
 from mha_jax.layer.initializers import Unflattened, VarianceScaling
@@ -66,6 +67,17 @@ class Projection(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         kernel = _value(self.kernel)
         return projections.product(self.name, kernel, bias, x, self.precision)
+
+
+class Vector(nnx.Module):
+    """A norm's scale or the sinks' logits: one parameter of one axis."""
+
+    def __init__(self, kind: vectors.Vector, dtype: Any):
+        self.part = kind.part
+        setattr(self, kind.part, nnx.Param(kind.init(dtype)))
+
+    def __call__(self) -> Array:
+        return getattr(self, self.part)[...]
 
 
 class _Kept:
@@ -152,14 +164,16 @@ class MultiHeadAttention(Arguments, nnx.Module):
         value_features = value_features or in_features
         self._features = (in_features, value_features, key_features or value_features)
         shapes = self.shapes(*self._features)
-        bias = self.bias_initializer if self.use_bias else None
         for name, shape in shapes.items():
+            bias = self.bias_initializer if self.has_bias(name) else None
             made = _kept(self.kernel_initializer), _kept(bias)
             drawn = projections.init(rngs.params(), shape, *made, self.param_dtype)
             for part, kept in zip(("kernel", "bias"), made):
                 if isinstance(kept, _Kept):
                     drawn[part] = kept.with_metadata(drawn[part])
             setattr(self, name, Projection(name, self.precision, drawn))
+        for name, kind in vectors.of(self).items():
+            setattr(self, name, Vector(kind, self.param_dtype))
         losses = self._loss_names(list(shapes))
         if losses:
             self.losses = Losses(losses)
@@ -203,6 +217,7 @@ class MultiHeadAttention(Arguments, nnx.Module):
         query_tokens: Tokens | None = None,
         key_tokens: Tokens | None = None,
         cache: Cache | None = None,
+        bias: Bias | ArrayLike | None = None,
         *,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         **unknown: Never,
@@ -210,7 +225,7 @@ class MultiHeadAttention(Arguments, nnx.Module):
         """Attend from `query` to `value`.
 
         Args:
-          query, ..., cache: As for the call of `mha_jax.MultiHeadAttention`.
+          query, ..., bias: As for the call of `mha_jax.MultiHeadAttention`.
           rngs: Where the dropout's key is drawn, instead of the layer's own stream.
 
         Returns:
@@ -224,7 +239,15 @@ class MultiHeadAttention(Arguments, nnx.Module):
             checks.refuse_unknown(self.__call__, unknown, FIELDS, IN_THE_CONSTRUCTOR)
         inputs = Inputs(
             *(query, value, key, query_mask, value_mask, key_mask, attention_mask),
-            *(return_attention_scores, use_causal_mask, mask, query_tokens, key_tokens, cache),
+            *(
+                return_attention_scores,
+                use_causal_mask,
+                mask,
+                query_tokens,
+                key_tokens,
+                cache,
+                bias,
+            ),
         )
         training = checks.switch_or_none("training", training)
         training = self.training if training is None else training
@@ -239,7 +262,10 @@ class MultiHeadAttention(Arguments, nnx.Module):
         if penalized and self.activity_regularizer is not None:
             observe = penalties.of_activities(self, query, value, found.__setitem__)
         weights = Weights(
-            lambda name, x: getattr(self, name)(x), self._features, self._param_dtypes()
+            lambda name, x: getattr(self, name)(x),
+            self._features,
+            self._param_dtypes(),
+            lambda name: getattr(self, name)(),
         )
         result = attend_layer(self, weights, inputs, dropout, observe)
         if penalized:
@@ -312,10 +338,15 @@ class MultiHeadAttention(Arguments, nnx.Module):
         """Return the names under which the linen layer sows its losses."""
         parts = {
             "kernel": self.kernel_regularizer,
-            "bias": self.bias_regularizer if self.use_bias else None,
+            "bias": self.bias_regularizer,
             "activity": self.activity_regularizer,
         }
-        return [f"{name}_{part}" for name in projected for part in parts if parts[part] is not None]
+        return [
+            f"{name}_{part}"
+            for name in projected
+            for part in parts
+            if parts[part] is not None and (part != "bias" or self.has_bias(name))
+        ]
 
 
 def _stream(rngs: nnx.Rngs) -> nnx.RngStream | None:

@@ -12,8 +12,8 @@ def of_weights(layer: Arguments, params: Params) -> Iterator[tuple[str, Any]]:
     rules = {"kernel": layer.kernel_regularizer, "bias": layer.bias_regularizer}
     for name, weights in params.items():
         for part, weight in weights.items():
-            if rules[part] is not None:
-                yield f"{name}_{part}", rules[part](weight)
+            if (rule := rules.get(part)) is not None:
+                yield f"{name}_{part}", rule(weight)
 
 
 def of_activities(

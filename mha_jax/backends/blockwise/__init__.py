@@ -56,6 +56,8 @@ class Blockwise(Backend):
       tuning: What the sizes that are None are chosen by; None is that of the platform lowered for.
     """
 
+    bias_rules = True
+
     block_q: int | None = None
     block_k: int | None = None
     pairs: int | None = None

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mha_jax.attention import hidden, softmax
 from mha_jax.attention.call import Problem, State
@@ -63,6 +64,10 @@ def forward(problem: Problem) -> State:
         x = x + _keys_first(problem, problem.bias).astype(x.dtype)
     q_facts = jax.tree.map(lambda a: a[:, None, :, None, None], problem.q_tokens.facts())
     k_facts = jax.tree.map(lambda a: a[:, :, None, None, None], problem.k_tokens.facts())
+    if problem.bias_rule is not None:
+        head = np.arange(n, dtype=np.int32).reshape(1, 1, 1, kv, groups).swapaxes(3, 4)
+        q_side = q_facts._replace(head=head)
+        x = x + problem.bias_rule.logits(q_side, k_facts).astype(x.dtype)
     mask = jax.tree.map(lambda a: _keys_first(problem, a), problem.mask)
     x = jnp.where(mask.visible(q_facts, k_facts), x, -jnp.inf)
     m = jnp.max(x, axis=1, keepdims=True)

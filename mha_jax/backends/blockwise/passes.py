@@ -8,10 +8,12 @@ row's (m, l): see `softmax.shift`. The backward pass walks down the key blocks a
 transposed, [*, block_k, r], so that the gradients of keys and values are plain products.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from mha_jax.attention import hidden, softmax
+from mha_jax.attention.biases import floats
 from mha_jax.attention.call import Moves, Output, State
 from mha_jax.attention.hidden import Rows
 from mha_jax.backends.blockwise.tiles import ByKeys, ByQueries, Place, Tiles, scan
@@ -72,7 +74,7 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
 
         def block(i, carry):
             at = Place(g, i, j)
-            d_bias, dq, dk, dv = carry
+            d_bias, d_rule, dq, dk, dv = carry
             q, do, shift, delta = (tiles.rows_of(x, at) for x in rows)
             capped = rules.capped(tiles.dot("...sh,...rh->...sr", k_tile, q))
             x = by.logits(capped, at)
@@ -87,6 +89,9 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
             dx = p * (dp - delta[..., None, :])
             if d_bias is not None:
                 d_bias = tiles.add_dense(d_bias, dx.swapaxes(-1, -2), at)
+            if tiles.rule is not None:
+                _, pull = jax.vjp(by.ruled(dx.shape, at), tiles.rule_floats)
+                d_rule = jax.tree.map(jnp.add, d_rule, *pull(dx))
             q = q.astype(dtype)
             if by.masked and tiles.hides:  # rows of NaN reach nothing that is hidden from them
                 q = jnp.where(jnp.isnan(q), 0, q)
@@ -95,16 +100,17 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
             dv = dv + tiles.dot("...sr,...rv->...sv", kept, do)
             dk = dk + tiles.dot("...sr,...rh->...sh", dx, q)
             dq = tiles.add_transposed(dq, tiles.dot("...hs,...sr->...hr", k_transposed, dx), at)
-            return d_bias, dq, dk, dv
+            return d_bias, d_rule, dq, dk, dv
 
         zeros = jnp.zeros(k_tile.shape, dtype), jnp.zeros(v_tile.shape, dtype)
-        d_bias, dq, dk, dv = tiles.over(order, g, j, block, (*carry, *zeros))
-        return (d_bias, dq), (dk, dv)
+        *carry, dk, dv = tiles.over(order, g, j, block, (*carry, *zeros))
+        return tuple(carry), (dk, dv)
 
     d_bias = None if tiles.bias is None else jnp.zeros(tiles.bias.shape, dtype)
     *lead, length, size = tiles.q.shape
-    carry = (d_bias, jnp.zeros((*lead, size, length), dtype))
-    (d_bias, dq), (dk, dv) = scan(column, carry, tiles.layout.groups, tiles.k_blocks)
+    d_rule = jax.tree.map(jnp.zeros_like, tiles.rule_floats)
+    carry = (d_bias, d_rule, jnp.zeros((*lead, size, length), dtype))
+    (d_bias, d_rule, dq), (dk, dv) = scan(column, carry, tiles.layout.groups, tiles.k_blocks)
     dk = tiles.keys_back(dk) * jnp.asarray(rules.scale, dtype)
     dq = tiles.transposed_back(dq) * jnp.asarray(tiles.scale, dtype)
     bias = problem.bias
@@ -115,6 +121,7 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
         dk.astype(problem.k.dtype),
         tiles.keys_back(dv).astype(problem.v.dtype),
         d_bias,
+        jax.tree.map(lambda d, a: d.astype(jnp.result_type(a)), d_rule, floats(problem.bias_rule)),
     )
 
 
@@ -126,6 +133,12 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
     dq = None if direction.q is None else tiles.queries(direction.q.astype(dtype) * scale)
     dk, dv = (None if x is None else tiles.keys(x.astype(dtype)) for x in direction[1:3])
     d_bias = None if direction.bias is None else tiles.pad_dense(direction.bias.astype(dtype))
+    d_rule = None
+    if jax.tree.leaves(direction.bias_rule):
+        d_rule = jax.tree.map(
+            lambda a, d: jnp.zeros_like(a) if d is None else d.astype(dtype),
+            *(tiles.rule_floats, direction.bias_rule),
+        )
     shift, ratio = softmax.shift(state.m, state.l)
     shift, ratio = tiles.statistics(shift, jnp.inf), tiles.statistics(ratio)
 
@@ -151,6 +164,8 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
             dx = dx * rules.slope(capped)
             if d_bias is not None:
                 dx = dx + by.dense(d_bias, at)
+            if d_rule is not None:
+                dx = dx + jax.jvp(by.ruled(dx.shape, at), (tiles.rule_floats,), (d_rule,))[1]
             dp = tiles.shown(p, p * dx)
             d_lse = d_lse + jnp.sum(dp, -1, keepdims=True)
             kept = p

@@ -22,9 +22,11 @@ import numpy as np
 from jax import lax
 
 from mha_jax.attention import hidden
+from mha_jax.attention.biases import OfDistance, Sum, floats, with_floats
 from mha_jax.attention.call import Problem
 from mha_jax.attention.tokens import Facts
 from mha_jax.backends import visits
+from mha_jax.backends.blockwise import diagonals
 from mha_jax.backends.blockwise.layout import Apart, Grouped
 from mha_jax.types import Array, Size
 
@@ -96,6 +98,14 @@ class Tiles:
         self.k_facts = _pad_facts(problem.k_tokens.facts(), self.s)
         self.mask = jax.tree.map(self.pad_dense, problem.mask)
         self.bias = None if problem.bias is None else self.pad_dense(jnp.asarray(problem.bias))
+        self.rule = problem.bias_rule
+        arrays = (
+            getattr(x, f) for x in (problem.q_tokens, problem.k_tokens) for f in ("index", "pos")
+        )
+        sizes = tiling.block_q, tiling.block_k
+        self.consecutive = all(a is None for a in arrays) and all(isinstance(n, int) for n in sizes)
+        # In the accumulator's dtype, in which its gradients are summed up.
+        self.rule_floats = jax.tree.map(lambda a: jnp.asarray(a, self.dtype), floats(self.rule))
         self.row_keys = None
         if problem.dropout is not None:
             words = problem.dropout.row_keys(b, n, self.q_facts.rows)
@@ -201,6 +211,14 @@ class Tiles:
     def _fact(self, a: Any, at: Place, index: Any, size: Size) -> Array:
         return self.layout.take(_cut(jnp.asarray(a), {1: (index, size)})[:, None], at.group)
 
+    def distances(self, at: Place) -> Array:
+        """Return the distances of a tile of consecutive tokens, that of its lower left corner first."""
+        q, k = (jnp.asarray(n, jnp.uint32).astype(jnp.int32) for n in (at.q, at.k))
+        size_q, size_k = self.tiling.block_q, self.tiling.block_k
+        starts = self.problem.k_tokens.start - self.problem.q_tokens.start
+        first = k * jnp.int32(size_k) - q * jnp.int32(size_q) + jnp.int32(starts - (size_q - 1))
+        return first + jnp.arange(size_q + size_k - 1, dtype=jnp.int32)
+
     def real_keys(self, at: Place) -> Array | None:
         """Return which of a tile's keys are no padding, [block_k]; None where all are."""
         if self.s == self.problem.k.shape[1]:
@@ -297,13 +315,41 @@ class ByQueries:
         x = capped
         if tiles.bias is not None:
             x = x + self.dense(tiles.bias, at).astype(x.dtype)
+        if tiles.rule is not None:
+            x = x + self.ruled(x.shape, at)(tiles.rule_floats)
         return jnp.where(self.visible(at), x, -jnp.inf) if self.masked else x
+
+    def ruled(self, shape: tuple[Size, ...], at: Place) -> Callable[[Any], Array]:
+        """Return a tile of the bias by rule as a function of the rule's floats."""
+        tiles = self.tiles
+        q, k = self._facts(at)
+        heads = np.arange(tiles.kv_heads * tiles.groups, dtype=np.int32)[None, :, None, None]
+        heads = tiles.dense_of(jnp.asarray(heads), at)
+        q = q._replace(head=self._lay(heads))
+
+        def added(rule):
+            if isinstance(rule, Sum):
+                return added(rule.a) + added(rule.b)
+            if tiles.consecutive and isinstance(rule, OfDistance) and rule.only_distances:
+                distances = tiles.distances(at).reshape((1,) * (heads.ndim - 2) + (-1,))
+                tile = self._of_diagonals(rule.at(distances, heads[..., 0]))
+            else:
+                tile = rule.logits(q, k)
+            return self._merged(tile).astype(tiles.dtype)
+
+        return lambda moved: jnp.broadcast_to(added(with_floats(tiles.rule, moved)), shape)
+
+    def _facts(self, at: Place) -> tuple[Facts, Facts]:
+        """Return the facts of a tile's queries and keys, which broadcast against each other."""
+        tiles = self.tiles
+        q = jax.tree.map(lambda a: self._of_queries(tiles.q_fact(a, at)), tiles.q_facts)
+        k = jax.tree.map(lambda a: self._of_keys(tiles.k_fact(a, at)), tiles.k_facts)
+        return q, k
 
     def visible(self, at: Place) -> Any:
         """Return which pairs of a tile are visible, broadcasting to the tile."""
         tiles = self.tiles
-        q = jax.tree.map(lambda a: self._of_queries(tiles.q_fact(a, at)), tiles.q_facts)
-        k = jax.tree.map(lambda a: self._of_keys(tiles.k_fact(a, at)), tiles.k_facts)
+        q, k = self._facts(at)
         mask = jax.tree.map(lambda a: self._lay(tiles.dense_of(a, at)), tiles.mask)
         seen = self._merged(mask.visible(q, k))
         real = tiles.real_keys(at)
@@ -319,6 +365,10 @@ class ByQueries:
     def dense(self, dense: Array, at: Place) -> Array:
         """Cut [#B, #N, #T, #S] to what broadcasts against a tile."""
         return self._merged(self._lay(self.tiles.dense_of(dense, at)))
+
+    def _of_diagonals(self, numbers: Array) -> Array:
+        """Lay numbers of distances [*#lead, #G, distances] along the diagonals of a tile."""
+        return diagonals.laid(numbers, self.tiles.tiling.block_q, self.tiles.tiling.block_k)
 
     def _lay(self, tile: Array) -> Array:
         return tile
@@ -352,6 +402,10 @@ class ByQueries:
 
 class ByKeys(ByQueries):
     """The same against transposed tiles: [*lead, block_k, r]."""
+
+    def _of_diagonals(self, numbers: Array) -> Array:
+        sizes = self.tiles.tiling.block_k, self.tiles.tiling.block_q
+        return jnp.moveaxis(diagonals.laid(numbers[..., ::-1], *sizes), -2, -3)
 
     def _lay(self, tile: Array) -> Array:
         return jnp.moveaxis(tile, -1, -3)

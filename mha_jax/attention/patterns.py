@@ -1,0 +1,102 @@
+"""Masks of further patterns of positions: chunks, gaps, and prefixes that all queries see."""
+
+from typing import Any
+
+import numpy as np
+
+from mha_jax.attention.masks import Causal, Mask, Reach, is_integer, pytree, static
+from mha_jax.errors import ShapeError
+from mha_jax.types import ArrayLike, Int
+
+
+@pytree
+class ChunkedCausal(Mask):
+    """A query sees the keys of its own chunk of `size` positions, at its own position and before.
+
+    Chunks begin at the positions that are multiples of `size`: Llama 4's local layers.
+
+    >>> ChunkedCausal(2).matrix(mj.Tokens(4), mj.Tokens(4)).astype(int).tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    """
+
+    size: int = static()
+
+    def __post_init__(self):
+        if not is_integer(self.size) or self.size < 1:
+            raise ShapeError(
+                f"ChunkedCausal counts the positions of a chunk: got size={self.size!r}. Expected a positive "
+                "integer, 8192 for Llama 4; a chunk without end is Causal()."
+            )
+
+    def visible(self, q, k):
+        return (q.positions >= k.positions) & (self._start(q.positions) == self._start(k.positions))
+
+    def reach(self, q, k):
+        (q_low, q_high), (k_low, k_high) = (
+            tuple(self._start(end) for end in side.positions) for side in (q, k)
+        )
+        same = Reach(
+            (q_low <= k_high) & (k_low <= q_high),
+            (q_low == q_high) & (k_low == k_high) & (q_low == k_low),
+        )
+        return Causal().reach(q, k) & same
+
+    def _start(self, positions: Any) -> Any:
+        """Return the first position of a chunk."""
+        return positions - positions % self.size
+
+
+@pytree
+class Dilated(Mask):
+    """A query sees the keys whose distance from it is a multiple of `step`, on both sides.
+
+    `Causal() & Window(4 * 7, 0) & Dilated(7)` sees five keys of the past, every seventh.
+    """
+
+    step: int = static()
+
+    def __post_init__(self):
+        if not is_integer(self.step) or self.step < 1:
+            raise ShapeError(
+                f"Dilated counts positions from one key to the next: got step={self.step!r}. Expected a "
+                "positive integer; 1 sees every key."
+            )
+
+    def visible(self, q, k):
+        return (k.positions - q.positions) % self.step == 0
+
+    def reach(self, q, k):
+        (q_low, q_high), (k_low, k_high) = q.positions, k.positions
+        low, high = k_low - q_high, k_high - q_low
+        some = high // self.step * self.step >= low
+        return Reach(some, (self.step == 1) | ((low == high) & some))
+
+
+@pytree
+class PrefixLM(Mask):
+    """Every query sees the first `lengths` positions, and of the others those at its own and before.
+
+    Args:
+      lengths: Of the prefixes: an integer, or integers of the batch axes [*#B].
+
+    >>> PrefixLM(2).matrix(mj.Tokens(3), mj.Tokens(3)).astype(int).tolist()
+    [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
+    """
+
+    holds_numbers = True
+
+    lengths: Int[ArrayLike, "..."] | int
+
+    def visible(self, q, k):
+        return (q.positions >= k.positions) | (k.positions < self._each())
+
+    def reach(self, q, k):
+        k_low, k_high = k.positions
+        lengths = self._each()
+        return Causal().reach(q, k) | Reach(k_low < lengths, k_high < lengths)
+
+    def _each(self) -> Any:
+        """Return the lengths as they broadcast against the facts; `check` has laid them so for backends."""
+        return (
+            np.reshape(self.lengths, (-1, 1, 1, 1)) if np.ndim(self.lengths) == 1 else self.lengths
+        )
