@@ -138,6 +138,24 @@ def test_decoding_step_by_step_is_the_whole():
         np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
 
 
+def test_rejected_drafts_and_beams():
+    layer, variables = drawn(WHOLE)
+
+    def step(x, cache):
+        return layer.apply(variables, x, x, use_causal_mask=True, cache=cache)
+
+    _, held = step(X[:, :3], layer.empty_cache(B, 13))
+    _, drafted = step(X[:, 4:7], held)
+    want, _ = step(X[:, 3:5], held)
+    got, after = step(X[:, 3:5], drafted.truncated(3))
+    np.testing.assert_array_equal(got, want)
+    assert after.count.tolist() == [5, 5]
+    assert drafted.truncated(np.array([9, 2])).count.tolist() == [6, 2]
+    rows = np.array([1, 0, 1])
+    beams, _ = step(X[rows, 3:5], held.reorder(rows))
+    np.testing.assert_allclose(beams, want[rows], atol=1e-6)
+
+
 def test_ragged_and_left_padded_rows_decode_as_if_alone():
     layer, variables = drawn(LEAST | {"rotary": Rotary()})
     valid = np.array([[False, False, True, True, True, True, True], [True] * 4 + [False] * 3])

@@ -254,6 +254,33 @@ class Cache:
         tokens = {"q_tokens": q_tokens, "k_tokens": k_tokens}
         return dataclasses.replace(call, k=k, v=v, **tokens, mask=rule, heads_first=True), cache
 
+    def truncated(self, count: int | Int[ArrayLike, "#B"]) -> "Cache":
+        """Return the cache with the first `count` tokens of every row only: after a draft was rejected.
+
+        Args:
+          count: Tokens to keep, for all rows or for each; rows that hold fewer keep what they hold.
+
+        >>> cache = Cache.empty(batch=2, capacity=7, num_kv_heads=1, key_dim=1)
+        >>> chunk = jnp.ones((2, 5, 1, 1))
+        >>> cache.append(chunk, chunk).truncated(np.array([3, 6])).count.tolist()
+        [3, 5]
+        """
+        kept = jnp.minimum(self.count, jnp.asarray(count, jnp.int32))
+        return dataclasses.replace(self, count=kept)
+
+    def reorder(self, rows: Int[ArrayLike, "R"]) -> "Cache":
+        """Return the cache of chosen rows, which may repeat: of the beams that survive a step.
+
+        Args:
+          rows: Indices of rows.
+
+        Cost: a copy of the buffers.
+
+        >>> Cache.empty(2, 7, num_kv_heads=1, key_dim=1).reorder(np.array([1, 1, 0])).keys.shape
+        (3, 1, 7, 1)
+        """
+        return jax.tree.map(lambda a: a[jnp.asarray(rows)], self)
+
     def _rows(self, queries: Tokens, chunk: Tokens) -> Int[Array, "B T"]:
         """Return the rows of queries: in self-attention those of their own tokens, else the next ones."""
         own = chunk.valid if queries.length == chunk.length else None
