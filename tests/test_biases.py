@@ -14,13 +14,10 @@ from mha_jax.attention.check import check
 from mha_jax.backends.blockwise import Blockwise, few_rows
 from mha_jax.backends.reference import Reference
 from tests import oracles
+from tests.backends import backends, tiles
 
 B, T, S, N, K, H, V = 2, 23, 29, 6, 3, 7, 5
-BACKENDS = {
-    "reference": Reference(),
-    "blockwise_small_tiles": Blockwise(block_q=16, block_k=8),
-    "blockwise_apart": Blockwise(block_q=7, block_k=5, apart=True),
-}
+BACKENDS = backends(small_tiles=tiles(16, 8), apart=Blockwise(block_q=7, block_k=5, apart=True))
 
 
 def draw(seed, *shape):

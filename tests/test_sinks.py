@@ -8,22 +8,20 @@ import numpy as np
 import pytest
 
 import mha_jax as mj
-from mha_jax.backends.blockwise import Blockwise
 from mha_jax.backends.pallas_tpu import PallasTPU
 from mha_jax.backends.pallas_tpu.patterns import Blocks
 from mha_jax.backends.pallas_tpu.sizes import Sizes
-from mha_jax.backends.reference import Reference
 from tests import oracles
+from tests.backends import backends, tiles
 from tests.cases import CASES, H, V
 
 TILES = Blocks(rows=128, columns=128)
-BACKENDS = {
-    "reference": Reference(),
-    "blockwise": Blockwise(block_q=16, block_k=16),
-    "pallas_tpu": PallasTPU(
+BACKENDS = backends(
+    blockwise=tiles(16, 16),
+    pallas_tpu=PallasTPU(
         Sizes((TILES,), (TILES,), vmem=2**24, resident=2**24, outer_resident=2**24), interpret=True
     ),
-}
+)
 NAMES = ["packed_causal", "soft_cap", "some_rows_nothing", "large_logits", "dense_per_head"]
 SOME = {case.name: case for case in CASES if case.name in NAMES}
 SINKS = np.random.default_rng(8).standard_normal(6).astype(np.float32)
@@ -53,8 +51,12 @@ def with_a_key(case):
 
 @pytest.mark.parametrize(
     "name, backend",
-    [(name, backend) for name in SOME for backend in ("reference", "blockwise")]
-    + [("packed_causal", "pallas_tpu")],
+    [
+        (name, backend)
+        for name in SOME
+        for backend in BACKENDS
+        if backend != "pallas_tpu" or name == "packed_causal"
+    ],
 )
 def test_sinks_and_their_gradients_agree_with_the_oracle(name, backend):
     case = SOME[name]
