@@ -53,15 +53,19 @@ class Reference(Backend):
 
     def _contained(self, problem: Problem, state: State, cotangent: Output):
         """Return the same for autodiff: rows without weights see nothing, NaN stands in q alone."""
-        q, d_out, out = (x.swapaxes(1, 2) for x in (problem.q, cotangent.out, state.out))
+        dtype = state.m.dtype
+        given = problem.q, cotangent.out, state.out
+        q, d_out, out = (x.astype(dtype).swapaxes(1, 2) for x in given)
         rows = Rows(q, d_out, jnp.zeros_like(state.m), cotangent.lse)
         one = jnp.ones_like(state.l)
         # The sum of a row that saw a NaN is one.
         rows = hidden.rows(rows, out, state.l, one + 0 * state.l, True)
         lse = jnp.where(jnp.isfinite(rows.delta) & jnp.isfinite(cotangent.lse), cotangent.lse, 0)
         mask = problem.mask & Dense((rows.shift != jnp.inf)[..., None])
-        problem = dataclasses.replace(problem, q=rows.q.swapaxes(1, 2), mask=mask)
-        return problem, Output(rows.d_out.swapaxes(1, 2), lse)
+        q, d_out = (
+            x.swapaxes(1, 2).astype(like.dtype) for x, like in zip((rows.q, rows.d_out), given)
+        )
+        return dataclasses.replace(problem, q=q, mask=mask), Output(d_out, lse)
 
     def tangent(self, problem: Problem, state: State, direction: Moves) -> Output:
         function, moved = self._of_moves(problem)
