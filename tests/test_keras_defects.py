@@ -196,7 +196,7 @@ def test_an_additive_mask_is_inverted():
     _, scores = layer(*inputs, attention_mask=additive, return_attention_scores=True)
     assert np.asarray(scores)[0, 0, 0, 1:].any() and not np.asarray(scores)[0, 0, 0, 0].any()
     module, variables = import_layer(layer)
-    with pytest.raises(ShapeError, match="a mask holds True or False"):
+    with pytest.raises(ShapeError, match="attention_mask holds True or False"):
         module.apply(variables, *inputs, attention_mask=additive)
 
 
