@@ -103,7 +103,7 @@ def open_checkouts(baseline: str | None, peers: list[Any]) -> list[Checkout]:
     """Put this checkout and the baseline, where one is asked for, in the place of our own peer."""
     if baseline is None:
         return []
-    checkouts = [Checkout(path, "runs:Served") for path in (HERE, baseline)]
+    checkouts = [Checkout(path, "peers.checkout:Served") for path in (HERE, baseline)]
     peers[:1] = [CheckoutPeer(name, one) for name, one in zip((OURS, BEFORE), checkouts)]
     return checkouts
 

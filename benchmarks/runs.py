@@ -1,8 +1,6 @@
 """A peer's program made ready: compiled, called, timed, its output laid beside ours."""
 
 import dataclasses
-import pathlib
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.checkouts import Checkout
 from benchmarks.rows import Data, Row
 from benchmarks.timer import Sample, sample
 
@@ -113,51 +110,6 @@ class JaxRun(Run):
         out, (_, gradients) = result
         gradients = {f"d_{name}": np.asarray(g, np.float32) for name, g in gradients.items()}
         return {"out": np.asarray(out, np.float32), **gradients}
-
-
-class Served:
-    """Our own runs, one after the other, in the process of a checkout (`CheckoutRun`)."""
-
-    run: Run
-
-    def prepare(self, row: dict[str, Any]) -> None:
-        from benchmarks.peers.ours import Ours
-        from benchmarks.rows import draw
-
-        asked = Row(**row)
-        self.run = Ours().run(asked, draw(asked))
-
-    def compile(self) -> Costs | None:
-        return self.run.compile()
-
-    def first(self, compare: bool, path: str) -> float:
-        taken, numbers = self.run.first(compare)
-        if numbers is not None:
-            np.savez(path, **numbers)  # type: ignore[arg-type]
-        return taken
-
-    def sample(self, calls: int) -> Sample:
-        return self.run.sample(calls)
-
-
-class CheckoutRun(Run):
-    """Our own run of a row as a checkout has it, in its process."""
-
-    def __init__(self, checkout: Checkout, row: Row):
-        self.checkout = checkout
-        checkout.call("prepare", dataclasses.asdict(row))
-
-    def compile(self) -> Costs:
-        return Costs(*self.checkout.call("compile"))
-
-    def first(self, compare: bool) -> tuple[float, Numbers | None]:
-        with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder) / "numbers.npz"
-            taken = self.checkout.call("first", compare, str(path))
-            return taken, dict(np.load(path)) if compare else None
-
-    def sample(self, calls: int) -> Sample:
-        return Sample(*self.checkout.call("sample", calls))
 
 
 def difference(ours: Numbers, theirs: Numbers) -> float:
