@@ -356,5 +356,5 @@ def _shown_by_weights(found: Stored) -> dict[str, Any]:
         "output_shape": None if output_shape == (query_size,) else output_shape,
         "use_bias": "bias" in found.params["query"],
         "use_gate": "gate" in kernels,
-        "param_dtype": kernels["query"].dtype.name,
+        "param_dtype": weights.array("query kernel", kernels["query"]).dtype.name,
     }
