@@ -47,7 +47,7 @@ def weights(x: Float[Array, "*R"], m: Float[Array, "..."]) -> Float[Array, "*R"]
 def first(x: Float[Array, "*R T S"]) -> tuple[Array, Array, Array]:
     """Return (p, m, l) of the first, or only, tile of logits: `grow` of rows that have seen no key."""
     m = jnp.max(x, axis=-1, keepdims=True)
-    p = weights(x, m)
+    p = weights(_settled(x), m)
     return p, m, jnp.sum(p, axis=-1, keepdims=True)
 
 
@@ -75,7 +75,7 @@ def grow(
       by which everything summed before must shrink, and the new statistics.
     """
     new = jnp.maximum(m, jnp.max(x, axis=-1, keepdims=True))
-    p, fix = weights(x, new), jnp.exp(m - finite(new))
+    p, fix = weights(_settled(x), new), jnp.exp(m - finite(new))
     return p, fix, new, l * fix + jnp.sum(p, axis=-1, keepdims=True)
 
 
@@ -84,6 +84,15 @@ def merge(a: Running, b: Running) -> Running:
     m = jnp.maximum(a.m, b.m)
     shrunk_a, shrunk_b = (jnp.exp(x.m - finite(m)) for x in (a, b))
     return Running(a.acc * shrunk_a + b.acc * shrunk_b, m, a.l * shrunk_a + b.l * shrunk_b)
+
+
+def _settled(x: Float[Array, "*R"]) -> Float[Array, "*R"]:
+    """Return logits as they are, as far as weights go, after an operation that no compiler merges.
+
+    Else `scale * dot - m` may be rounded once, as one operation, or twice, as what is around the pass has it:
+    then asking for scores would change bits of the output.
+    """
+    return jnp.maximum(x, jnp.finfo(x.dtype).min)
 
 
 def reciprocal(l: Float[Array, "*R"]) -> Float[Array, "*R"]:

@@ -454,14 +454,10 @@ def numbers(count: int) -> Array:
 def _goes_into_q(scale: float, problem: Problem) -> bool:
     """Say whether to scale every query instead of every logit.
 
-    A moderate power of two rounds nothing and leaves the range of float32 nowhere. Another moderate factor
-    rounds a query once, no more than the product does that follows, and leaves no product of two numbers that
-    the compiler may add to a third without rounding (`scale * dot - m`), which it does or not as the code
-    around the pass has it.
+    A moderate power of two rounds nothing, and leaves the range of float32 nowhere.
     """
-    dtype = problem.q.dtype
-    exact = abs(math.frexp(scale)[0]) == 0.5 and dtype != jnp.float16
-    return 2**-16 <= abs(scale) < 1 and (exact or dtype == problem.accumulator)
+    exact = abs(math.frexp(scale)[0]) == 0.5 and problem.q.dtype != jnp.float16
+    return 2**-16 <= abs(scale) < 1 and exact
 
 
 def _blocks(length: Size, size: Size) -> int:
