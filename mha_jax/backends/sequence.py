@@ -298,7 +298,7 @@ class Ring(Shards):
 
         moving = _moving(problem)
         start = _zeros(moving._replace(bias=shard.problem.bias), dtype)
-        dq, dk, dv, bias = self._around(shard, moving[1:3], start, step)
+        dq, dk, dv, bias, _ = self._around(shard, moving[1:3], start, step)
         first, count = turns(shard.seen)
         dk, dv = self._rotated((dk, dv), 1 - first - count)
         if bias is not None and bias.shape != moving.bias.shape:
