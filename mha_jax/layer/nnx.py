@@ -317,6 +317,11 @@ class MultiHeadAttention(Arguments, nnx.Module):
         return dtypes or (jnp.dtype(self.param_dtype),)
 
     def _dropout_key(self, rngs: nnx.Rngs | nnx.RngStream | None) -> Array:
+        if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):
+            raise ShapeError(
+                f"rngs must be nnx.Rngs or one of its streams: got {type(rngs).__name__}. Pass "
+                "rngs=nnx.Rngs(dropout=key)."
+            )
         if rngs is None:
             stream = getattr(self, "stream", None)
         else:
