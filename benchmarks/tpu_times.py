@@ -16,9 +16,8 @@ import jax.numpy as jnp
 
 from benchmarks.timer import sample
 from benchmarks.tpu_ways import WORKS, ours, rivals
+from mha_jax.backends.pallas_tpu.sizes import KINDS
 
-KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p"}
-KINDS |= {"TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
 HEADER = f"{'case':28s}{'kind':7s}{'way':26s}{'ms':>10s}{'TFLOP/s':>10s}"
 
 

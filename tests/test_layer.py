@@ -1,7 +1,6 @@
 """The Flax module: parameters, streams, losses, configs, axes, and its place inside a model."""
 
 import json
-import sys
 from functools import partial
 
 import flax.linen as nn
@@ -16,6 +15,7 @@ import mha_jax as mj
 from mha_jax import ShapeError
 from mha_jax.backends.reference import Reference
 from tests import oracles
+from tests.backends import counting
 from tests.drawn import draw, draw_variables
 
 B, T, S, N, H, D = 2, 5, 7, 4, 3, 6
@@ -666,22 +666,12 @@ def test_a_call_without_scores_takes_no_logarithm():
 
 
 def test_a_call_reaches_its_backend_in_few_frames():
-    frames = []
-
-    class Counting(Reference):
-        def forward(self, problem):
-            frame, count = sys._getframe().f_back, 0
-            while frame is not None:
-                count += "mha_jax" in frame.f_code.co_filename
-                frame = frame.f_back
-            frames.append(count)
-            return super().forward(problem)
-
-    layer = mj.MultiHeadAttention(2, 3, backend=Counting())
+    backend, frames = counting(Reference)
+    layer = mj.MultiHeadAttention(2, 3, backend=backend)
     variables = layer.init(jax.random.key(0), X, X)
     frames.clear()
     one, two, three = (X[:, :length] for length in (1, 2, 3))  # each is a program of its own
     layer.apply(variables, one, one)
-    mj.multi_head_attention(variables["params"], two, two, backend=Counting())
+    mj.multi_head_attention(variables["params"], two, two, backend=backend)
     mj.nnx.MultiHeadAttention.from_linen(layer, variables, rngs=nnx.Rngs(0))(three, three)
     assert len(frames) == 3 and max(frames) <= 10, frames

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import mha_jax as mj
 from mha_jax.backends.blockwise import Blockwise
-from tests.backends import backends, tiles
+from tests.backends import backends, counting, tiles
 
 BACKENDS = {"automatic": None} | backends(
     small_tiles=tiles(4, 4), apart=Blockwise(block_q=4, block_k=4, apart=True)
@@ -278,16 +278,6 @@ def test_no_value_of_a_trace_is_kept():
 
 
 def test_a_call_reaches_its_backend_in_few_frames():
-    frames = []
-
-    class Counting(Blockwise):
-        def forward(self, problem):
-            frame, count = sys._getframe().f_back, 0
-            while frame is not None:
-                count += "mha_jax" in frame.f_code.co_filename
-                frame = frame.f_back
-            frames.append(count)
-            return super().forward(problem)
-
-    mj.dot_product_attention(*arrays(), backend=Counting())
+    backend, frames = counting(Blockwise)
+    mj.dot_product_attention(*arrays(), backend=backend)
     assert frames[0] <= 10

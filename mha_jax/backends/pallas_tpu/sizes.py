@@ -118,7 +118,8 @@ SIZES = {
 }
 # The smallest core: what a program is compiled for when nothing says which TPU will run it.
 ANY = "v4"
-_KINDS = {
+# What JAX calls the devices.
+KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
     "TPU v5": "v5p",
@@ -138,4 +139,4 @@ class Tuning:
 
 def of_this_process() -> Sizes:
     """Return the sizes for the TPU of this process; those of any TPU where it has none."""
-    return SIZES[_KINDS.get(jax.devices()[0].device_kind, ANY)]
+    return SIZES[KINDS.get(jax.devices()[0].device_kind, ANY)]
