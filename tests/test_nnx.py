@@ -209,24 +209,38 @@ def test_losses_are_those_of_the_linen_layer(jit):
     linen, variables, layer = pair(
         kernel_regularizer="l1", bias_regularizer="l2", activity_regularizer="l2", use_gate=True
     )
-    _, sown = linen.apply(variables, X, Y, Z, mutable=["losses"])
-    # An activity's penalty adds over calls, a weight's counts once.
-    want = {name: sum(jax.tree.leaves(values)) for name, values in sown["losses"].items()}
 
-    def call(layer, scale):
-        return layer(scale * X, Y, Z)
+    def twice(layer, scale):
+        layer(scale * X, Y, Z)
+        return layer(X, Y, Z)
 
-    call = nnx.jit(call) if jit else call
+    def sow(module, scale):
+        twice(module, scale)
+        return module.variables["losses"]
+
+    call = nnx.jit(twice) if jit else twice
     structure = jax.tree.structure(nnx.state(layer))
-    call(layer, 2.0)
-    call(layer, 1.0)  # overwritten, not added
-    assert jax.tree.structure(nnx.state(layer)) == structure
-    losses = nnx.to_pure_dict(nnx.state(layer, Loss))["losses"]
-    assert set(losses) == set(want)
-    for name, value in want.items():
-        np.testing.assert_allclose(losses[name], value, rtol=1e-6, err_msg=name)
-    total = sum(jax.tree.leaves(nnx.state(layer, Loss)))
-    np.testing.assert_allclose(total, sum(want.values()), rtol=1e-6)
+    for scale in (2.0, 3.0):  # Two steps: what is taken after one is not in the next.
+        sown = linen.apply(variables, scale, method=sow, mutable=["losses"])[0]
+        # An activity's penalty adds over calls, a weight's counts once.
+        want = {name: sum(jax.tree.leaves(values)) for name, values in sown.items()}
+        call(layer, scale)
+        assert jax.tree.structure(nnx.state(layer)) == structure
+        losses = nnx.to_pure_dict(nnx.pop(layer, Loss))["losses"]
+        assert set(losses) == set(want)
+        for name, value in want.items():
+            np.testing.assert_allclose(losses[name], value, rtol=1e-6, err_msg=name)
+        assert not jax.tree.leaves(nnx.state(layer, Loss))
+
+
+def test_losses_that_are_not_taken_go_on_adding_for_activities_alone():
+    layer = fresh(kernel_regularizer="l2", activity_regularizer="l2")
+    layer(X, Y, Z)
+    once = nnx.to_pure_dict(nnx.state(layer.losses))
+    layer(X, Y, Z)
+    for name, value in nnx.to_pure_dict(nnx.state(layer.losses)).items():
+        times = 2 if name.endswith("activity") else 1
+        np.testing.assert_allclose(value, times * once[name], rtol=1e-6, err_msg=name)
 
 
 def test_gradients_of_losses():
@@ -234,11 +248,13 @@ def test_gradients_of_losses():
 
     def loss(layer):
         layer(X, Y, Z)
-        return sum(jax.tree.leaves(nnx.state(layer, Loss)))
+        layer(X, Y, Z)
+        return sum(jax.tree.leaves(nnx.pop(layer, Loss)))
 
-    gradients = nnx.to_pure_dict(nnx.grad(loss)(layer))
-    for name, group in layer.params.items():
-        np.testing.assert_allclose(gradients[name]["kernel"], group["kernel"], rtol=1e-6)
+    for _ in range(2):
+        gradients = nnx.to_pure_dict(nnx.grad(loss)(layer))
+        for name, group in layer.params.items():
+            np.testing.assert_allclose(gradients[name]["kernel"], group["kernel"], rtol=1e-6)
 
 
 def test_no_regularizer_no_losses():

@@ -30,18 +30,30 @@ from mha_jax.types import Array, ArrayLike, Float, Params, Precision
 
 
 class Loss(nnx.Variable):
-    """A regularization loss of the last call.
+    """A regularization loss: a weight's at the last call, an activity's added over all calls.
 
-    All of a model's: `sum(jax.tree.leaves(nnx.state(model, Loss)))`.
+    All of a model's, which begin at zero again: `sum(jax.tree.leaves(nnx.pop(model, Loss)))`.
     """
 
 
 class Losses(nnx.Module):
-    """Losses by name."""
+    """Losses by name, but those that `nnx.pop` has taken."""
 
     def __init__(self, names: list[str]):
         for name in names:
-            setattr(self, name, Loss(jnp.zeros(())))
+            self.keep(name, jnp.zeros(()))
+
+    def keep(self, name: str, loss: Array) -> None:
+        """Overwrite a loss."""
+        if hasattr(self, name):
+            nnx.update(self, {name: loss})
+        else:
+            setattr(self, name, Loss(loss))
+
+    def add(self, name: str, loss: Array) -> None:
+        """Add to a loss."""
+        held = getattr(self, name, None)
+        self.keep(name, loss if held is None else held[...].astype(loss.dtype) + loss)
 
 
 class Projection(nnx.Module):
@@ -119,7 +131,7 @@ class MultiHeadAttention(Arguments, nnx.Module):
     """Keras's MultiHeadAttention for flax.nnx: `mha_jax.MultiHeadAttention` with its parameters inside.
 
     `query`, `key`, `value`, `attention_output` and `gate` hold `kernel` and `bias` as `nnx.Param`. With
-    a regularizer, `losses` holds a `Loss` for each of them, overwritten by every call; else it is absent.
+    a regularizer, `losses` holds a `Loss` for each of them: take them in every step by `nnx.pop(model, Loss)`.
     `training` is set by `train()` and `eval()` too, as `deterministic` of Flax's own layers is.
 
     Args:
@@ -269,7 +281,10 @@ class MultiHeadAttention(Arguments, nnx.Module):
         )
         result = attend_layer(self, weights, inputs, dropout, observe)
         if penalized:
-            nnx.update(self.losses, dict(penalties.of_weights(self, self.params)) | found)
+            for name, loss in penalties.of_weights(self, self.params):
+                self.losses.keep(name, loss)
+            for name, loss in found.items():
+                self.losses.add(name, loss)
         return result
 
     def set_view(self, deterministic: bool | None = None) -> None:
