@@ -124,5 +124,11 @@ def test_foldings_agree_on_the_batch():
     assert (q.batch, q.extent, k.extent) == ((2, 5), (3,), (7,))
     with pytest.raises(ShapeError, match="agree on the axes that are not attended"):
         foldings(query, value, (2,))
+    with pytest.raises(ShapeError, match="Name every axis along which they may differ"):
+        foldings(query, jnp.zeros((4, 7, 5, 9)), (1,))
+    with pytest.raises(
+        ShapeError, match=r"Repeat what stands once along an axis: jnp\.broadcast_to"
+    ):
+        foldings(query, value[:1], (1,))
     with pytest.raises(ShapeError, match="same rank"):
         foldings(query, value[0], (1,))

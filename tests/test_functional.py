@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import mha_jax as mj
 from mha_jax import Causal, Dropout, Window
@@ -180,4 +181,27 @@ def test_nan_of_padding_reaches_no_gradient_where_projections_are_seen():
     whole = jnp.einsum("BSD,DNH->BSNH", Y, params["value"]["kernel"])  # the bias is 0
     np.testing.assert_allclose(
         seen["value"], np.where(VALID[..., None, None], whole, 0), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("door", ["linen", "nnx", "function"])
+def test_packed_queries_tell_the_segments_of_the_keys_in_self_attention(door):
+    segment = np.array([[0, 0, 0, 1, 1], [0, 1, 1, 1, -1]])
+    tokens = mj.Tokens(T, pos=np.array([[0, 1, 2, 0, 1], [0, 0, 1, 2, 0]]), segment=segment)
+    packed = {"mask": mj.SameSegment() & Causal(), "query_tokens": tokens}
+    layer = mj.MultiHeadAttention(**SIZES)
+    variables = draw_variables(layer, X, X)
+    call = {
+        "linen": lambda *a, **k: layer.apply(variables, *a, **k),
+        "nnx": mj.nnx.MultiHeadAttention.from_linen(layer, variables, rngs=nnx.Rngs(0)),
+        "function": lambda *a, **k: mj.multi_head_attention(variables["params"], *a, **k),
+    }[door]
+    np.testing.assert_array_equal(call(X, X, **packed), call(X, X, key_tokens=tokens, **packed))
+    for other in ((X, X + 0), (X, X, X + 0)):
+        with pytest.raises(mj.ShapeError, match=r"key_tokens\.segment=None"):
+            call(*other, **packed)
+    # Without SameSegment keys are plain, as ever.
+    plain = call(X, X, mask=Causal(), query_tokens=tokens)
+    np.testing.assert_array_equal(
+        plain, call(X, X, mask=Causal(), query_tokens=tokens, key_tokens=mj.Tokens(T))
     )

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import zipfile
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import mha_jax
@@ -135,6 +137,23 @@ def test_a_part_without_its_packages_says_what_to_install(missing, code, extra):
     assert last.endswith(
         f'the package {missing[0]} is not installed. Install it with: pip install "mha_jax[{extra}]"'
     )
+
+
+def test_a_cache_and_a_call_print_on_a_line():
+    cache = mha_jax.MultiHeadAttention(2, 8).empty_cache(batch=2, capacity=64)
+    assert str(cache) == ("Cache(keys=float32[2,2,64,8], values=float32[2,2,64,8], count=[0, 0])")
+    x = jnp.ones((1, 5, 2, 4))
+    tokens = mha_jax.Tokens(5, valid=jnp.ones((1, 5), bool))
+    call = mha_jax.Call(x, x, x, k_tokens=tokens, mask=mha_jax.Dense(jnp.ones((5, 5), bool)))
+    assert str(call) == (
+        "Call(q=float32[1,5,2,4], k=float32[1,5,2,4], v=float32[1,5,2,4], "
+        "k_tokens=Tokens(length=5, valid=bool[1,5]), mask=Dense(array=bool[5,5]))"
+    )
+    shown = []
+    jax.jit(lambda cache: shown.append(str(cache)))(cache)
+    cache.count.delete()
+    assert shown == ["Cache(keys=float32[2,2,64,8], values=float32[2,2,64,8], count=int32[2])"]
+    assert str(cache) == shown[0]
 
 
 def test_commands_are_listed():

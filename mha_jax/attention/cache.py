@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
+from mha_jax.attention.brief import brief
 from mha_jax.attention.call import Call
 from mha_jax.attention.masks import Mask, ValidKeys, pytree
 from mha_jax.attention.tokens import Tokens
@@ -84,6 +85,9 @@ class Cache:
     keys: Float[Array, "B K C H"]
     values: Float[Array, "B K C V"]
     count: Int[Array, "B"]
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @classmethod
     def empty(

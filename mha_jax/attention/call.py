@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from mha_jax.attention import biases
 from mha_jax.attention.biases import Bias
+from mha_jax.attention.brief import brief
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Full, Mask, static
 from mha_jax.attention.tokens import Tokens, finite, replaced
@@ -70,6 +71,9 @@ class Call:
     logit_cap: Any = static(default=None)
     precision: Precision = static(default=None)
     heads_first: bool = static(default=False)
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ def check(call: Call, names: Names = Names()) -> Problem:  # noqa: B008
     lead, (t, heads, size), s = q.shape[:-3], q.shape[-3:], k.shape[-3]
     q_tokens = _tokens(names.q_tokens, call.q_tokens, t, lead)
     k_tokens = _tokens(names.k_tokens, call.k_tokens, s, lead)
-    if _reads_segments(call.mask) and (q_tokens.segment is None or k_tokens.segment is None):
+    if reads_segments(call.mask) and (q_tokens.segment is None or k_tokens.segment is None):
         raise ShapeError(
             f"the mask holds SameSegment, but the tokens have no segments: got {names.q_tokens}.segment="
             f"{_of(q_tokens.segment)}, {names.k_tokens}.segment={_of(k_tokens.segment)}. "
@@ -259,10 +259,11 @@ def _check_rules(mask: Mask, q: Tokens, k: Tokens, shape: tuple[Any, ...]) -> No
     return None
 
 
-def _reads_segments(mask: Mask) -> bool:
+def reads_segments(mask: Mask) -> bool:
+    """Return whether a mask compares the segments of tokens."""
     if isinstance(mask, (And, Or)):
-        return _reads_segments(mask.a) or _reads_segments(mask.b)
-    return _reads_segments(mask.a) if isinstance(mask, Not) else isinstance(mask, SameSegment)
+        return reads_segments(mask.a) or reads_segments(mask.b)
+    return reads_segments(mask.a) if isinstance(mask, Not) else isinstance(mask, SameSegment)
 
 
 def _scale(x: Any, size: int) -> tuple[float, Array | None]:

@@ -180,10 +180,15 @@ def foldings(
     axes = resolve(attention_axes, query.ndim)
     q, k = Folding(query.shape[:-1], axes), Folding(value.shape[:-1], axes)
     if q.batch != k.batch:
+        once = all(n == m or 1 in (n, m) for n, m in zip(q.batch, k.batch))
+        fix = (
+            "Repeat what stands once along an axis: jnp.broadcast_to(x, shape)"
+            if once
+            else ("Name every axis along which they may differ in attention_axes")
+        )
         raise ShapeError(
             f"query and value must agree on the axes that are not attended: got "
-            f"query.shape={query.shape}, value.shape={value.shape} with attention over axes {axes}. "
-            "Name every axis along which they may differ in attention_axes."
+            f"query.shape={query.shape}, value.shape={value.shape} with attention over axes {axes}. {fix}."
         )
     return q, k
 

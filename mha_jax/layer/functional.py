@@ -18,7 +18,7 @@ from mha_jax.attention import softmax
 from mha_jax.attention.biases import Bias
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.call import Call
-from mha_jax.attention.check import check_mask
+from mha_jax.attention.check import Names, check_mask, reads_segments
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.functions import after_sinks, attention_scores, checked
 from mha_jax.attention.masks import Causal, Dense, Full, Mask, ValidKeys, ValidQueries, Window
@@ -35,6 +35,8 @@ from mha_jax.layer.arguments import (
     shows,
 )
 from mha_jax.types import Array, ArrayLike, DType, Float, Params, PRNGKey
+
+_NAMES = Names(q_tokens="query_tokens", k_tokens="key_tokens")
 
 
 @shows(*FIELDS)
@@ -116,7 +118,8 @@ def multi_head_attention(
       return_attention_scores: Also return the weights before dropout.
       use_causal_mask: Hide keys after the query, in the order of the folded axes.
       mask: A rule, combined with all of the above by "and".
-      query_tokens, key_tokens: Positions and segments that `mask` reads, over the folded axes.
+      query_tokens, key_tokens: Positions and segments that `mask` reads, over the folded axes. With
+        `SameSegment`, where `value` is `query`, its tokens stand for those of the keys.
       dropout: `Dropout(key, rate)`, or None.
       bias: Added to the logits: a rule of `mj.biases`, or an array over the folded axes, as for `Call`.
       on_projection: Called with the name and the value of every projection; what it returns is used: to
@@ -247,7 +250,7 @@ def attend_layer(
     )
     if cache is not None:
         call, cache = cache.extend(call, given.query_tokens, given.key_tokens)
-    out, m, l = after_sinks(call, run(checked(call), layer.backend))
+    out, m, l = after_sinks(call, run(checked(call, _NAMES), layer.backend))
     if layer.use_gate:
         out = out * project("gate", x_q)
     results: list[Any] = [q_fold.unfold(project("attention_output", out))]
@@ -291,9 +294,18 @@ def _checked(layer: Arguments, weights: Weights, inputs: Inputs) -> Inputs:
             f"value.shape={value.shape}, key.shape={key.shape}. The arguments of the layer are query, "
             "value, key, in this order."
         )
+    if key is value and value is query and cache is None and _packed(inputs):
+        inputs = inputs._replace(key_tokens=inputs.query_tokens)
     dtype = _compute_dtype(layer, weights, (query, value, key))
     query, cast = _cast(query, dtype), _cast(value, dtype)
     return inputs._replace(query=query, value=cast, key=cast if key is value else _cast(key, dtype))
+
+
+def _packed(inputs: Inputs) -> bool:
+    """Return whether a mask compares segments that the queries alone were given."""
+    tokens = inputs.query_tokens
+    given = tokens is not None and tokens.segment is not None and inputs.key_tokens is None
+    return given and isinstance(inputs.mask, Mask) and reads_segments(inputs.mask)
 
 
 def _cast(x: Array, dtype: Any) -> Array:

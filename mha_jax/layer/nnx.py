@@ -131,7 +131,7 @@ class MultiHeadAttention(Arguments, nnx.Module):
     """Keras's MultiHeadAttention for flax.nnx: `mha_jax.MultiHeadAttention` with its parameters inside.
 
     `query`, `key`, `value`, `attention_output` and `gate` hold `kernel` and `bias` as `nnx.Param`. With
-    a regularizer, `losses` holds a `Loss` for each of them: take them in every step by `nnx.pop(model, Loss)`.
+    a regularizer, `losses` holds a `Loss` for each of them; take a step's by `nnx.pop(model, Loss)`.
     `training` is set by `train()` and `eval()` too, as `deterministic` of Flax's own layers is.
 
     Args:

@@ -1,0 +1,45 @@
+"""How a value that holds arrays is printed: an array by its dtype and shape, a default not at all."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.core
+import numpy as np
+
+# As many numbers as one reads at a glance: the counts of a cache's rows.
+_FEW = 8
+
+
+def brief(value: Any) -> str:
+    """Return a dataclass as its call is written.
+
+    >>> from mha_jax.attention.call import Call
+    >>> x = np.ones((1, 5, 2, 4), np.float32)
+    >>> brief(Call(x, x, x, scale=0.5))
+    'Call(q=float32[1,5,2,4], k=float32[1,5,2,4], v=float32[1,5,2,4], scale=0.5)'
+    """
+    held = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+    written = (f"{f.name}={_brief(x)}" for f, x in held if not _is_default(f, x))
+    return f"{type(value).__name__}({', '.join(written)})"
+
+
+def _brief(x: Any) -> str:
+    if isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+        if x.ndim == 1 and x.size <= _FEW and _is_here(x):
+            return str(np.asarray(x).tolist())
+        return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+    return brief(x) if dataclasses.is_dataclass(x) and not isinstance(x, type) else repr(x)
+
+
+def _is_here(x: Any) -> bool:
+    """Return whether an array has values, and this process has them all."""
+    if isinstance(x, (np.ndarray, jax.ShapeDtypeStruct, jax.core.Tracer)):
+        return isinstance(x, np.ndarray)
+    return x.is_fully_addressable and not x.is_deleted()
+
+
+def _is_default(field: dataclasses.Field, x: Any) -> bool:
+    if field.default_factory is not dataclasses.MISSING:
+        return type(x) is type(field.default_factory()) and not dataclasses.fields(x)
+    return field.default is x
