@@ -13,12 +13,16 @@ import re
 
 import pytest
 
+import mha_jax
+
 nbclient = pytest.importorskip("nbclient", reason='needs the package nbclient: ".[notebooks]"')
 nbformat = pytest.importorskip("nbformat", reason='needs the package nbformat: ".[notebooks]"')
 pytest.importorskip("ipykernel", reason='needs the package ipykernel: ".[notebooks]"')
 pytest.importorskip("matplotlib", reason='needs the package matplotlib: ".[notebooks]"')
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Of the clone, or of what is installed where the tests stand outside it.
+PACKAGE = pathlib.Path(mha_jax.__file__).resolve().parent.parent
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 # Where the badges and the first cells point to.
 REPOSITORY = "mha-jax/mha_jax"
@@ -52,7 +56,7 @@ def figure(pattern, text):
 @pytest.fixture
 def execute(tmp_path, monkeypatch):
     """Run a notebook in a folder of its own, in a kernel that knows nothing of the tests."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(PACKAGE))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.delenv("MPLBACKEND", raising=False)
@@ -129,7 +133,7 @@ def test_looking_inside_goes_on_without_rxnmapper(execute, monkeypatch, tmp_path
     start = next(i for i, c in enumerate(notebook.cells) if "import rxnmapper" in c.source)
     imports = "import numpy as np\nfrom mha_jax import visualize\nfrom mha_jax.errors import *"
     notebook.cells = [nbformat.v4.new_code_cell(imports), *notebook.cells[start:]]
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{PACKAGE}")
     nbclient.NotebookClient(notebook, timeout=200, kernel_name="python3").execute(
         env=dict(os.environ)
     )
@@ -182,6 +186,17 @@ def test_the_badge_and_the_first_cell_name_the_repository(name):
     assert place in first.source.splitlines()[0]
     assert f'] @ git+https://github.com/{REPOSITORY}"' in second.source
     assert 'if importlib.util.find_spec("mha_jax") is None:\n    %pip install' in second.source
+    # What Colab has of JAX stays: nothing is asked for but the package and what it is compared with.
+    asked = re.sub(r'"[^"]*"', "", re.search(r"%pip install(.*)", second.source)[1]).split()
+    assert set(asked) <= {"-q", "keras"}
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_first_cell_says_where_it_runs_and_by_what(name):
+    first = next(cell for cell in read(name).cells if cell.cell_type == "code")
+    (said,) = (o.text for o in first.outputs)
+    assert re.search(r"JAX [\d.]+, Flax [\d.]+: \d+ x \w+", said)
+    assert "mj.explain(" in first.source and re.search(r"blockwise +can run", said)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
