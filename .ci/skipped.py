@@ -22,10 +22,7 @@ def nowhere(paths: list[str]) -> dict[str, str]:
     legs = [read(path) for path in paths]
     ran = set().union(*(ran for ran, _ in legs))
     return {
-        name: reason
-        for _, skipped in legs
-        for name, reason in skipped.items()
-        if name not in ran
+        name: reason for _, skipped in legs for name, reason in skipped.items() if name not in ran
     }
 
 

@@ -74,27 +74,6 @@ def test_every_name_that_type_checkers_see_is_there():
         assert {words[3] for words in lines} == set(ROOMS[package].split()), package
 
 
-def test_type_checkers_see_the_rooms_and_a_typo(tmp_path):
-    pytest.importorskip("pyright")
-    (tmp_path / "user.py").write_text(
-        "import mha_jax as mj\n"
-        "layer = mj.nnx.MultiHeadAttention\n"
-        "config = mj.models.bert.Config(width=8, num_heads=2)\n"
-        "mj.Casual()\n"
-        "mj.models.bart\n"
-        "mj.train.workdir.open_workdirs\n"
-        "config.widht\n"
-    )
-    (tmp_path / "pyrightconfig.json").write_text(
-        json.dumps({"extraPaths": [str(ROOT)], "pythonVersion": "3.11"})
-    )
-    command = [sys.executable, "-m", "pyright", "--outputjson", "user.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    errors = json.loads(done.stdout)["generalDiagnostics"]
-    found = {e["range"]["start"]["line"] for e in errors if e["severity"] == "error"}
-    assert found == {3, 4, 5, 6}, errors
-
-
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     message = r'h5py is not installed\. Install it with: pip install "mha_jax\[keras\]"'

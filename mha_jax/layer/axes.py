@@ -193,6 +193,22 @@ def foldings(
     return q, k
 
 
+def slots(query: Folding, capacity: int) -> Folding:
+    """Return the folding of the cached keys: that of the query, with the capacity as its length.
+
+    Raises:
+      ShapeError: If several axes are attended.
+    """
+    if len(query.attended) != 1:
+        raise ShapeError(
+            f"a cache grows along one axis: got attention over the axes {query.attended}. Attend over "
+            "one axis, or call the layer without a cache."
+        )
+    (axis,) = query.attended
+    shape = (*query.shape[:axis], capacity, *query.shape[axis + 1 :])
+    return Folding(shape, query.attended)
+
+
 def widths(query: Any, value: Any, key: Any = None) -> tuple[int, int, int]:
     """Return the widths of a layer's inputs, arrays or `jax.ShapeDtypeStruct`s.
 

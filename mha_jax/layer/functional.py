@@ -34,6 +34,7 @@ from mha_jax.layer.arguments import (
     Arguments,
     shows,
 )
+from mha_jax.layer.called import as_function
 from mha_jax.types import Array, ArrayLike, DType, Float, Params, PRNGKey
 
 _NAMES = Names(q_tokens="query_tokens", k_tokens="key_tokens")
@@ -84,6 +85,7 @@ def init_params(
     return params
 
 
+@as_function
 @shows(*OF_CALL)
 def multi_head_attention(
     params: Params,
@@ -218,7 +220,7 @@ def attend_layer(
     given = _checked(layer, weights, inputs)
     query, value, key, cache = given.query, given.value, given.key, given.cache
     q_fold, k_fold = axes.foldings(query, value, layer.attention_axes)
-    s_fold = k_fold if cache is None else _slots(q_fold, cache)
+    s_fold = k_fold if cache is None else axes.slots(q_fold, cache.capacity)
     rule, q_tokens, k_tokens = _seen(layer, given, q_fold, k_fold)
 
     def project(name: str, x: Array) -> Array:
@@ -360,22 +362,6 @@ def _entering(x: Array, tokens: Tokens, hidden: bool, seen: bool) -> Array:
         return x
     zeroed = zero_invalid(x, tokens)
     return jnp.where(jnp.isfinite(x), x, zeroed) if seen else zeroed
-
-
-def _slots(query: axes.Folding, cache: Cache) -> axes.Folding:
-    """Return the folding of the cached keys: that of the query, with the capacity as its length.
-
-    Raises:
-      ShapeError: If several axes are attended.
-    """
-    if len(query.attended) != 1:
-        raise ShapeError(
-            f"a cache grows along one axis: got attention over the axes {query.attended}. Attend over "
-            "one axis, or call the layer without a cache."
-        )
-    (axis,) = query.attended
-    shape = (*query.shape[:axis], cache.capacity, *query.shape[axis + 1 :])
-    return axes.Folding(shape, query.attended)
 
 
 def _nothing(layer: Arguments, query: Array, width: int) -> Array:

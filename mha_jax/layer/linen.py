@@ -29,6 +29,7 @@ from mha_jax.layer import (
     vectors,
 )
 from mha_jax.layer.arguments import FIELDS, IN_THE_CONSTRUCTOR, Arguments, closed, documented
+from mha_jax.layer.called import as_linen
 from mha_jax.layer.functional import Inputs, Weights, attend_layer
 from mha_jax.types import Array, ArrayLike, DType, Float, Params, Precision
 
@@ -127,9 +128,10 @@ class MultiHeadAttention(Arguments, nn.Module):
         Arguments.__post_init__(self)
         nn.Module.__post_init__(self)
 
+    @as_linen
     @nn.compact
     @closed
-    def __call__(
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         query: Float[ArrayLike, "*axes D"],
         value: Float[ArrayLike, "*axes D2"] | None,

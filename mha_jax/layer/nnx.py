@@ -23,6 +23,7 @@ from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError, UnsupportedError
 from mha_jax.layer import checks, constraints, penalties, projections, vectors
 from mha_jax.layer.arguments import FIELDS, IN_THE_CONSTRUCTOR, Arguments, closed, documented
+from mha_jax.layer.called import as_nnx
 from mha_jax.layer.functional import Inputs, Weights, attend_layer
 from mha_jax.layer.initializers import Unflattened, VarianceScaling
 from mha_jax.layer.linen import MultiHeadAttention as LinenAttention
@@ -212,8 +213,9 @@ class MultiHeadAttention(Arguments, nnx.Module):
     def deterministic(self, value: bool | None) -> None:
         self.training = None if value is None else not value
 
+    @as_nnx
     @closed
-    def __call__(
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         query: Float[ArrayLike, "*axes D"],
         value: Float[ArrayLike, "*axes D2"] | None,

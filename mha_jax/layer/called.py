@@ -1,0 +1,262 @@
+"""What a call of the layer returns, for type checkers: with scores, with a cache, with both.
+
+A signature for each of the three doors, linen, nnx and the function; at run time they are what they are.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, Unpack, cast, overload
+
+from mha_jax.attention.biases import Bias
+from mha_jax.attention.cache import Cache
+from mha_jax.attention.dropout import Dropout
+from mha_jax.attention.masks import Mask
+from mha_jax.attention.tokens import Tokens
+from mha_jax.types import Array, ArrayLike, DType, Params, Precision
+
+_Flags: TypeAlias = ArrayLike | None
+
+
+class _Options(TypedDict, total=False):
+    query_mask: _Flags
+    value_mask: _Flags
+    key_mask: _Flags
+    attention_mask: _Flags
+    use_causal_mask: bool
+    mask: Mask | None
+    query_tokens: Tokens | None
+    key_tokens: Tokens | None
+    bias: Bias | ArrayLike | None
+
+
+class _OfLinen(_Options, total=False):
+    training: bool | None
+
+
+class _OfNnx(_OfLinen, total=False):
+    rngs: Any
+
+
+class _OfFunction(_Options, total=False):
+    dropout: Dropout | None
+    on_projection: Callable[[str, Array], Array] | None
+    attention_axes: int | tuple[int, ...] | None
+    sliding_window: int | None
+    backend: Any
+    dtype: DType
+    precision: Precision
+    rotary: Any
+    qk_norm: str | None
+    scale: Any
+    logit_cap: float | None
+
+
+class OfLinen(Protocol):
+    """The call of `mj.MultiHeadAttention`."""
+
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        value: ArrayLike | None,
+        key: ArrayLike | None = None,
+        *masks: _Flags,
+        return_attention_scores: Literal[False] = False,
+        cache: None = None,
+        **options: Unpack[_OfLinen],
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        value: ArrayLike | None,
+        key: ArrayLike | None = None,
+        *masks: _Flags,
+        return_attention_scores: Literal[True],
+        cache: None = None,
+        **options: Unpack[_OfLinen],
+    ) -> tuple[Array, Array]: ...
+
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        value: ArrayLike | None,
+        key: ArrayLike | None = None,
+        *masks: _Flags,
+        return_attention_scores: Literal[False] = False,
+        cache: Cache,
+        **options: Unpack[_OfLinen],
+    ) -> tuple[Array, Cache]: ...
+
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        value: ArrayLike | None,
+        key: ArrayLike | None = None,
+        *masks: _Flags,
+        return_attention_scores: Literal[True],
+        cache: Cache,
+        **options: Unpack[_OfLinen],
+    ) -> tuple[Array, Array, Cache]: ...
+
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        value: ArrayLike | None,
+        key: ArrayLike | None = None,
+        *masks: _Flags,
+        return_attention_scores: bool = False,
+        cache: Cache | None = None,
+        **options: Unpack[_OfLinen],
+    ) -> Any: ...
+
+
+class OfNnx(Protocol):
+    """The call of `mj.nnx.MultiHeadAttention`."""
+
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        value: ArrayLike | None,
+        key: ArrayLike | None = None,
+        *masks: _Flags,
+        return_attention_scores: Literal[False] = False,
+        cache: None = None,
+        **options: Unpack[_OfNnx],
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        value: ArrayLike | None,
+        key: ArrayLike | None = None,
+        *masks: _Flags,
+        return_attention_scores: Literal[True],
+        cache: None = None,
+        **options: Unpack[_OfNnx],
+    ) -> tuple[Array, Array]: ...
+
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        value: ArrayLike | None,
+        key: ArrayLike | None = None,
+        *masks: _Flags,
+        return_attention_scores: Literal[False] = False,
+        cache: Cache,
+        **options: Unpack[_OfNnx],
+    ) -> tuple[Array, Cache]: ...
+
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        value: ArrayLike | None,
+        key: ArrayLike | None = None,
+        *masks: _Flags,
+        return_attention_scores: Literal[True],
+        cache: Cache,
+        **options: Unpack[_OfNnx],
+    ) -> tuple[Array, Array, Cache]: ...
+
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        value: ArrayLike | None,
+        key: ArrayLike | None = None,
+        *masks: _Flags,
+        return_attention_scores: bool = False,
+        cache: Cache | None = None,
+        **options: Unpack[_OfNnx],
+    ) -> Any: ...
+
+
+class OfFunction(Protocol):
+    """`mj.multi_head_attention`."""
+
+    @overload
+    def __call__(
+        self,
+        params: Params,
+        query: ArrayLike,
+        value: ArrayLike | None,
+        key: ArrayLike | None = None,
+        *masks: _Flags,
+        return_attention_scores: Literal[False] = False,
+        cache: None = None,
+        **options: Unpack[_OfFunction],
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self,
+        params: Params,
+        query: ArrayLike,
+        value: ArrayLike | None,
+        key: ArrayLike | None = None,
+        *masks: _Flags,
+        return_attention_scores: Literal[True],
+        cache: None = None,
+        **options: Unpack[_OfFunction],
+    ) -> tuple[Array, Array]: ...
+
+    @overload
+    def __call__(
+        self,
+        params: Params,
+        query: ArrayLike,
+        value: ArrayLike | None,
+        key: ArrayLike | None = None,
+        *masks: _Flags,
+        return_attention_scores: Literal[False] = False,
+        cache: Cache,
+        **options: Unpack[_OfFunction],
+    ) -> tuple[Array, Cache]: ...
+
+    @overload
+    def __call__(
+        self,
+        params: Params,
+        query: ArrayLike,
+        value: ArrayLike | None,
+        key: ArrayLike | None = None,
+        *masks: _Flags,
+        return_attention_scores: Literal[True],
+        cache: Cache,
+        **options: Unpack[_OfFunction],
+    ) -> tuple[Array, Array, Cache]: ...
+
+    @overload
+    def __call__(
+        self,
+        params: Params,
+        query: ArrayLike,
+        value: ArrayLike | None,
+        key: ArrayLike | None = None,
+        *masks: _Flags,
+        return_attention_scores: bool = False,
+        cache: Cache | None = None,
+        **options: Unpack[_OfFunction],
+    ) -> Any: ...
+
+
+def as_linen(function: Callable[..., Any]) -> OfLinen:
+    """Tell type checkers how linen's layer is called; the function is as it was."""
+    return cast(OfLinen, function)
+
+
+def as_nnx(function: Callable[..., Any]) -> OfNnx:
+    """Tell type checkers how nnx's layer is called; the function is as it was."""
+    return cast(OfNnx, function)
+
+
+def as_function(function: Callable[..., Any]) -> OfFunction:
+    """Tell type checkers how the layer's function is called; it is as it was."""
+    return cast(OfFunction, function)
