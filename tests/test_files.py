@@ -252,7 +252,7 @@ def encrypted():
     [
         (archive(b"{"), r"Expecting property name"),
         (archive(b"[" * 100_000), r"recursion"),
-        (archive(b'{"a":' * 3000 + b"0" + b"}" * 3000), r"recursion|maximum|holds no attention"),
+        (archive(b'{"a":' * 100_000 + b"0" + b"}" * 100_000), r"recursion"),
         (archive(b"[]"), r"its JSON is a list"),
         (archive(b"\xff"), r"utf-8"),
         (archive({"name": "attention"}), r"the arguments of the layer 'attention' are damaged"),
