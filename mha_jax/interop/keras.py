@@ -127,6 +127,7 @@ def export_layer(
         config["num_kv_heads"] = module.num_kv_heads
         config = _grouped(module, config, query_shape)
         layer_class = layers.GroupQueryAttention
+    config = _without_the_young(config)
     params = weights.params_of(variables)
     weights.check_shapes(
         module, params, query_shape[-1], value_shape[-1], (key_shape or value_shape)[-1]
@@ -143,6 +144,19 @@ def export_layer(
         for part, weight in group.items():
             _assign(f"{name} {part}", getattr(dense, part), weight)
     return layer
+
+
+def _without_the_young(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration without what Keras 3.15 has added, as far as it changes nothing.
+
+    An older Keras, Colab's, does not know these names.
+    """
+    young = {"sliding_window": None, "use_gate": False, "input_axes": None, "output_axes": None}
+    return {
+        name: _without_the_young(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if not (name in young and value is young[name])
+    }
 
 
 def load(

@@ -460,3 +460,29 @@ module, variables = interop.load({str(path)!r})
 assert module.name == "attention" and "keras" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_an_older_keras_is_given_what_it_knows(monkeypatch):
+    """Keras 3.13, as in Colab, has no windows and no gate."""
+
+    class Older(keras.layers.MultiHeadAttention):
+        def __init__(self, **arguments):
+            if unknown := {"sliding_window", "use_gate"} & arguments.keys():
+                raise ValueError(f"Unrecognized keyword arguments: {sorted(unknown)}")
+            assert "axes" not in str(arguments["kernel_initializer"])  # of 3.15's initializers
+            super().__init__(**arguments)
+
+    monkeypatch.setattr(keras.layers, "MultiHeadAttention", Older)
+    x = np.ones((1, 5, 16), np.float32)
+    for arguments, message in (
+        ({}, None),
+        ({"sliding_window": 3}, "window"),
+        ({"use_gate": True}, "gate"),
+    ):
+        module = MultiHeadAttention(num_heads=2, key_dim=8, **arguments)
+        variables = module.init(jax.random.key(0), x, x)
+        if message is None:
+            assert type(interop.export_layer(module, variables, x.shape, x.shape)) is Older
+            continue
+        with pytest.raises(WeightsError, match=f"Keras cannot build Older.*{message}"):
+            interop.export_layer(module, variables, x.shape, x.shape)
