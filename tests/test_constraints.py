@@ -217,6 +217,12 @@ def test_none_and_functions_return_as_they_are():
 
 
 KERNEL = {"kernel": WEIGHTS}
+
+
+def constrained_step(params, **rules):
+    return constraints.as_optax(**rules).update(params, optax.EmptyState(), params)
+
+
 WRONG = {
     "unknown name": (lambda: constraints.get("maxnorm"), "'maxnorm'. Did you mean 'max_norm'?"),
     "no constraint": (lambda: constraints.get(2), "2 is not a constraint"),
@@ -242,6 +248,14 @@ WRONG = {
     "no parameters": (
         lambda: constraints.as_optax(kernel="non_neg").update(KERNEL, optax.EmptyState()),
         "as_optax needs the parameters, got none",
+    ),
+    "flattened": (
+        lambda: constrained_step({"query/kernel": WEIGHTS}, kernel="non_neg"),
+        "constrains nothing: no parameter has the key 'kernel', the first is at ['query/kernel']",
+    ),
+    "no names": (
+        lambda: constrained_step((WEIGHTS,), bias="non_neg"),
+        "constrains nothing: no parameter has the key 'bias', the first is at [0]",
     ),
 }
 

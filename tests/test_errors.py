@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 import pytest
 
@@ -203,6 +204,12 @@ CORE = [
     wrong("dropout_is_a_rate", lambda: dot(dropout=0.1), "must be a Dropout or None", "0.1"),
     wrong("scale_nan", lambda: dot(scale=float("nan")), "scale must be a finite", "nan"),
     wrong("scale_array", lambda: dot(scale=ones(1)), "scale must be a finite number"),
+    wrong(
+        "cap_traced",
+        lambda: jax.jit(lambda cap: dot(logit_cap=cap))(3.0),
+        "logit_cap must be known while tracing",
+        "static_argnames='logit_cap'",
+    ),
     wrong("cap_zero", lambda: dot(logit_cap=0.0), "logit_cap must be positive", "None for no cap"),
     wrong("cap_negative", lambda: dot(logit_cap=-3), "logit_cap must be positive", "-3"),
     wrong(
@@ -417,6 +424,12 @@ CALLING = [
     wrong("vector_input", lambda: apply(ones(D), ones(D)), "query must be an array", "(8,)"),
     wrong(
         "token_ids", lambda: apply(X.astype(int), Y), "floating-point", "int32", "embed token ids"
+    ),
+    wrong(
+        "another_library's_array",
+        lambda: apply(X, keras.Input((S, 7))),
+        "value must be an array of floating-point numbers: got keras.",
+        "convert anything else",
     ),
     wrong("ranks", lambda: apply(X[0], Y), "same rank", "(5, 8)", "(2, 7, 8)"),
     wrong("batches", lambda: apply(X[:1], Y), "not attended", "(1, 5, 8)"),

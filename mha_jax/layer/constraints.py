@@ -195,7 +195,7 @@ def as_optax(*, kernel: Any = None, bias: Any = None) -> Any:
       kernel, bias: As for `constrain`.
 
     Raises:
-      ShapeError: By `update`, if it is called without the parameters.
+      ShapeError: By `update`, if it is called without the parameters, or none is named so.
 
     >>> import optax
     >>> params = {"kernel": jnp.array([1.0, 1.0])}
@@ -214,11 +214,25 @@ def as_optax(*, kernel: Any = None, bias: Any = None) -> Any:
                 "constraints.as_optax needs the parameters, got none. Call tx.update(gradients, "
                 "state, params)."
             )
+        _check_named(params, {"kernel": kernel, "bias": bias})
         new = optax.apply_updates(params, updates)
         constrained = constrain(new, kernel=kernel, bias=bias)
         return jax.tree.map(_way, updates, params, new, constrained)
 
     return optax.stateless(update)
+
+
+def _check_named(params: Params, rules: Mapping[str, Any]) -> None:
+    """Refuse rules that meet no weight: of a flattened tree, or of one without names."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    named = {path[-1].key for path in paths if path and isinstance(path[-1], jax.tree_util.DictKey)}
+    for name, rule in rules.items():
+        if rule is not None and name not in named:
+            raise ShapeError(
+                f"as_optax({name}={rule!r}) constrains nothing: no parameter has the key {name!r}, the first "
+                f"is at {jax.tree_util.keystr(paths[0]) if paths else 'no place'}. Expected a tree of dicts, "
+                f'{{"query": {{"{name}": ...}}}}.'
+            )
 
 
 def _way(update: Array, old: Array, new: Array, constrained: Array) -> Array:
