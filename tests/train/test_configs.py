@@ -54,8 +54,10 @@ def test_the_papers_models_compile(name, millions, tmp_path):
     sizes = [np.prod(x.shape) for x in jax.tree.leaves(state["params"])]
     assert round(sum(sizes) / 1e6) == millions
     step = make_step(task, optimizer, config.seed)
-    compiled = step.lower(state, task.batch(0), 1).compile()
-    new_state, loss = compiled.out_info
+    lowered = step.lower(state, task.batch(0), 1)
+    if name == "vaswani_base":  # The big one is the same program, wider.
+        lowered.compile()
+    new_state, loss = lowered.out_info
     assert loss.shape == ()
     assert jax.tree.map(lambda x: x.shape, new_state) == jax.tree.map(lambda x: x.shape, state)
 
