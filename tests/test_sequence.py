@@ -183,6 +183,154 @@ def test_a_callers_own_shard_map(strategy, check_vma):
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), second, wanted_second)
 
 
+# ---- pieces of a ring, biases by rule, sinks, rotary, scores ----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pieces", "mask"), [(2, mj.Full()), (3, mj.Causal()), (2, mj.Causal() & mj.Window(5, 0))]
+)
+def test_keys_that_go_round_in_pieces(pieces, mask):
+    """Forward, cotangent and the derivative of both, with dropout and an array bias."""
+    given, options = arrays(t=12, s=24), {"mask": mask, "dropout": dropped()}
+    places = dict.fromkeys("qkv", ALONG) | {"bias": P(None, None, None, "context")}
+
+    def function(backend):
+        return lambda given: tuple(mj.attend(mj.Call(**given, **options), backend))
+
+    shards = jax.shard_map(
+        function(Ring("context", pieces=pieces)),
+        mesh=mesh_of((4,)),
+        in_specs=(places,),
+        out_specs=(ALONG, P(None, None, "context")),
+        check_vma=False,
+    )
+
+    def everything(f):
+        def loss(given):
+            out, lse = f(given)
+            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0))
+
+        def moved(given):  # the derivative of both passes, once
+            return jax.jvp(jax.grad(loss), (given,), (given,))[1]
+
+        return lambda given: (f(given), jax.grad(loss)(given), moved(given) if pieces == 3 else ())
+
+    *first, second = jit(everything(shards))(given)
+    *wanted, wanted_second = jit(everything(function(None)))(given)
+    assert_equal_to_rounding(first, wanted)
+    assert_close(second, wanted_second)
+
+
+def assert_close(found, wanted):
+    """Hold derivatives of derivatives to those of one device."""
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), found, wanted)
+
+
+def by_rule(n):
+    table = 0.3 * numbers(4, 16, n)
+    return mj.biases.Alibi.of_heads(n) + mj.biases.Buckets(table, max_distance=16)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2, 2)], ids=["contiguous", "balanced"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_biases_by_rule(strategy, shape):
+    """Each part adds what the rule says of its tokens; gradients of tables are summed over the mesh."""
+    length, n = 22, 8
+    given = arrays(t=length, s=length, n=n) | {"bias": by_rule(n)}
+    options = {"mask": mj.Causal(), "dropout": dropped()}
+
+    def run(backend, y, tokens):
+        tokens = {"q_tokens": tokens, "k_tokens": tokens}
+        return jit(both_passes(backend, **options, **tokens))(y)
+
+    data, tokens = {x: given[x] for x in "qkv"}, None
+    if len(shape) > 1:
+        data, tokens = mj.sharding.balanced(data, 1, 4)
+    there = on(mesh_of(shape), data) | {"bias": given["bias"]}
+    (value, (out, _)), gradients = run(Sharded(strategy=strategy), there, tokens)
+    (wanted, (wanted_out, _)), wanted_gradients = run(None, data | {"bias": given["bias"]}, tokens)
+    assert_equal_to_rounding((value, out, gradients), (wanted, wanted_out, wanted_gradients))
+
+
+def test_biases_by_rule_on_explicit_axes_and_in_a_shard_map_and_along_directions():
+    length, n = 16, 8
+    given = arrays(t=length, s=length, n=n) | {"bias": by_rule(n)}
+    wanted = jit(both_passes(mask=mj.Causal()))(given)
+    mesh = mesh_of((2, 2, 2), AxisType.Explicit)
+    there = on(mesh, {x: given[x] for x in "qkv"}, P("data", "cp", "model"))
+    there |= {"bias": on(mesh, given["bias"])}
+    assert_equal_to_rounding(jit(both_passes(mask=mj.Causal()))(there)[1], wanted[1])
+
+    def alone(given, backend=None):
+        return tuple(mj.attend(mj.Call(**given, mask=mj.Causal()), backend))
+
+    def everything(f):
+        def loss(given):
+            return sum(jnp.sum(jnp.sin(x)) for x in f(given))
+
+        return lambda given: (
+            jax.jvp(f, (given,), (given,)),
+            jax.jvp(jax.grad(loss), (given,), (given,)),
+        )
+
+    wanted = jit(everything(alone))(given)
+    for backend in (Ring("context"), Heads("context")):
+        shards = jax.shard_map(
+            partial(alone, backend=backend),
+            mesh=mesh_of((4,)),
+            in_specs=(dict.fromkeys("qkv", ALONG) | {"bias": P()},),
+            out_specs=(ALONG, P(None, None, "context")),
+        )
+        assert_close(jit(everything(shards))(given), wanted)
+
+
+def test_sinks_and_rotary_and_scores_over_shards():
+    """The layer with all of them: output, scores of rows, and what is reduced from scores in O(T)."""
+    x = numbers(8, B, 16, 24)
+    layer = mj.MultiHeadAttention(
+        8, 4, num_kv_heads=4, use_sinks=True, rotary=mj.Rotary(), qk_norm="rms", dropout=0.2
+    )
+    variables = layer.init(jax.random.key(0), x, x)
+
+    def apply(variables, x, backend=None):
+        clone = layer.clone(backend=backend)
+        options = {"training": True, "rngs": {"dropout": jax.random.key(1)}}
+
+        def loss(variables):
+            return jnp.sum(jnp.sin(clone.apply(variables, x, x, use_causal_mask=True, **options)))
+
+        scores = clone.apply(
+            variables, x, x, use_causal_mask=True, return_attention_scores=True, training=False
+        )
+        return jax.value_and_grad(loss)(variables), scores
+
+    mesh = mesh_of((2, 2, 2))
+    there = on(mesh, variables), on(mesh, x, P("data", "cp"))
+    found = jit(partial(apply, backend=Sharded(strategy="ring")))(*there)
+    wanted = jit(apply)(variables, x)
+    assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_scores_by_rows_and_what_is_reduced_from_them(kind):
+    mesh, given = mesh_of((2, 4), kind), arrays(t=13, s=24)
+    given["bias"] = by_rule(N)
+    there = on(mesh, {x: given[x] for x in "qk"}, P("data"))
+    there |= {x: on(mesh, given[x], P("data", "seq")) for x in "kv"}
+    there |= {"bias": on(mesh, given["bias"])}
+
+    def reduced(given):
+        call = mj.Call(**given, mask=mj.Causal(), dropout=dropped())
+        most, keys = mj.scores_top_k(call, 3)
+        return (
+            mj.attention_scores(call, rows=jnp.array([1, 7, 12])),
+            (mj.scores_mean(call), mj.scores_max(call), mj.scores_entropy(call), most),
+            keys.astype(jnp.float32),
+        )
+
+    assert_equal_to_rounding(jit(reduced)(there), jit(reduced)(given))
+
+
 @pytest.mark.parametrize("order", ["contiguous", "balanced", "twice"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_shards_that_bring_their_tokens_in_any_order(strategy, order):
@@ -335,7 +483,7 @@ def test_on_tpus_that_are_not_there_keys_travel_while_the_kernel_runs():
 
 @pytest.mark.parametrize(
     ("strategy", "heads", "gradient"),
-    [("ring", (8, 8), False), ("ring", (8, 2), True), (None, (8, 8), True), (None, (8, 1), True)],
+    [("ring", (8, 8), False), ("ring", (8, 8), True), (None, (8, 8), True), (None, (8, 1), True)],
 )
 def test_temporaries_of_a_long_sequence_are_under_ten_times_its_queries(strategy, heads, gradient):
     program, own = big(65536, *heads, Sharded(strategy=strategy), gradient)

@@ -237,8 +237,8 @@ class Relative(OfDistance):
 class OfHeads(Bias):
     """The bias of some heads only, which are numbered anew."""
 
-    bias: Bias
-    numbers: Int[ArrayLike, "N"]
+    bias: Any  # a rule, or floats of one
+    numbers: Any  # [N], or None beside floats
 
     def logits(self, q, k):
         return self.bias.logits(q._replace(head=jnp.asarray(self.numbers)[q.head]), k)

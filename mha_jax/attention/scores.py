@@ -82,7 +82,15 @@ def scores_top_k(
             f"k={k!r} largest scores of {call.k.shape[-3]} keys cannot be had: expected an integer k from "
             "1 to S."
         )
-    return _by_rows(call, lse, partial(lax.top_k, k=int(k)), -2)
+    return _by_rows(call, lse, partial(_top_k, k=int(k)), -2)
+
+
+def _top_k(scores: Array, k: int) -> tuple[Array, Array]:
+    place = jax.typeof(scores).sharding
+    if place.spec and place.spec[-1] is not None:  # keys cut along an explicit axis: sorted whole
+        spec = jax.sharding.PartitionSpec(*place.spec[:-1], None)
+        scores = jax.sharding.reshard(scores, jax.sharding.NamedSharding(place.mesh, spec))
+    return lax.top_k(scores, k)
 
 
 def _entropy(scores: Array) -> Array:

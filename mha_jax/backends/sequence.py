@@ -10,6 +10,7 @@ rows, and know of no device.
 * `Ring`: keys and values go round, one device further every turn, sent before the turn's product is taken, so
   that both overlap. Outputs are merged by (max, sum). Gradients of keys and values follow them, and arrive
   home. Turns in which no device sees anything are not taken, and a device computes the parts that it sees.
+  Long shards go round piece after piece, so that what travels takes little beside what a device has.
 * `Gather`: every device gets all keys and values: few bytes where K is much smaller than N.
 * `Heads`: every device gets all tokens of N / P heads, and sends their outputs back.
 * `Merge`: queries are the same on every device, which attends to its keys: a step of decoding, say.
@@ -31,6 +32,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from mha_jax.attention import softmax
+from mha_jax.attention.biases import OfHeads, floats
 from mha_jax.attention.call import Moves, Output, Problem, State
 from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Tokens, extents
@@ -38,6 +40,9 @@ from mha_jax.backends.base import Backend
 from mha_jax.backends.visits import array_module
 from mha_jax.errors import UnsupportedError
 from mha_jax.types import Array
+
+# In how many pieces the keys of a device may go round, and how many keys these have at least.
+PIECES, KEYS = (1, 2, 4), 2048
 
 
 def _unchecked(run: Callable) -> Callable:
@@ -70,6 +75,8 @@ class Shards(Backend):
     Raises:
       UnsupportedError: If `axis` names no mesh axes.
     """
+
+    bias_rules = True  # as what attends on a device
 
     axis: Any
     inner: Backend | None = None
@@ -105,7 +112,11 @@ class Shards(Backend):
                 f"call: backend=mj.sharding.Sharded(sequence={self.axis!r}) outside jax.shard_map"
             )
         why = self.why_not_over(problem, parts)
-        return why or (self.inner.why_not(problem, platform) if self.inner else None)
+        if why or self.inner is None:
+            return why
+        if problem.bias_rule is not None and not self.inner.bias_rules:
+            return f"{type(self.inner).__name__} has no biases by rule; let inner be None"
+        return self.inner.why_not(problem, platform)
 
     def why_not_over(self, problem: Problem, parts: int) -> str | None:
         """Say in words why a shard cannot be run with that many others, or return None."""
@@ -146,12 +157,16 @@ def _placed(tokens: Tokens, place: Any) -> Tokens:
 
 
 class Shard:
-    """A device's shard of a problem, with the tokens, and what masks and biases have, of all keys."""
+    """A device's shard of a problem, with the tokens, and what masks and biases have, of all keys.
 
-    def __init__(self, axis: tuple[str, ...], problem: Problem):
-        self.axis, self.parts = axis, lax.axis_size(axis)
+    The keys of all devices are parts: the shard of a device, or so many pieces of it.
+    """
+
+    def __init__(self, axis: tuple[str, ...], problem: Problem, pieces: int = 1):
+        self.axis, self.parts, self.pieces = axis, lax.axis_size(axis), pieces
         self.place = lax.axis_index(axis).astype(jnp.int32)
         self.length, self.queries = problem.k.shape[1], problem.q_tokens
+        self.size = self.length // pieces
         self.keys = self.of_all(problem.k_tokens)
         self.problem = dataclasses.replace(
             problem,
@@ -161,7 +176,7 @@ class Shard:
         )
         plain = not jax.tree.leaves((problem.q_tokens, problem.k_tokens))
         queries = self.of_all(self.queries) if plain else self.problem.q_tokens
-        self.seen = seen(problem.mask, queries, self.keys, self.queries.length, self.length)
+        self.seen = seen(problem.mask, queries, self.keys, self.queries.length, self.size)
 
     def of_all(self, tokens: Tokens) -> Tokens:
         """Return the tokens of the shards of all devices; plain ones stay plain."""
@@ -179,7 +194,7 @@ class Shard:
     def part(self, k: Array, v: Array, number: Any) -> Problem:
         """Return the problem of this device's queries and one part of the keys."""
         cut = partial(self.cut, number=number)
-        tokens = self.keys.map(partial(cut, axis=1), self.length, self.keys.start)
+        tokens = self.keys.map(partial(cut, axis=1), self.size, self.keys.start)
         return dataclasses.replace(
             self.problem,
             k=k,
@@ -193,14 +208,25 @@ class Shard:
         """Cut an array over all keys, one that has them, to a part."""
         if x.shape[axis] == 1:
             return x
-        return lax.dynamic_slice_in_dim(x, number * self.length, self.length, axis)
+        return lax.dynamic_slice_in_dim(x, number * self.size, self.size, axis)
+
+    def put(self, whole: Array, part: Array, piece: Any) -> Array:
+        """Write one piece of a gradient of this device's keys, in the dtype of the whole."""
+        part = part.astype(whole.dtype)
+        return lax.dynamic_update_slice_in_dim(whole, part, piece * self.size, 1)
+
+    @property
+    def turns(self) -> tuple[int, int]:
+        """The first turn of a ring that some device needs, and how many there are to the last one."""
+        some = self.seen.reshape(len(self.seen), self.parts, self.pieces).any(-1)
+        return turns(some)
 
     def add(self, whole: Array, part: Array, number: Any) -> Array:
         """Add a part's gradient of a bias to that over all keys."""
         if whole.shape[3] == 1:
             return whole + part
         # Every part is visited once.
-        return lax.dynamic_update_slice_in_dim(whole, part, number * self.length, 3)
+        return lax.dynamic_update_slice_in_dim(whole, part, number * self.size, 3)
 
 
 def seen(mask: Mask, queries: Tokens, keys: Tokens, size: int, length: int) -> Any:
@@ -244,7 +270,10 @@ def turns(seen: Any) -> tuple[int, int]:
 class Ring(Shards):
     """Keys and values go round the devices of a mesh axis, which attend to one part after the other.
 
-    Args: as `Gather`.
+    Args:
+      axis, inner: As `Gather`.
+      pieces: In how many pieces, one after the other, a device's keys go round: what travels takes memory
+        for two of them, and outputs are merged so often. None is up to 4, for long shards.
 
     >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("context",))
     >>> shards = jax.P(None, "context")
@@ -255,12 +284,22 @@ class Ring(Shards):
     (2, 8, 4, 16)
     """
 
+    pieces: int | None = None
+
     def why_not_over(self, problem: Problem, parts: int) -> str | None:
+        length = problem.k.shape[1]
+        if self.pieces is not None and (self.pieces < 1 or length % self.pieces):
+            return f"pieces={self.pieces} do not divide the {length} keys of a device"
         return why_not_in_parts(self.inner)
+
+    def _shard(self, problem: Problem) -> Shard:
+        length = problem.k.shape[1]
+        fitting = (n for n in PIECES if n == 1 or (length % n == 0 and length >= n * KEYS))
+        return Shard(self.axis, problem, self.pieces or max(fitting))
 
     @_unchecked
     def forward(self, problem: Problem) -> State:
-        shard, dtype = Shard(self.axis, problem), problem.accumulator
+        shard, dtype = self._shard(problem), problem.accumulator
 
         def step(keys, number, visit, running):
             def attend(running):
@@ -271,43 +310,57 @@ class Ring(Shards):
 
             return visit(attend, _same, running)
 
+        def piece(running, c):
+            return self._around(shard, c, (problem.k, problem.v), running, step)
+
         start = softmax.start(problem.q.shape[:3], problem.v.shape[3], dtype)
-        acc, m, l = self._around(shard, (problem.k, problem.v), start, step)
+        acc, m, l = _for_all(shard.pieces, piece, start)
         out = (acc * softmax.reciprocal(l)).astype(problem.v.dtype)
         m, l = (x[..., 0].swapaxes(1, 2) for x in (m, l))
         return State(out, m, l)
 
     @_unchecked
     def cotangent(self, problem: Problem, state: State, cotangent: Output) -> Moves:
-        shard, dtype = Shard(self.axis, problem), problem.accumulator
+        shard, dtype = self._shard(problem), problem.accumulator
+        first, count = shard.turns
 
         def step(keys, number, visit, sums):
             k, v = keys
             here = shard.part(k, v, number)
             travelled = self._rotated(sums[1:3], 1)  # they arrive while the product is taken
-            stay = sums.q, sums.bias
+            stay = sums.q, sums.bias, sums.bias_rule
 
             def attend(stay):
+                dq, bias, rule = stay
                 own = _cast(self.device.cotangent(here, state, cotangent), dtype)
-                bias = None if own.bias is None else shard.add(stay[1], own.bias, number)
-                return (stay[0] + own.q, bias), own[1:3]
+                bias = None if bias is None else shard.add(bias, own.bias, number)
+                return (dq + own.q, bias, jax.tree.map(jnp.add, rule, own.bias_rule)), own[1:3]
 
-            (dq, bias), own = visit(attend, lambda stay: (stay, _zeros(keys, dtype)), stay)
+            stay, own = visit(attend, lambda stay: (stay, _zeros(keys, dtype)), stay)
             dk, dv = map(jnp.add, travelled, own)
-            return Moves(dq, dk, dv, bias)
+            return Moves(stay[0], dk, dv, *stay[1:])
+
+        def piece(whole, c):
+            keys = problem.k, problem.v
+            zeros = (jnp.zeros((x.shape[0], shard.size, *x.shape[2:]), dtype) for x in keys)
+            start = whole._replace(**dict(zip("kv", zeros)))
+            sums = self._around(shard, c, keys, start, step)
+            home = self._rotated(sums[1:3], 1 - first - count)
+            dk, dv = (shard.put(x, part, c) for x, part in zip(whole[1:3], home))
+            return sums._replace(k=dk, v=dv)
 
         moving = _moving(problem)
-        start = _zeros(moving._replace(bias=shard.problem.bias), dtype)
-        dq, dk, dv, bias, _ = self._around(shard, moving[1:3], start, step)
-        first, count = turns(shard.seen)
-        dk, dv = self._rotated((dk, dv), 1 - first - count)
+        start = _zeros(moving._replace(k=None, v=None, bias=shard.problem.bias), dtype)
+        start = start._replace(k=jnp.zeros_like(problem.k), v=jnp.zeros_like(problem.v))
+        moves = _for_all(shard.pieces, piece, start)
+        bias = moves.bias
         if bias is not None and bias.shape != moving.bias.shape:
             bias = lax.psum_scatter(bias, self.axis, scatter_dimension=3, tiled=True)
-        return _cast_like(Moves(dq, dk, dv, bias), moving)
+        return _cast_like(moves._replace(bias=bias), moving)
 
     @_unchecked
     def tangent(self, problem: Problem, state: State, direction: Moves) -> Output:
-        shard, dtype = Shard(self.axis, problem), problem.accumulator
+        shard, dtype = self._shard(problem), problem.accumulator
         bias = jax.tree.map(shard.over_all_keys, direction.bias)
 
         def step(keys, number, visit, sums):
@@ -315,37 +368,40 @@ class Ring(Shards):
 
             def attend(sums):
                 cut = jax.tree.map(partial(shard.cut, number=number), bias)
-                moves = Moves(direction.q, dk, dv, cut)
+                moves = direction._replace(k=dk, v=dv, bias=cut)
                 own = self.device.tangent(shard.part(k, v, number), state, moves)
                 return jax.tree.map(jnp.add, sums, _cast(own, dtype))
 
             return visit(attend, _same, sums)
 
-        start = _zeros(Output(state.out, state.l), dtype)
-        keys = problem.k, problem.v, direction.k, direction.v
-        sums = self._around(shard, keys, start, step)
+        def piece(sums, c):
+            keys = problem.k, problem.v, direction.k, direction.v
+            return self._around(shard, c, keys, sums, step)
+
+        sums = _for_all(shard.pieces, piece, _zeros(Output(state.out, state.l), dtype))
         return _cast_like(sums, Output(problem.v, state.l))
 
-    def _around(self, shard: Shard, keys: Any, carry: Any, step: Callable) -> Any:
-        """Take `step(keys, number of the part, visit, carry)` for every part while the keys go round.
+    def _around(self, shard: Shard, c: Any, keys: Any, carry: Any, step: Callable) -> Any:
+        """Take `step(keys, number of the part, visit, carry)` while piece c of every shard goes round.
 
         `visit(function, otherwise, x)` is `function(x)` where the part is seen, and `otherwise(x)` where not.
         """
-        first, count = turns(shard.seen)
+        first, count = shard.turns
         everything = isinstance(shard.seen, np.ndarray) and shard.seen.all()
         own = jnp.asarray(shard.seen)[shard.place if len(shard.seen) > 1 else 0]
 
         def turn(carry, t):
             keys, carry = carry
             following = self._rotated(keys, 1)  # sent before the product is taken
-            number = (shard.place - first - t) % shard.parts
+            number = (shard.place - first - t) % shard.parts * shard.pieces + c
 
             def visit(function, otherwise, x):
                 return function(x) if everything else lax.cond(own[number], function, otherwise, x)
 
             return (following, step(keys, number, visit, carry)), None
 
-        start = self._rotated(keys, first), carry
+        piece = jax.tree.map(lambda x: shard.cut(x, c, 1), keys)
+        start = self._rotated(piece, first), carry
         (_, carry), _ = lax.scan(turn, start, jnp.arange(count, dtype=jnp.int32))
         return carry
 
@@ -358,9 +414,18 @@ class Ring(Shards):
         return jax.tree.map(lambda a: lax.ppermute(a, self.axis, way), x)
 
 
+def _for_all(count: int, function: Callable, x: Any) -> Any:
+    """Return x after `x = function(x, c)` for every c below `count`."""
+    if count == 1:
+        return function(x, 0)
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    return lax.scan(lambda x, c: (function(x, c), None), x, numbers)[0]
+
+
 def _moving(problem: Problem) -> Any:
     """Return the arrays of a problem that gradients are of."""
-    return Moves(*(getattr(problem, name) for name in Moves._fields))
+    moving = Moves(*(getattr(problem, name) for name in Moves._fields))
+    return moving._replace(bias_rule=floats(problem.bias_rule))
 
 
 def _same(x: Any) -> Any:
@@ -403,8 +468,8 @@ class Whole(Shards):
         return x
 
     def problem_there(self, shard: Shard) -> Problem:
-        moved = dict(zip(Moves._fields, self.there(shard, _moving(shard.problem))))
-        return dataclasses.replace(shard.problem, k_tokens=shard.keys, **moved)
+        q, k, v, bias, _ = self.there(shard, _moving(shard.problem))
+        return dataclasses.replace(shard.problem, k_tokens=shard.keys, q=q, k=k, v=v, bias=bias)
 
     @_unchecked
     def forward(self, problem: Problem) -> State:
@@ -465,7 +530,8 @@ class Heads(Whole):
 
     def there(self, shard: Shard, x: Moves) -> Moves:
         q, k, v = (_map(self._turned, a, 2, 1) for a in x[:3])
-        return Moves(q, k, v, _map(self._array, x.bias, shard))
+        rule = _map(OfHeads, x.bias_rule, None)
+        return Moves(q, k, v, _map(self._array, x.bias, shard), rule)
 
     def rows_there(self, shard: Shard, x: Any) -> Any:
         out, *statistics = x
@@ -477,12 +543,17 @@ class Heads(Whole):
 
     def problem_there(self, shard: Shard) -> Problem:
         problem = super().problem_there(shard)
-        dropout, tokens = problem.dropout, shard.of_all(shard.queries)
+        dropout, rule, count = problem.dropout, problem.bias_rule, problem.q.shape[2]
+        first = shard.place * count
         if dropout is not None:
-            start = dropout.head_start + shard.place * problem.q.shape[2]
-            dropout = dataclasses.replace(dropout, head_start=start)
-        mask = jax.tree.map(partial(self._array, shard=shard), problem.mask)
-        return dataclasses.replace(problem, q_tokens=tokens, dropout=dropout, mask=mask)
+            dropout = dataclasses.replace(dropout, head_start=dropout.head_start + first)
+        return dataclasses.replace(
+            problem,
+            q_tokens=shard.of_all(shard.queries),
+            dropout=dropout,
+            mask=jax.tree.map(partial(self._array, shard=shard), problem.mask),
+            bias_rule=_map(OfHeads, rule, first + jnp.arange(count, dtype=jnp.int32)),
+        )
 
     def _turned(self, x: Array, split: int, joined: int) -> Array:
         return lax.all_to_all(x, self.axis, split, joined, tiled=True)
@@ -499,7 +570,7 @@ class Heads(Whole):
 
 
 def _map(function: Callable, x: Any, *args: Any) -> Any:
-    """Apply a function to an array that may not be there."""
+    """Apply a function to what may not be there."""
     return None if x is None else function(x, *args)
 
 

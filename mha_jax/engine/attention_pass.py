@@ -30,14 +30,13 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from mha_jax.attention.biases import floats
+from mha_jax.attention.biases import OfHeads, floats
 from mha_jax.attention.call import Moves, Output, Problem, State
 from mha_jax.backends.base import Backend
 from mha_jax.engine import mesh as meshes
 from mha_jax.engine.choose import PLATFORMS, complete, default_platform
 from mha_jax.engine.cuts import Cut, pad, padded, plan, without_padded_keys
 from mha_jax.engine.mesh import Place, Wanted
-from mha_jax.errors import UnsupportedError
 from mha_jax.types import Array
 
 
@@ -185,11 +184,6 @@ def _as_array(x: Any) -> Array:
 
 def _on_shard(run: Callable, cut: Cut, backend: Backend, problem: Problem, *args: Any) -> Any:
     """Run a pass of a backend on the shard of this device."""
-    if problem.bias_rule is not None:
-        raise UnsupportedError(
-            f"{type(backend).__name__} is cut over a mesh, and biases by rule are not. Let `partitionable` "
-            "return a form of it that XLA can cut, or pass the bias as an array."
-        )
     rest, axes = list(args), cut.axes
     b, t, n, _ = problem.q.shape
     sides = zip((problem.q_tokens, problem.k_tokens), (t, problem.k.shape[1]))
@@ -203,6 +197,11 @@ def _on_shard(run: Callable, cut: Cut, backend: Backend, problem: Problem, *args
             head_start=dropout.head_start + _index(axes.heads) * n,
         )
         problem = dataclasses.replace(problem, dropout=dropout)
+    ruled = problem.bias_rule is not None and bool(axes.heads)
+    if ruled:  # the rule knows heads by their numbers in the whole
+        heads = _index(axes.heads) * n + jnp.arange(n, dtype=jnp.int32)
+        problem = dataclasses.replace(problem, bias_rule=OfHeads(problem.bias_rule, heads))
+        rest = [_of_rule(x) if isinstance(x, Moves) else x for x in rest]
     problem = without_padded_keys(problem, cut)
     shared = bool(axes.heads) and not axes.keys
     kv = problem.k.shape[2]
@@ -218,9 +217,18 @@ def _on_shard(run: Callable, cut: Cut, backend: Backend, problem: Problem, *args
     if shared:
         dk, dv = (_whole(x, first, kv, axes.heads) for x in (result.k, result.v))
         result = result._replace(k=dk, v=dv)
-    if result.bias is None or not cut.bias:
-        return result
-    return result._replace(bias=jax.lax.psum(result.bias, cut.bias))
+    if result.bias is not None and cut.bias:
+        result = result._replace(bias=jax.lax.psum(result.bias, cut.bias))
+    moved = result.bias_rule.bias if ruled else result.bias_rule
+    everywhere = (*axes.batch, *axes.heads, *axes.sequence)
+    if jax.tree.leaves(moved) and everywhere:
+        moved = jax.lax.psum(moved, everywhere)
+    return result._replace(bias_rule=moved)
+
+
+def _of_rule(direction: Moves) -> Moves:
+    rule = direction.bias_rule
+    return direction._replace(bias_rule=None if rule is None else OfHeads(rule, None))
 
 
 def _index(names: tuple[str, ...]) -> Array:
