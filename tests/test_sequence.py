@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mha_jax as mj
@@ -309,6 +310,56 @@ def test_sinks_and_rotary_and_scores_over_shards():
     found = jit(partial(apply, backend=Sharded(strategy="ring")))(*there)
     wanted = jit(apply)(variables, x)
     assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("brings", [False, True])
+def test_rotary_in_a_shard_map_of_ones_own_turns_by_the_rows_of_the_whole(brings):
+    x = numbers(8, B, 16, 24)
+    options = {"rotary": mj.Rotary(), "num_kv_heads": 2}
+    alone = mj.MultiHeadAttention(4, 8, **options)
+    variables = alone.init(jax.random.key(0), x, x)
+    layer = alone.clone(backend=Ring("context"))
+
+    def shard(x):
+        rows = 4 * jax.lax.axis_index("context") + jnp.arange(4)
+        tokens = mj.Tokens(4, index=rows[None]) if brings else None
+        tokens = {"query_tokens": tokens, "key_tokens": tokens}
+        return layer.apply(variables, x, x, use_causal_mask=True, **tokens)
+
+    shards = jax.shard_map(shard, mesh=mesh_of((4,)), in_specs=ALONG, out_specs=ALONG)
+    assert_equal_to_rounding(jit(shards)(x), alone.apply(variables, x, x, use_causal_mask=True))
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_layers_decode_from_a_cache_that_is_cut_by_sequence(kind):
+    x, sizes = numbers(8, B, 6, 24), {"num_kv_heads": 2, "rotary": mj.Rotary()}
+    if kind == "linen":
+        layer = mj.MultiHeadAttention(4, 8, **sizes)
+        variables = layer.init(jax.random.key(0), x, x)
+        step = jit(partial(layer.apply, use_causal_mask=True))
+    else:
+        layer = mj.nnx.MultiHeadAttention(4, 8, in_features=24, **sizes, rngs=nnx.Rngs(0))
+        graph, variables = nnx.split(layer)
+        step = jit(
+            lambda variables, x, y, cache: nnx.merge(graph, variables)(
+                x, y, use_causal_mask=True, cache=cache
+            )
+        )
+    cache = layer.empty_cache(B, 16)
+    mesh = mesh_of((8,))
+
+    def cut(a):  # keys and values [B, K, C, H]
+        return on(mesh, a, P(None, None, "context") if a.ndim == 4 else P())
+
+    caches = {"one device": cache, "a mesh": jax.tree.map(cut, cache)}
+    for t in range(3):
+        outs = {}
+        for place, held in caches.items():
+            given = (variables, x[:, t : t + 1]) if place == "one device" else None
+            given = given or on(mesh, (variables, x[:, t : t + 1]))
+            outs[place], caches[place] = step(*given, given[1], cache=held)
+        assert_equal_to_rounding(outs["a mesh"], outs["one device"])
+    assert caches["a mesh"].keys.addressable_shards[0].data.shape[2] == 2
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -706,6 +757,15 @@ REFUSED = {
     "tokens of another shard": (
         lambda: in_shard_map(lambda x: attended(Ring("context"), x, query_tokens=mj.Tokens(8)), X),
         r"query_tokens must describe every token: got Tokens\(length=8\) for 2 tokens",
+    ),
+    "rows of one side": (
+        lambda: in_shard_map(
+            lambda x: attended(
+                Ring("context"), x, query_tokens=mj.Tokens(2, index=jnp.arange(2)[None])
+            ),
+            X,
+        ),
+        "the tokens of the queries bring rows, an index, and those of the keys do not. Pass both",
     ),
     "a mask of one shard": (
         lambda: in_shard_map(

@@ -101,6 +101,14 @@ class Shards(Backend):
                 "Call it inside a jax.shard_map over that axis, or pass "
                 f"backend=mj.sharding.Sharded(sequence={self.axis!r})"
             )
+        index = [x.index is None for x in (problem.q_tokens, problem.k_tokens)]
+        if parts > 1 and index[0] != index[1]:
+            sides = ("queries", "keys") if index[1] else ("keys", "queries")
+            return (
+                f"the tokens of the {sides[0]} bring rows, an index, and those of the {sides[1]} do not. "
+                f"Pass both: a shard in the mesh's order is Tokens(length, index=i * length + "
+                "jnp.arange(length)[None]), i the place of the device"
+            )
         sides = problem.q.shape[1], problem.k.shape[1]
         cut = [
             a.shape for a in jax.tree.leaves((problem.mask, problem.bias)) if a.shape[2:] == sides
@@ -117,6 +125,14 @@ class Shards(Backend):
         if problem.bias_rule is not None and not self.inner.bias_rules:
             return f"{type(self.inner).__name__} has no biases by rule; let inner be None"
         return self.inner.why_not(problem, platform)
+
+    def placed(self, tokens: Tokens) -> Tokens:
+        """Return the tokens of a shard with their rows in the whole, for what is beside attention."""
+        try:
+            place = lax.axis_index(self.axis).astype(jnp.int32)
+        except NameError:  # refused in words by `why_not`
+            return tokens
+        return _placed(tokens, place)
 
     def why_not_over(self, problem: Problem, parts: int) -> str | None:
         """Say in words why a shard cannot be run with that many others, or return None."""
@@ -211,8 +227,7 @@ class Shard:
         return lax.dynamic_slice_in_dim(x, number * self.size, self.size, axis)
 
     def put(self, whole: Array, part: Array, piece: Any) -> Array:
-        """Write one piece of a gradient of this device's keys, in the dtype of the whole."""
-        part = part.astype(whole.dtype)
+        """Write one piece of a gradient of this device's keys."""
         return lax.dynamic_update_slice_in_dim(whole, part, piece * self.size, 1)
 
     @property
@@ -345,7 +360,7 @@ class Ring(Shards):
             zeros = (jnp.zeros((x.shape[0], shard.size, *x.shape[2:]), dtype) for x in keys)
             start = whole._replace(**dict(zip("kv", zeros)))
             sums = self._around(shard, c, keys, start, step)
-            home = self._rotated(sums[1:3], 1 - first - count)
+            home = self._rotated(_cast_like(sums[1:3], keys), 1 - first - count)
             dk, dv = (shard.put(x, part, c) for x, part in zip(whole[1:3], home))
             return sums._replace(k=dk, v=dv)
 

@@ -23,6 +23,7 @@ from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.functions import after_sinks, attention_scores, checked
 from mha_jax.attention.masks import Causal, Dense, Full, Mask, ValidKeys, ValidQueries, Window
 from mha_jax.attention.tokens import Tokens, zero_invalid
+from mha_jax.backends.sequence import Shards
 from mha_jax.engine.run import run
 from mha_jax.errors import ShapeError
 from mha_jax.layer import axes, checks, projections, vectors
@@ -239,7 +240,10 @@ def attend_layer(
             for name, x in (("query_norm", q), ("key_norm", k))
         )
     if layer.rotary is not None:
-        q_positions, k_positions = _positions(given, q_tokens, k_tokens)
+        sides = q_tokens, k_tokens
+        if isinstance(layer.backend, Shards):  # shards in a shard_map of the caller's own
+            sides = map(layer.backend.placed, sides)
+        q_positions, k_positions = _positions(given, *sides)
         q, k = layer.rotary(q, q_positions), layer.rotary(k, k_positions)
     if given.attention_mask is not None:
         rule = rule & Dense(axes.fold_mask(given.attention_mask, q_fold, s_fold, q.shape[2]))
