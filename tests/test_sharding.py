@@ -20,10 +20,11 @@ from mha_jax import (
     Tokens,
     ValidKeys,
     attend,
+    explain,
     init_params,
     multi_head_attention,
 )
-from mha_jax.sharding import logical_axes, partition_specs, with_logical_names
+from mha_jax.sharding import Sharded, logical_axes, partition_specs, with_logical_names
 
 P = PartitionSpec
 B, T, S, N, H, V = 8, 13, 17, 8, 5, 3
@@ -198,6 +199,38 @@ def test_explicit_axes_are_read_off_the_types():
     gathered = {"all-gather"} if jax.__version_info__ < (0, 10) else set()
     assert set(exchanges(program)) == {"all-reduce"} | gathered
     assert_equal_to_rounding(actual, jit(both_passes(options))(given))
+
+
+@pytest.mark.parametrize(
+    "names, says",
+    [
+        (("x", "model"), "nothing is cut along 'x' (2 devices): neither types nor names say"),
+        (("x", "y"), "nothing is cut along 'x' (2 devices), 'y' (4 devices): neither types"),
+        (("data", "heads"), None),
+    ],
+)
+def test_explain_names_the_axes_of_unknown_meaning(names, says):
+    x = jax.ShapeDtypeStruct((8, 256, 4, 128), jnp.bfloat16)
+    with jax.set_mesh(jax.make_mesh((2, 4), names, axis_types=(AxisType.Auto,) * 2)):
+        found = explain(Call(x, x, x), "tpu").get("mesh")
+        # What is plain XLA may be cut along them, but not by us.
+        plain = explain(Call(x, x, x), "cpu").get("mesh")
+        told = explain(Call(x, x, x), "tpu", Sharded(batch=("x",), heads=("y",)))
+    if says is None:
+        assert found is None and plain is None
+        return
+    assert found.startswith(says) and "Sharded(batch=('x'," in found
+    assert plain == found.replace("nothing is cut along", "XLA cuts as it finds best along")
+    assert "mesh" not in told
+
+
+def test_explain_leaves_out_what_types_speak_of():
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    for spec in (P("x"), P()):
+        kind = NamedSharding(mesh, spec)
+        x = jax.ShapeDtypeStruct((8, 256, 4, 128), jnp.bfloat16, sharding=kind)
+        with jax.set_mesh(mesh):
+            assert "along 'y' (4 devices):" in explain(Call(x, x, x), "tpu")["mesh"]
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

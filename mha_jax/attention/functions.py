@@ -224,7 +224,8 @@ def explain(call: Call, platform: str | None = None, backend: Any = None) -> dic
 
     Returns:
       A sentence for each backend, in order of preference: "can run", or what stands in the way. Where the
-      context or the types of arrays have a mesh that cuts the tokens, "sequence" says how, and why so.
+      context or the types of arrays have a mesh that cuts the tokens, "sequence" says how, and why so; where
+      nothing says what some of its axes cut, "mesh" names them.
 
     Raises:
       ShapeError: If the call is malformed or the platform unknown.

@@ -163,6 +163,13 @@ class Wanted(NamedTuple):
         batch, heads = known(self.batch, BATCH_AXES), known(self.heads, HEAD_AXES)
         return Axes(batch, heads, sequence=sequence, rows=rows)
 
+    def unknown(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return those of some axes that neither types speak of, nor the caller, nor a common name."""
+        common = BATCH_AXES, HEAD_AXES, SEQUENCE_AXES
+        given = (self.batch or (), self.heads or (), self.sequence or ())
+        known = {name for axes in (*common, *given, self.typed) for name in axes}
+        return tuple(name for name in names if name not in known)
+
 
 # ---- what types say -----------------------------------------------------------------------------
 

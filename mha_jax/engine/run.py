@@ -12,7 +12,7 @@ from mha_jax.engine.attention_pass import Runner
 from mha_jax.engine.choose import STRATEGIES, complete, default_platform, named, reasons
 from mha_jax.engine.cuts import plan
 from mha_jax.engine.derivative import attend
-from mha_jax.engine.mesh import Wanted
+from mha_jax.engine.mesh import Place, Wanted
 from mha_jax.errors import UnsupportedError
 
 
@@ -88,7 +88,7 @@ def run(problem: Problem, backend: Any = None) -> State:
 
 
 def explain(problem: Problem, platform: str | None, backend: Any = None) -> dict[str, str]:
-    """Say for every backend whether it can run a problem, and how devices that share its tokens attend.
+    """Say for every backend whether it can run a problem, and how devices share it.
 
     Raises:
       ShapeError: If the platform is unknown.
@@ -99,8 +99,25 @@ def explain(problem: Problem, platform: str | None, backend: Any = None) -> dict
     place = meshes.place_of_trace(problem.q)
     chosen = None if sharded.backend is None else named(problem, sharded.backend)
     chosen = complete(chosen, problem, platform or default_platform())
-    why = plan(chosen, problem, _wanted(problem, sharded), place).why
-    return found if why is None else {**found, "sequence": why}
+    wanted = _wanted(problem, sharded)
+    planned = plan(chosen, problem, wanted, place)
+    by_xla = planned.cut is None and planned.backend.partitionable() is not None
+    says = {"mesh": _of_unknown_axes(wanted, place, by_xla), "sequence": planned.why}
+    return found | {name: text for name, text in says.items() if text is not None}
+
+
+def _of_unknown_axes(wanted: Wanted, place: Place, by_xla: bool) -> str | None:
+    """Say what is done along mesh axes of which neither a type nor a name tells what they cut."""
+    lengths = place.lengths
+    unknown = wanted.unknown(name for name, length in lengths.items() if length > 1)
+    if not unknown:
+        return None
+    axes = ", ".join(f"{name!r} ({lengths[name]} devices)" for name in unknown)
+    what = "XLA cuts as it finds best along" if by_xla else "nothing is cut along"
+    return (
+        f"{what} {axes}: neither types nor names say whether that cuts batch, heads or tokens. Say it by "
+        f"backend=mj.sharding.Sharded(batch={unknown!r}), or heads= or sequence=."
+    )
 
 
 def _wanted(problem: Problem, sharded: Sharded) -> Wanted:
