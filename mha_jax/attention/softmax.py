@@ -101,6 +101,14 @@ def reciprocal(l: Float[Array, "*R"]) -> Float[Array, "*R"]:
     return jnp.where(seen, 1 / jnp.where(seen, l, jnp.ones_like(l)), jnp.zeros_like(l))
 
 
+def inverse(l: Float[Array, "*R"]) -> Float[Array, "*R"]:
+    """Return 1 / l of sums relative to their own maximum: at least 1, or 0 for rows that saw no key.
+
+    Of those it returns 1, for what such a row has summed up is 0. One operation, which merges with the sum.
+    """
+    return 1 / jnp.maximum(l, jnp.ones_like(l))
+
+
 def logsumexp(m: Float[Array, "*R"], l: Float[Array, "*R"]) -> Float[Array, "*R"]:
     """Return m + log(l), -inf for rows that saw no key, NaN for those whose sum is none.
 

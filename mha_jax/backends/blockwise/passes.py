@@ -45,7 +45,7 @@ def forward(tiles: Tiles) -> State:
 
         start = softmax.start(q_row.shape[:-1], tiles.v.shape[-1], tiles.dtype)
         end = tiles.over(order, g, i, block, None if order.single else start)
-        share = softmax.reciprocal(end.l)
+        share = softmax.inverse(end.l)
         if dropout is not None:
             share = share * jnp.asarray(dropout.factor, tiles.dtype)
         return None, ((end.acc * share).astype(problem.v.dtype), end.m, end.l)
