@@ -20,7 +20,8 @@ ROOMS = {
     "mha_jax": "biases constraints initializers interop models nnx regularizers rotary sharding train "
     "visualize",
     "mha_jax.interop": "flax keras torch",
-    "mha_jax.models": "bert minilm rxnmapper sizes smiles torch_file transformer weights wordpiece",
+    "mha_jax.models": "bert decoder gpt layouts llama minilm rxnmapper sizes smiles t5 torch_file "
+    "transformer vit weights wordpiece",
     "mha_jax.train": "checkpoints cmudict command configs data decoding digits g2p lm loop losses "
     "optimizer predict progress scoring settings tasks translation workdir",
 }

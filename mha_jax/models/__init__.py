@@ -4,12 +4,18 @@ import typing as _typing
 
 if _typing.TYPE_CHECKING:
     from mha_jax.models import bert as bert
+    from mha_jax.models import decoder as decoder
+    from mha_jax.models import gpt as gpt
+    from mha_jax.models import layouts as layouts
+    from mha_jax.models import llama as llama
     from mha_jax.models import minilm as minilm
     from mha_jax.models import rxnmapper as rxnmapper
     from mha_jax.models import sizes as sizes
     from mha_jax.models import smiles as smiles
+    from mha_jax.models import t5 as t5
     from mha_jax.models import torch_file as torch_file
     from mha_jax.models import transformer as transformer
+    from mha_jax.models import vit as vit
     from mha_jax.models import weights as weights
     from mha_jax.models import wordpiece as wordpiece
 else:
@@ -21,12 +27,18 @@ else:
         _inside(
             __name__,
             "bert",
+            "decoder",
+            "gpt",
+            "layouts",
+            "llama",
             "minilm",
             "rxnmapper",
             "sizes",
             "smiles",
+            "t5",
             "torch_file",
             "transformer",
+            "vit",
             "weights",
             "wordpiece",
         ),

@@ -10,7 +10,7 @@ def check_config(config: Any, *rates: str, **least: int) -> None:
     """Refuse sizes and rates of a model's configuration that cannot be meant.
 
     Args:
-      config: It, with `width` and `num_heads` among its fields.
+      config: It, with `width` and `num_heads` among its fields, and perhaps a `head_size` that frees them.
       rates: Fields that are shares, from 0 to below 1.
       least: Fields that are whole numbers, and the smallest that each may be.
 
@@ -27,7 +27,7 @@ def check_config(config: Any, *rates: str, **least: int) -> None:
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if not number or not 0 <= float(value) < 1:
             raise ShapeError(f"{name} must be a number from 0 to below 1: got {value!r}.")
-    if config.width % config.num_heads:
+    if getattr(config, "head_size", None) is None and config.width % config.num_heads:
         raise ShapeError(
             f"width must be a multiple of num_heads: got width={config.width} and "
             f"num_heads={config.num_heads}. Every head has width / num_heads features."

@@ -1,0 +1,350 @@
+"""The decoder of today's language models, composed of `MultiHeadAttention`: one block, many configs.
+
+Families differ in data: the norm and where it stands, the activation, a gate, biases, rotary positions or
+learned ones, windows in some layers, caps, norms of queries and keys, sinks, experts. `models.llama` and
+`models.gpt` read configs and weights of published families.
+
+B batch   T length   D width   F hidden width   W vocabulary   X experts
+
+Source: Radford et al. 2019 (GPT-2); Touvron et al. 2023, arXiv:2302.13971 (Llama); Gemma Team 2024,
+arXiv:2408.00118 (norms after the sub-layers, caps); OpenAI 2025, arXiv:2508.10925 (sinks, experts).
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+from mha_jax.attention.cache import Cache
+from mha_jax.attention.rotary import Rotary
+from mha_jax.attention.tokens import Tokens
+from mha_jax.errors import ShapeError
+from mha_jax.layer.linen import MultiHeadAttention
+from mha_jax.models.sizes import check_config
+from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int
+
+ACTIVATIONS = {
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """What one layer's attention has of its own.
+
+    Args:
+      rotary: Rotary positions; None turns nothing.
+      window: Tokens that a query sees, its own included; None sees all before it.
+    """
+
+    rotary: Rotary | None = None
+    window: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """Feed-forward layers of which a router chooses a few for every token.
+
+    Args:
+      count: How many there are, X.
+      chosen: How many a token takes.
+      limit: Where the inner features are clipped.
+      slope: Of the sigmoid that gates them.
+
+    Source: OpenAI 2025, arXiv:2508.10925, section 2.2.
+    """
+
+    count: int
+    chosen: int
+    limit: float = 7.0
+    slope: float = 1.702
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and choices of a decoder; the defaults are Llama's ways.
+
+    Args:
+      vocabulary: Symbols, W.
+      width: Features of a token, D.
+      hidden: Inner width of the feed-forward layers, F.
+      num_heads: Query heads.
+      layers: One `Local` for every layer.
+      num_kv_heads: Key-value heads; `num_heads` if None.
+      head_size: Features of a head; `width / num_heads` if None.
+      norm: "rms" or "layer".
+      epsilon: Of the norms.
+      norm_after: Whether a sub-layer's output is normed too, as in Gemma 2.
+      parallel: Whether both sub-layers read the same input, as in GPT-NeoX.
+      activation: One of `ACTIVATIONS`.
+      gated: Whether the activation multiplies a second projection.
+      experts: Instead of one feed-forward layer.
+      use_bias: Of the attention, as of `MultiHeadAttention`.
+      hidden_bias: Whether the feed-forward layers have biases.
+      positions: Learned positions, as many; None has none.
+      qk_norm, use_sinks, scale, logit_cap: As of `MultiHeadAttention`.
+      embedding_scale: What embeddings are multiplied by.
+      output_cap: The logits of the vocabulary are `cap * tanh(logit / cap)`; None leaves them.
+      tied: Whether the embedding's table gives the logits, too.
+      dtype: Of the computation; that of the parameters if None.
+
+    Raises:
+      ShapeError: A size or a name cannot be meant.
+    """
+
+    vocabulary: int
+    width: int
+    hidden: int
+    num_heads: int
+    layers: tuple[Local, ...]
+    num_kv_heads: int | None = None
+    head_size: int | None = None
+    norm: Literal["rms", "layer"] = "rms"
+    epsilon: float = 1e-6
+    norm_after: bool = False
+    parallel: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    experts: Experts | None = None
+    use_bias: bool | tuple[str, ...] = False
+    hidden_bias: bool = False
+    positions: int | None = None
+    qk_norm: str | None = None
+    use_sinks: bool = False
+    scale: float | None = None
+    logit_cap: float | None = None
+    embedding_scale: float = 1.0
+    output_cap: float | None = None
+    tied: bool = False
+    dtype: DType = None
+
+    def __post_init__(self):
+        sizes = dict.fromkeys(("vocabulary", "width", "hidden", "num_heads"), 1)
+        given = ("num_kv_heads", "head_size", "positions")
+        optional = {name: 1 for name in given if getattr(self, name) is not None}
+        check_config(self, **sizes, **optional)
+        for name, known in (("norm", ("rms", "layer")), ("activation", tuple(ACTIVATIONS))):
+            if getattr(self, name) not in known:
+                raise ShapeError(
+                    f"{name} must be one of {', '.join(known)}: got {getattr(self, name)!r}."
+                )
+
+    @property
+    def key_dim(self) -> int:
+        """Features of a head."""
+        return self.head_size or self.width // self.num_heads
+
+
+class FeedForward(nn.Module):
+    """Two projections with an activation between, or three with a gate.
+
+    Source: Shazeer 2020, arXiv:2002.05202.
+    """
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x):
+        config = self.config
+        dense = partial(nn.Dense, use_bias=config.hidden_bias, dtype=config.dtype)
+        act = ACTIVATIONS[config.activation]
+        up = dense(config.hidden, name="up")(x)
+        inner = act(dense(config.hidden, name="gate")(x)) * up if config.gated else act(up)
+        return dense(config.width, name="down")(inner)
+
+
+class Mixture(nn.Module):
+    """Experts, all computed and few weighed: right, and as dear as all of them together."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x):
+        config, experts = self.config, self.config.experts
+        assert experts is not None
+        logits = nn.Dense(experts.count, dtype=config.dtype, name="router")(x)
+        best, places = jax.lax.top_k(logits, experts.chosen)
+        chosen = jax.nn.one_hot(places, experts.count, dtype=x.dtype)
+        share = jnp.einsum("btkx,btk->btx", chosen, nn.softmax(best))
+        expert = partial(_OfExperts, experts.count)
+        inner = expert(2 * config.hidden, name="gate_up")(x[:, :, None])
+        gate = jnp.minimum(inner[..., ::2], experts.limit)
+        up = jnp.clip(inner[..., 1::2], -experts.limit, experts.limit)
+        out = expert(config.width, name="down")((up + 1) * gate * nn.sigmoid(gate * experts.slope))
+        return jnp.einsum("btx,btxd->btd", share, out)
+
+
+class _OfExperts(nn.Module):
+    """A dense layer of every expert: [B, T, X or 1, D] -> [B, T, X, F]."""
+
+    experts: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (self.experts, x.shape[-1], self.features)
+        weight = self.param("weight", nn.initializers.lecun_normal(batch_axis=(0,)), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.experts, self.features))
+        x, weight, bias = promote_dtype(x, weight, bias)
+        x = jnp.broadcast_to(x, (*x.shape[:2], *shape[:2]))
+        return jnp.einsum("btxd,xdf->btxf", x, weight) + bias[None, None]
+
+
+def _norm(config: Config, name: str) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(config.epsilon, dtype=config.dtype, name=name)
+    return nn.LayerNorm(config.epsilon, dtype=config.dtype, use_fast_variance=False, name=name)
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each in a residual connection with its norm first."""
+
+    config: Config
+    local: Local
+
+    @nn.compact
+    def __call__(self, x, cache, **options):
+        config = self.config
+        attend = MultiHeadAttention(
+            num_heads=config.num_heads,
+            key_dim=config.key_dim,
+            num_kv_heads=config.num_kv_heads,
+            use_bias=config.use_bias,
+            output_shape=config.width,
+            sliding_window=self.local.window,
+            rotary=self.local.rotary,
+            qk_norm=config.qk_norm,
+            use_sinks=config.use_sinks,
+            scale=config.scale,
+            logit_cap=config.logit_cap,
+            dtype=config.dtype,
+            name="attention",
+        )
+        normed = _norm(config, "attention_norm")(x)
+        attended = attend(normed, normed, use_causal_mask=True, cache=cache, **options)
+        attended, cache = (attended, None) if cache is None else attended
+        if config.norm_after:
+            attended = _norm(config, "attention_norm_after")(attended)
+        normed = _norm(config, "hidden_norm")(x if config.parallel else x + attended)
+        feed_forward = FeedForward if config.experts is None else Mixture
+        out = feed_forward(config, name="feed_forward")(normed)
+        if config.norm_after:
+            out = _norm(config, "hidden_norm_after")(out)
+        return x + attended + out, cache
+
+
+class CausalLM(nn.Module):
+    """A decoder with a vocabulary at both ends: tokens in, logits of the next ones out.
+
+    >>> model = CausalLM(Config(11, 8, 16, 2, layers=(Local(Rotary()), Local(Rotary(), window=3))))
+    >>> tokens = jnp.ones((3, 5), int)
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    >>> jax.eval_shape(model.apply, variables, tokens).shape
+    (3, 5, 11)
+    """
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[ArrayLike, "B T"],
+        mask: Bool[ArrayLike, "B T"] | None = None,
+        caches: tuple[Cache, ...] | None = None,
+    ) -> Float[Array, "B T W"] | tuple[Float[Array, "B T W"], tuple[Cache, ...]]:
+        """Map tokens to logits.
+
+        Args:
+          tokens: Numbers of the symbols.
+          mask: True at real tokens, wherever in a row they stand: positions count these alone.
+          caches: Of the tokens before, one for every layer: `empty_caches`. Those of `tokens` are appended.
+
+        Returns:
+          The logits, and the caches where there were some.
+
+        Raises:
+          ShapeError: There are more tokens than learned positions, or not one cache for every layer.
+        """
+        config, tokens = self.config, jnp.asarray(tokens)
+        mask = None if mask is None else jnp.asarray(mask)
+        if caches is not None and len(caches) != len(config.layers):
+            raise ShapeError(
+                f"caches must be one for each of the {len(config.layers)} layers: got {len(caches)}. "
+                "Take model.empty_caches(batch, capacity), then what every call returns."
+            )
+        positions = _positions(tokens, mask, caches)
+        options: dict[str, Any] = {"value_mask": mask}
+        if caches is None and mask is not None:
+            placed = Tokens(tokens.shape[1], pos=positions)
+            options |= {"query_tokens": placed, "key_tokens": placed}
+        embed = nn.Embed(config.vocabulary, config.width, dtype=config.dtype, name="embedding")
+        x = embed(tokens)
+        x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        if config.positions is not None:
+            self._check_length(tokens, caches)
+            places = nn.Embed(config.positions, config.width, dtype=config.dtype, name="positions")
+            x = x + places(positions)
+        kept = []
+        for i, local in enumerate(config.layers):
+            cache = None if caches is None else caches[i]
+            x, cache = Block(config, local, name=f"layer_{i}")(x, cache, **options)
+            kept.append(cache)
+        x = _norm(config, "norm")(x)
+        if config.tied:
+            logits = embed.attend(x)
+        else:
+            dense = nn.Dense(config.vocabulary, use_bias=False, dtype=config.dtype, name="logits")
+            logits = dense(x)
+        if config.output_cap is not None:
+            logits = config.output_cap * jnp.tanh(logits / config.output_cap)
+        return logits if caches is None else (logits, tuple(kept))
+
+    def _check_length(self, tokens, caches):
+        longest = tokens.shape[1] if caches is None else caches[0].capacity
+        if longest > (self.config.positions or 0):
+            what = "tokens" if caches is None else "slots of the caches"
+            raise ShapeError(
+                f"the model has learned {self.config.positions} positions: got {longest} {what}. "
+                "Shorten them."
+            )
+
+    def empty_caches(
+        self, batch: int, capacity: int, dtype: DType = jnp.float32
+    ) -> tuple[Cache, ...]:
+        """Return a cache for every layer, holding nothing yet.
+
+        Args:
+          batch: Texts that are decoded together.
+          capacity: The most tokens of a text.
+          dtype: Of the computation.
+
+        >>> model = CausalLM(Config(11, 8, 16, 2, layers=(Local(Rotary()),)))
+        >>> tokens = jnp.ones((3, 5), int)
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+        >>> caches = model.empty_caches(batch=3, capacity=5)
+        >>> logits, caches = jax.eval_shape(model.apply, variables, tokens[:, :2], None, caches)
+        >>> logits, caches = jax.eval_shape(model.apply, variables, tokens[:, 2:], None, caches)
+        >>> logits.shape
+        (3, 3, 11)
+        """
+        config = self.config
+        heads = config.num_kv_heads or config.num_heads
+        empty = partial(Cache.empty, batch, capacity, heads, config.key_dim, dtype=dtype)
+        return tuple(empty() for _ in config.layers)
+
+
+def _positions(tokens, mask, caches):
+    """Return the positions of tokens: real ones count, and those in the caches come before."""
+    length = tokens.shape[1]
+    if caches is not None:
+        return jnp.maximum(caches[0].next_positions(length, mask), 0)
+    if mask is None:
+        return jnp.arange(length, dtype=jnp.int32)[None]
+    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)

@@ -1,0 +1,202 @@
+"""Llama and what came of it: Mistral, Qwen 2 and 3, Gemma 2 and 3, gpt-oss, by their published configs.
+
+`read(config, tensors)` makes the model and its parameters of a Hugging Face config (a dictionary, as its
+`config.json` holds it) and PyTorch's tensors by name (as `models.weights.read_safetensors` reads them).
+
+Source: Touvron et al. 2023, arXiv:2302.13971; Jiang et al. 2023, arXiv:2310.06825; Yang et al. 2024,
+arXiv:2407.10671, and 2025, arXiv:2505.09388; Gemma Team 2024, arXiv:2408.00118, and 2025, arXiv:2503.19786;
+OpenAI 2025, arXiv:2508.10925.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mha_jax.attention.rotary import Rotary
+from mha_jax.errors import UnsupportedError
+from mha_jax.models.decoder import CausalLM, Config, Experts, Local
+from mha_jax.models.weights import fill
+from mha_jax.types import Params
+
+_SELF, _MLP = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
+_NAMES = {
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "logits": "lm_head",
+    "layer_{i}/attention_norm": "model.layers.{i}.input_layernorm",
+    "layer_{i}/hidden_norm": "model.layers.{i}.post_attention_layernorm",
+    "layer_{i}/attention/query": _SELF + "q_proj",
+    "layer_{i}/attention/key": _SELF + "k_proj",
+    "layer_{i}/attention/value": _SELF + "v_proj",
+    "layer_{i}/attention/attention_output": _SELF + "o_proj",
+    "layer_{i}/attention/query_norm": _SELF + "q_norm",
+    "layer_{i}/attention/key_norm": _SELF + "k_norm",
+    "layer_{i}/attention/sinks": _SELF + "sinks",
+    "layer_{i}/feed_forward/gate": _MLP + "gate_proj",
+    "layer_{i}/feed_forward/up": _MLP + "up_proj",
+    "layer_{i}/feed_forward/down": _MLP + "down_proj",
+    "layer_{i}/feed_forward/router": _MLP + "router",
+    "layer_{i}/feed_forward/gate_up": _MLP + "experts.gate_up_proj",
+}
+_NORMED_AFTER = {
+    "layer_{i}/attention_norm_after": "model.layers.{i}.post_attention_layernorm",
+    "layer_{i}/hidden_norm": "model.layers.{i}.pre_feedforward_layernorm",
+    "layer_{i}/hidden_norm_after": "model.layers.{i}.post_feedforward_layernorm",
+}
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+_INPUTS = ("query", "key", "value")
+
+
+def _gemma(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "norm_after": True,
+        "activation": _ACTIVATIONS[config.get("hidden_activation") or "gelu_pytorch_tanh"],
+        "scale": config["query_pre_attn_scalar"] ** -0.5,
+        "logit_cap": config.get("attn_logit_softcapping"),
+        "output_cap": config.get("final_logit_softcapping"),
+        "embedding_scale": config["hidden_size"] ** 0.5,
+        "tied": config.get("tie_word_embeddings", True),
+    }
+
+
+def _gpt_oss(config: Mapping[str, Any]) -> dict[str, Any]:
+    limit, slope = config.get("swiglu_limit", 7.0), config.get("swiglu_alpha", 1.702)
+    experts = Experts(config["num_local_experts"], config["num_experts_per_tok"], limit, slope)
+    return {"use_sinks": True, "experts": experts, "use_bias": config.get("attention_bias", True)}
+
+
+# What a family has beside Llama's config, by the config's model_type.
+_FAMILIES = {
+    "llama": lambda config: {},
+    "mistral": lambda config: {},
+    "qwen2": lambda config: {"use_bias": _INPUTS},
+    "qwen3": lambda config: {"qk_norm": "rms"},
+    "gemma2": _gemma,
+    "gemma3_text": lambda config: _gemma(config) | {"qk_norm": "rms"},
+    "gpt_oss": _gpt_oss,
+}
+
+
+def config_of(config: Mapping[str, Any]) -> Config:
+    """Return our config for a Hugging Face one.
+
+    Args:
+      config: A dictionary with `model_type`: llama, mistral, qwen2, qwen3, gemma2, gemma3_text or gpt_oss.
+
+    Raises:
+      UnsupportedError: If it is of another family, or has an activation or positions that we have not.
+
+    >>> config = {"model_type": "mistral", "vocab_size": 11, "hidden_size": 8, "intermediate_size": 16,
+    ...           "num_hidden_layers": 2, "num_attention_heads": 2, "sliding_window": 3}
+    >>> [local.window for local in config_of(config).layers]
+    [3, 3]
+    """
+    family = config.get("model_type")
+    if family not in _FAMILIES:
+        raise UnsupportedError(
+            f"the config is of the family {family!r}, where {', '.join(_FAMILIES)} can be read. "
+            "Build a models.decoder.Config by hand if the family is made of the same parts."
+        )
+    if config.get("hidden_act", "silu") not in _ACTIVATIONS:
+        raise UnsupportedError(
+            f"the config has hidden_act={config['hidden_act']!r}, expected one of {', '.join(_ACTIVATIONS)}."
+        )
+    epsilon = config.get("rms_norm_eps", 1e-6)
+    if family in ("qwen3", "gemma3_text") and epsilon != 1e-6:
+        raise UnsupportedError(
+            f"the config has rms_norm_eps={epsilon!r}, and the layer's norms of queries and keys 1e-6. Build "
+            "a models.decoder.Config by hand if the difference means nothing to you."
+        )
+    kinds = _kinds(config)
+    rotary = {kind: _rotary(config, kind) for kind in set(kinds)}
+    window = config.get("sliding_window")
+    layers = tuple(Local(rotary[k], window if k == "sliding_attention" else None) for k in kinds)
+    fields: dict[str, Any] = {
+        "activation": _ACTIVATIONS[config.get("hidden_act", "silu")],
+        "use_bias": bool(config.get("attention_bias")),
+        "hidden_bias": bool(config.get("mlp_bias")),
+        "tied": bool(config.get("tie_word_embeddings")),
+    }
+    return Config(
+        config["vocab_size"],
+        config["hidden_size"],
+        config["intermediate_size"],
+        config["num_attention_heads"],
+        layers,
+        num_kv_heads=config.get("num_key_value_heads"),
+        head_size=config.get("head_dim"),
+        epsilon=epsilon,
+        **fields | _FAMILIES[family](config),
+    )
+
+
+def _kinds(config: Mapping[str, Any]) -> list[str]:
+    """Return for every layer whether its attention slides, as newer configs list it."""
+    count = config["num_hidden_layers"]
+    if config.get("layer_types"):
+        unknown = set(config["layer_types"]) - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise UnsupportedError(
+                f"layer_types of the config names {', '.join(sorted(unknown))}: expected full_attention and "
+                "sliding_attention. Other kinds of attention cannot be read."
+            )
+        return list(config["layer_types"])
+    family, window = config["model_type"], config.get("sliding_window")
+    if window is None or family not in ("mistral", "gemma2", "gemma3_text", "gpt_oss"):
+        return ["full_attention"] * count
+    if family == "mistral":
+        return ["sliding_attention"] * count
+    every = config.get("sliding_window_pattern", 6) if family == "gemma3_text" else 2
+    return ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(count)]
+
+
+def _rotary(config: Mapping[str, Any], kind: str) -> Rotary:
+    """Return the rotary positions of a kind of layer; Gemma 3 has two bases."""
+    rope = config.get("rope_parameters") or {}
+    if kind in rope:
+        return Rotary.from_config({**config, "rope_parameters": rope[kind]})
+    if kind == "sliding_attention" and "rope_local_base_freq" in config:
+        return Rotary(base=config["rope_local_base_freq"])
+    return Rotary.from_config(config)
+
+
+def read(
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any = None
+) -> tuple[CausalLM, dict[str, Params]]:
+    """Return the model of a published config, and its parameters from PyTorch's tensors.
+
+    Args:
+      config: As for `config_of`.
+      tensors: NumPy arrays by PyTorch's names. Names that the model has not are left alone.
+      dtype: Of the computation; that of the tensors if None.
+
+    Raises:
+      UnsupportedError: As `config_of`.
+      WeightsError: A tensor is missing or has another shape.
+
+    Cost: A copy of the tensors.
+    """
+    ours = dataclasses.replace(config_of(config), dtype=dtype)
+    model = CausalLM(ours)
+    tensors = dict(_plain(name, x) for name, x in tensors.items())
+    if ours.norm_after:  # Gemma's norms multiply by 1 + weight.
+        tensors = {
+            name: x + 1 if name.endswith("norm.weight") else x for name, x in tensors.items()
+        }
+    names = _NAMES | (_NORMED_AFTER if ours.norm_after else {})
+    if ours.experts is not None:
+        names |= {"layer_{i}/feed_forward/down": _MLP + "experts.down_proj"}
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    return model, {"params": fill(shapes, names, tensors)}
+
+
+def _plain(name: str, x: np.ndarray) -> tuple[str, np.ndarray]:
+    """Return a parameter that is no module's as a module's: "sinks" as "sinks.weight"."""
+    if name.endswith("_proj_bias"):
+        return name.removesuffix("_bias") + ".bias", x.reshape(-1)
+    return name if name.endswith((".weight", ".bias")) else f"{name}.weight", x

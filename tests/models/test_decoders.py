@@ -1,0 +1,199 @@
+"""Published families of decoders against `transformers`, from small weights drawn here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mha_jax import ShapeError, UnsupportedError, WeightsError
+from mha_jax.models import decoder, gpt, llama
+
+VOCABULARY, LENGTH = 37, 13
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 500.0,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 500.0,
+}
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+_KINDS = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 5,
+    "head_dim": 6,
+}
+_GEMMA = _SIZES | _KINDS | {"query_pre_attn_scalar": 7}
+_NEOX = {"num_attention_heads": 3, "rotary_pct": 0.5}
+_QWEN2 = {"num_attention_heads": 2, "tie_word_embeddings": True}
+_EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2, "rope_parameters": _YARN}
+
+# Name -> the class's stem in transformers, our module, what its config is given.
+FAMILIES = {
+    "gpt2": (
+        "GPT2LMHead",
+        "GPT2",
+        gpt,
+        {"vocab_size": 37, "n_embd": 12, "n_layer": 2, "n_head": 3},
+    ),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoX", gpt, _SIZES | _NEOX),
+    "llama3": (
+        "LlamaForCausalLM",
+        "Llama",
+        llama,
+        _SIZES | {"rope_parameters": _LLAMA3, "head_dim": 6},
+    ),
+    "mistral": (
+        "MistralForCausalLM",
+        "Mistral",
+        llama,
+        _SIZES | {"sliding_window": 5, "head_dim": 6},
+    ),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2", llama, _SIZES | _QWEN2),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3", llama, _SIZES | {"head_dim": 6}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2", llama, _GEMMA),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3Text", llama, _GEMMA),
+    "gpt_oss": ("GptOssForCausalLM", "GptOss", llama, _SIZES | _KINDS | _EXPERTS),
+}
+MASK = np.array([[False] * 4 + [True] * 9, [True] * 13, [True] * 6 + [False] * 7])
+
+
+@pytest.fixture(scope="module")
+def torch():
+    pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install transformers"
+    )
+    return pytest.importorskip("torch", reason="torch is not installed: pip install torch")
+
+
+def make(name, torch):
+    """Return PyTorch's model with drawn weights, its config, and our module that reads both."""
+    import transformers
+
+    model_name, config_name, module, fields = FAMILIES[name]
+    model_name = model_name if model_name.endswith("LM") else f"{model_name}Model"
+    config = getattr(transformers, f"{config_name}Config")(**fields)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    theirs = getattr(transformers, model_name)(config).eval()
+    draw = np.random.default_rng(1).standard_normal
+    with torch.no_grad():
+        for x in theirs.parameters():
+            x.copy_(torch.from_numpy(0.3 * draw(tuple(x.shape), np.float32)))
+    return theirs, config.to_dict(), module
+
+
+def tensors_of(theirs, kind=lambda x: x.detach()):
+    return {name: kind(x).numpy() for name, x in theirs.state_dict(keep_vars=True).items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_gives_its_logits_and_gradients(name, torch):
+    theirs, config, module = make(name, torch)
+    model, variables = module.read(config, tensors_of(theirs))
+    draw = np.random.default_rng(2)
+    tokens = draw.integers(0, VOCABULARY, MASK.shape)
+    cotangent = draw.standard_normal((*MASK.shape, VOCABULARY), np.float32) * MASK[..., None]
+    mask = torch.from_numpy(MASK.astype(np.int64))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    out = theirs(torch.from_numpy(tokens), attention_mask=mask, position_ids=positions).logits
+    (out * torch.from_numpy(cotangent)).sum().backward()
+    want = out.detach().numpy()
+
+    def loss(variables):
+        logits = model.apply(variables, tokens, MASK)
+        return (logits * cotangent).sum(), logits
+
+    (_, logits), got = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables)
+    np.testing.assert_allclose(logits[MASK], want[MASK], atol=1e-5, rtol=1e-5)
+
+    # What reads weights is linear but for Gemma's 1 +, so that it reads their gradients, too.
+    _, gradients = module.read(config, tensors_of(theirs, lambda x: x.grad))
+    _, nothing = module.read(config, tensors_of(theirs, lambda x: torch.zeros_like(x).detach()))
+    expected = jax.tree.map(np.subtract, gradients, nothing)
+    largest = max(np.abs(y).max() for y in jax.tree.leaves(expected))
+    for (path, x), y in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected)):
+        scale = max(np.abs(y).max(), 0.05 * largest)  # that of a key's bias is rounding alone
+        np.testing.assert_allclose(x / scale, y / scale, atol=1e-5, err_msg=str(path))
+
+    # Token by token, with a cache that holds real tokens only.
+    caches, pieces, step = model.empty_caches(3, LENGTH), [], jax.jit(model.apply)
+    for t in range(LENGTH):
+        piece, caches = step(variables, tokens[:, t : t + 1], MASK[:, t : t + 1], caches)
+        pieces.append(piece)
+    np.testing.assert_allclose(np.concatenate(pieces, 1)[MASK], want[MASK], atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_read_is_told():
+    for module in (gpt, llama):
+        with pytest.raises(UnsupportedError, match="the config is of the family 'bloom', where"):
+            module.read({"model_type": "bloom"}, {})
+    config = {"model_type": "gpt2", "vocab_size": 7, "n_embd": 4, "n_layer": 1, "n_head": 2}
+    config["n_positions"] = 5
+    with pytest.raises(UnsupportedError, match="activation 'selu', expected one of gelu_new"):
+        gpt.read(config | {"activation_function": "selu"}, {})
+    with pytest.raises(
+        WeightsError, match=r"there is no tensor wte\.weight, which embedding/embedding"
+    ):
+        gpt.read(config, {})
+    model = decoder.CausalLM(gpt.config_of(config))
+    tokens = jax.ShapeDtypeStruct((2, 6), jnp.int32)
+    with pytest.raises(ShapeError, match="has learned 5 positions: got 6 tokens"):
+        jax.eval_shape(model.init, jax.random.key(0), tokens)
+    with pytest.raises(ShapeError, match="caches must be one for each of the 1 layers: got 0"):
+        jax.eval_shape(model.init, jax.random.key(0), tokens, None, ())
+
+
+def test_configs_before_layer_types_name_their_windows():
+    fields = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 7}
+    fields |= {"num_hidden_layers": 4, "sliding_window": 3, "query_pre_attn_scalar": 4}
+    gemma2 = llama.config_of(fields | {"model_type": "gemma2"})
+    assert [local.window for local in gemma2.layers] == [3, None, 3, None]
+    own = {"model_type": "gemma3_text", "sliding_window_pattern": 3, "rope_local_base_freq": 7.0}
+    gemma3 = llama.config_of(fields | own | {"rope_theta": 9.0})
+    assert [local.rotary.base for local in gemma3.layers] == [7.0, 7.0, 9.0, 7.0]
+
+
+def test_layers_that_the_decoder_has_not_are_refused():
+    fields = {"model_type": "qwen3", "num_hidden_layers": 1}
+    with pytest.raises(UnsupportedError, match="layer_types of the config names linear_attention"):
+        llama.config_of(fields | {"layer_types": ["linear_attention"]})
+    with pytest.raises(UnsupportedError, match="rms_norm_eps=1e-05, and the layer's norms"):
+        llama.config_of(fields | {"rms_norm_eps": 1e-5})
+    with pytest.raises(UnsupportedError, match="hidden_act='tanh', expected one of silu"):
+        llama.config_of(fields | {"hidden_act": "tanh"})
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"norm": "batch"}, "norm must be one of rms, layer: got 'batch'"),
+        (
+            {"activation": "tanh"},
+            "activation must be one of relu, silu, gelu, gelu_tanh: got 'tanh'",
+        ),
+        ({"width": 9}, "width must be a multiple of num_heads: got width=9 and num_heads=2"),
+        ({"head_size": 0}, "head_size must be a whole number from 1 on: got 0"),
+    ],
+)
+def test_a_config_that_cannot_be_meant_is_refused(wrong, message):
+    fields = {"vocabulary": 7, "width": 8, "hidden": 16, "num_heads": 2, "layers": ()}
+    with pytest.raises(ShapeError, match=message):
+        decoder.Config(**fields | wrong)

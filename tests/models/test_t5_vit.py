@@ -1,0 +1,94 @@
+"""T5 and the Vision Transformer against `transformers`, from small weights drawn here."""
+
+import jax
+import numpy as np
+import pytest
+
+from mha_jax import ShapeError, UnsupportedError
+from mha_jax.models import t5, vit
+
+T5 = {
+    "vocab_size": 37,
+    "d_model": 12,
+    "d_kv": 5,
+    "d_ff": 20,
+    "num_layers": 2,
+    "num_heads": 3,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 11,
+}
+MASK = np.arange(17)[None] < np.array([[17], [6]])
+
+
+def drawn(torch, theirs):
+    """Return PyTorch's model with drawn weights, and these by name."""
+    draw = np.random.default_rng(1).standard_normal
+    with torch.no_grad():
+        for x in theirs.parameters():
+            x.copy_(torch.from_numpy(0.3 * draw(tuple(x.shape), np.float32)))
+    return theirs.eval(), {name: x.numpy() for name, x in theirs.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def torch():
+    pytest.importorskip("transformers", reason="transformers is absent: pip install transformers")
+    return pytest.importorskip("torch", reason="torch is absent: pip install torch")
+
+
+@pytest.mark.parametrize("kind", ["relu", "gated-gelu"])
+def test_t5_gives_its_logits(torch, kind):
+    import transformers
+
+    untied = (
+        {"tie_word_embeddings": False, "scale_decoder_outputs": False} if kind != "relu" else {}
+    )
+    config = transformers.T5Config(**T5, feed_forward_proj=kind, **untied)
+    theirs, tensors = drawn(torch, transformers.T5ForConditionalGeneration(config))
+    model, variables = t5.read(config.to_dict(), tensors)
+    source, target = np.random.default_rng(2).integers(0, 37, (2, 2, 17))
+    target = target[:, :7]
+    inputs = {"input_ids": source, "attention_mask": MASK.astype(int), "decoder_input_ids": target}
+    want = (
+        theirs(**{name: torch.from_numpy(x) for name, x in inputs.items()}).logits.detach().numpy()
+    )
+    got = jax.jit(model.apply)(variables, source, target, MASK)
+    np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
+
+    memory = model.apply(variables, source, MASK, method="encode")
+    caches = model.empty_caches(batch=2, length=7, memory_length=17)
+    pieces = []
+    for part in (slice(0, 4), slice(4, 5), slice(5, 7)):
+        args = (target[:, part], memory, MASK, caches)
+        piece, caches = model.apply(variables, *args, method="decode")
+        memory = None
+        pieces.append(piece)
+    np.testing.assert_allclose(np.concatenate(pieces, 1), want, atol=1e-5, rtol=1e-5)
+
+
+def test_vit_gives_its_logits(torch):
+    import transformers
+
+    sizes = {"image_size": 12, "patch_size": 4, "num_channels": 2, "num_labels": 5}
+    sizes |= {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = transformers.ViTConfig(**sizes, intermediate_size=20)
+    theirs, tensors = drawn(torch, transformers.ViTForImageClassification(config))
+    model, variables = vit.read(config.to_dict(), tensors)
+    images = np.random.default_rng(2).standard_normal((2, 12, 12, 2), np.float32)
+    want = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).logits.detach().numpy()
+    np.testing.assert_allclose(model.apply(variables, images), want, atol=1e-5, rtol=1e-5)
+
+
+def test_configs_of_others_are_told_so():
+    with pytest.raises(
+        UnsupportedError, match=r"family 'bert'.*expected t5 with relu or gated-gelu"
+    ):
+        t5.read({"model_type": "bert"}, {})
+    with pytest.raises(UnsupportedError, match=r"family 'swin'.*expected vit"):
+        vit.read({"model_type": "swin"}, {})
+    with pytest.raises(ShapeError, match="patch must divide image: got patch=5 and image=12"):
+        vit.Config(image=12, patch=5)
+    with pytest.raises(
+        ShapeError, match=r"images must be \[B, rows, columns, channels\].*\(2, 9, 9, 3\)"
+    ):
+        model = vit.ViT(vit.Config(image=12, patch=4, layers=0))
+        model.init(jax.random.key(0), np.zeros((2, 9, 9, 3), np.float32))
