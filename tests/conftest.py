@@ -12,12 +12,9 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_WORKER_ID", "0")
 
-from jaxtyping import install_import_hook
+from tests.typed import install
 
-install_import_hook(
-    ["mha_jax.attention.softmax", "mha_jax.backends.reference", "mha_jax.backends.blockwise"],
-    "beartype.beartype",
-)
+install()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

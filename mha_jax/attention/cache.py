@@ -24,7 +24,7 @@ from mha_jax.attention.call import Call
 from mha_jax.attention.masks import Mask, ValidKeys, pytree
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
-from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int
+from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int, Size
 
 _OVERFLOW = (
     "the cache overflowed: row {row} was given {count} tokens and holds at most {capacity}. "
@@ -92,7 +92,7 @@ class Cache:
     @classmethod
     def empty(
         cls,
-        batch: int,
+        batch: Size,
         capacity: int,
         num_kv_heads: int,
         key_dim: int,

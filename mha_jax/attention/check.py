@@ -19,7 +19,7 @@ from mha_jax.attention.fitted import fitted_bias, fitted_mask, fold_batch, int32
 from mha_jax.attention.masks import And, Mask, Not, Or, SameSegment, check_mask
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
-from mha_jax.types import Array
+from mha_jax.types import Array, Size
 
 
 class Names(NamedTuple):
@@ -172,7 +172,7 @@ def _floats(name: str, x) -> Array:
     return x
 
 
-def _tokens(name: str, tokens: Tokens | None, length: int, lead: tuple[int, ...]) -> Tokens:
+def _tokens(name: str, tokens: Tokens | None, length: Size, lead: tuple[int, ...]) -> Tokens:
     """Return tokens whose arrays are [1 or B, length], integers as int32."""
     if tokens is None:
         return Tokens(length)

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mha_jax.errors import ShapeError
-from mha_jax.types import Array, ArrayLike, Int, PRNGKey, UInt32
+from mha_jax.types import Array, ArrayLike, Int, PRNGKey, Size, UInt32
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
@@ -146,7 +146,7 @@ class Dropout:
         return dataclasses.replace(self, key=self.key_data())
 
     def row_keys(
-        self, batch: int, heads: int, rows: Int[ArrayLike, "#B T"]
+        self, batch: Size, heads: int, rows: Int[ArrayLike, "#B T"]
     ) -> tuple[UInt32[Array, "B N T"], UInt32[Array, "B N T"]]:
         """Return the pair of words of every row; the hash of its weights starts from them."""
         words = self.key_data()
@@ -158,7 +158,7 @@ class Dropout:
         return threefry2x32(pair, (t, jnp.full_like(t, _VERSION)))
 
     def keep(
-        self, batch: int, heads: int, rows: Int[ArrayLike, "#B T"], columns: Int[ArrayLike, "#B S"]
+        self, batch: Size, heads: int, rows: Int[ArrayLike, "#B T"], columns: Int[ArrayLike, "#B S"]
     ) -> Array:
         """Return the keep bits of whole rows, [B, N, T, S]: for tests and plain definitions."""
         a, c = self.row_keys(batch, heads, rows)

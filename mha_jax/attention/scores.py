@@ -82,7 +82,8 @@ def scores_top_k(
             f"k={k!r} largest scores of {call.k.shape[-3]} keys cannot be had: expected an integer k from "
             "1 to S."
         )
-    return _by_rows(call, lse, partial(_top_k, k=int(k)), -2)
+    largest, keys = _by_rows(call, lse, partial(_top_k, k=int(k)), -2)
+    return largest, keys
 
 
 def _top_k(scores: Array, k: int) -> tuple[Array, Array]:
@@ -90,7 +91,8 @@ def _top_k(scores: Array, k: int) -> tuple[Array, Array]:
     if place.spec and place.spec[-1] is not None:  # keys cut along an explicit axis: sorted whole
         spec = jax.sharding.PartitionSpec(*place.spec[:-1], None)
         scores = jax.sharding.reshard(scores, jax.sharding.NamedSharding(place.mesh, spec))
-    return lax.top_k(scores, k)
+    largest, keys = lax.top_k(scores, k)
+    return largest, keys
 
 
 def _entropy(scores: Array) -> Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mha_jax.errors import ShapeError
-from mha_jax.types import ArrayLike, Bool, Int
+from mha_jax.types import ArrayLike, Bool, Int, Size
 
 
 class Facts(NamedTuple):
@@ -104,12 +104,12 @@ class Tokens:
     def positions(self) -> Int[ArrayLike, "#B L"]:
         return self.rows if self.pos is None else self.pos
 
-    def map(self, function: Callable[[ArrayLike], ArrayLike], length: int, start: int) -> "Tokens":
+    def map(self, function: Callable[[ArrayLike], ArrayLike], length: Size, start: int) -> "Tokens":
         """Apply `function` to every array; a plain sequence stays plain and starts at `start`."""
         arrays = (self.index, self.pos, self.segment, self.valid)
         return Tokens(length, start, *(a if a is None else function(a) for a in arrays))
 
-    def cut(self, first: int, size: int) -> "Tokens":
+    def cut(self, first: int, size: Size) -> "Tokens":
         """Return tokens `first` to `first + size`, both Python integers."""
         return self.map(lambda a: a[:, first : first + size], size, self.start + first)
 

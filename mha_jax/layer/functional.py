@@ -90,9 +90,9 @@ def init_params(
 @shows(*OF_CALL)
 def multi_head_attention(
     params: Params,
-    query: Float[ArrayLike, "*axes D"],
-    value: Float[ArrayLike, "*axes D2"] | None,
-    key: Float[ArrayLike, "*axes D3"] | None = None,
+    query: Float[ArrayLike, "*queries D"],
+    value: Float[ArrayLike, "*values D2"] | None,
+    key: Float[ArrayLike, "*values D3"] | None = None,
     query_mask: ArrayLike | None = None,
     value_mask: ArrayLike | None = None,
     key_mask: ArrayLike | None = None,

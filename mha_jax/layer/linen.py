@@ -133,9 +133,9 @@ class MultiHeadAttention(Arguments, nn.Module):
     @closed
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        query: Float[ArrayLike, "*axes D"],
-        value: Float[ArrayLike, "*axes D2"] | None,
-        key: Float[ArrayLike, "*axes D3"] | None = None,
+        query: Float[ArrayLike, "*queries D"],
+        value: Float[ArrayLike, "*values D2"] | None,
+        key: Float[ArrayLike, "*values D3"] | None = None,
         query_mask: ArrayLike | None = None,
         value_mask: ArrayLike | None = None,
         key_mask: ArrayLike | None = None,

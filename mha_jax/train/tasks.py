@@ -7,7 +7,7 @@ a run that continues at step n sees what an unbroken run would have seen.
 import importlib
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,7 @@ TASKS = {
 }
 
 
+@runtime_checkable
 class Task(Protocol):
     """Data, loss and judgement of one task.
 
