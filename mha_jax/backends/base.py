@@ -26,6 +26,8 @@ class Backend:
 
     # Whether the passes add what `problem.bias_rule` says; where they do not, it is refused for them.
     bias_rules: ClassVar[bool] = False
+    # Whether only who names it gets it: what was never measured is no choice of ours.
+    by_name: ClassVar[bool] = False
 
     def why_not(self, problem: Problem, platform: str) -> str | None:
         """Say in words why this problem cannot run on `platform`, or return None."""

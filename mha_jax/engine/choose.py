@@ -16,6 +16,7 @@ from mha_jax.errors import ShapeError, UnsupportedError
 BACKENDS = {
     "pallas_tpu": ("mha_jax.backends.pallas_tpu", "PallasTPU"),
     "cudnn": ("mha_jax.backends.cudnn", "CuDNN"),
+    "mosaic_gpu": ("mha_jax.backends.mosaic_gpu", "MosaicGPU"),
     "blockwise": ("mha_jax.backends.blockwise", "Blockwise"),
     "reference": ("mha_jax.backends.reference", "Reference"),
 }
@@ -62,7 +63,7 @@ def why_not(backend: Backend, problem: Problem, platform: str) -> str | None:
 def choose(problem: Problem, platform: str) -> Backend:
     """Return the first backend that can run the problem on `platform`; the tiled one always can."""
     backends = (load(name) for name in BACKENDS)
-    return next(b for b in backends if why_not(b, problem, platform) is None)
+    return next(b for b in backends if not b.by_name and why_not(b, problem, platform) is None)
 
 
 def complete(backend: Backend | None, problem: Problem, platform: str) -> Backend:

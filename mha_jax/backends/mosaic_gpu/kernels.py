@@ -1,0 +1,375 @@
+"""The kernels: attention forward, and backward by queries and by keys.
+
+Two warpgroups have 64 rows each, and a third one copies what they read, tile of columns by tile of columns,
+in the order of the table: full tiles, then those that are seen in part. Weights are powers of two, and enter
+the second product in the dtype of the values.
+
+Source: Milakov & Gimelshein 2018, arXiv:1805.02867; Dao 2023, arXiv:2307.08691, algorithms 1 and 2; Shah et
+al. 2024, arXiv:2407.08608, section 3.1.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from mha_jax.backends.mosaic_gpu.operands import ROWS, WARPGROUPS, WHOLE, Plan
+from mha_jax.backends.mosaic_gpu.products import TILE, Products, constant, load
+from mha_jax.backends.mosaic_gpu.view import Tile, place
+from mha_jax.types import Array
+
+# Less than any logit, but finite, so that a row that has seen nothing subtracts it without a NaN.
+LEAST = -1e30
+# Less than any sum of weights, the largest of which is 1.
+TINY = 0.5
+# Registers of a thread: who computes takes what who copies leaves.
+COMPUTES, COPIES = 240, 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A kernel's work at one place of its grid: rows that stay, columns that pass by.
+
+    Args:
+      plan: What it knows.
+      refs: References by name; those of shared memory are "name.tile", of barriers "name.ready", "name.free".
+      rows: Names of operands whose rows stay.
+      streams: Names of operands whose columns pass by.
+      outputs: Names of the results by the name of the tile of rows whose memory they take.
+    """
+
+    plan: Plan
+    refs: dict[str, Any]
+    rows: tuple[str, ...]
+    streams: tuple[str, ...]
+    outputs: dict[str, str]
+
+    # Asked for where they are used: what is known before the warpgroups part stays in registers of all.
+
+    @property
+    def example(self) -> Any:
+        return lax.axis_index("example")
+
+    @property
+    def head(self) -> Any:
+        return lax.axis_index("head")
+
+    @property
+    def block(self) -> Any:
+        return lax.axis_index("block")
+
+    @property
+    def warpgroup(self) -> Any:
+        return lax.axis_index("warpgroup")
+
+    def run(self, start: Callable, step: Callable, finish: Callable) -> None:
+        """Run `carry = step(tile, carry)` over all tiles of columns.
+
+        Args:
+          start: Returns the first carry.
+          step: Takes the columns of a tile and a carry, and returns the next one.
+          finish: Returns the results by name, from the last carry.
+        """
+
+        @pl.when(self.warpgroup < WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(COMPUTES, action="increase")
+            held = self._rows()
+            line, full, count = self._line()
+
+            def turn(i, carry, masked=False):
+                tile = self._tile(line[2 + i], held)
+                return step(Columns(self, tile, i, i - full if masked else None), carry)
+
+            carry = lax.fori_loop(0, full, turn, start())
+            if self.plan.masked:
+                carry = lax.fori_loop(full, count, partial(turn, masked=True), carry)
+            self._write(finish(carry))
+
+        @pl.when(self.warpgroup == WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(COPIES, action="decrease")
+            line, full, count = self._line()
+            lax.fori_loop(0, count, lambda i, _: self._copy(i, i - full, line[2 + i]), None)
+
+    def _line(self) -> tuple[Any, Any, Any]:
+        """Return the table's line, and how many of its tiles are full, and visited."""
+        line = self.refs["table"]
+        line = line.at[(*place(line, self.example, self.head), self.block)]
+        full = line[0]
+        return line, full, full + line[1]
+
+    # ---- rows ---------------------------------------------------------------------------------------
+
+    @property
+    def first_row(self) -> Any:
+        return self.block * WHOLE + self.warpgroup * ROWS
+
+    def row(self, name: str) -> Any:
+        """Return the rows of an operand, in shared memory."""
+        return self.refs[f"{name}.tile"].at[self.warpgroup]
+
+    def _rows(self) -> dict[str, Array]:
+        """Copy the rows; return their vectors."""
+        ready, here = self.refs["rows.ready"].at[self.warpgroup], pl.ds(self.first_row, ROWS)
+        for name in self.rows:
+            ref = self.refs[name]
+            head = self._head_of(ref, self.head)
+            plgpu.copy_gmem_to_smem(ref.at[self.example, here, head], self.row(name), ready)
+        held = {}
+        for name, side in self.plan.vectors.items():
+            if side == self.plan.rows:
+                ref = self.refs[name]
+                at = place(ref, self.example, self.head)
+                held[name] = load(ref.at[(*at, here)], TILE.reduce(1))
+        plgpu.barrier_wait(ready)
+        return held
+
+    def _head_of(self, ref: Any, head: Any) -> Any:
+        """Return the head of an operand that goes with a query head, or a key-value head."""
+        if self.plan.rows == "k" or self.plan.groups == 1 or ref.shape[2] == self._heads:
+            return head
+        return lax.div(head, jnp.int32(self.plan.groups))
+
+    @property
+    def _heads(self) -> int:
+        return self.refs["q"].shape[2]
+
+    def _write(self, results: dict[str, Array]) -> None:
+        here = pl.ds(self.first_row, ROWS)
+        for name, x in results.items():
+            tile = self.row(self.outputs[name])
+            tile[...] = x.astype(tile.dtype)
+        plgpu.commit_smem()
+        for name in results:
+            ref = self.refs[name]
+            if len(ref.shape) == 3:
+                target = ref.at[self.example, self.head, here]
+            else:
+                target = ref.at[self.example, here, self.head]
+            plgpu.copy_smem_to_gmem(self.row(self.outputs[name]), target)
+        plgpu.wait_smem_to_gmem(0)
+
+    # ---- columns ------------------------------------------------------------------------------------
+
+    def _place(self, entry: Any) -> tuple[Any, Any]:
+        """Return the query head and the first column of an entry of the table."""
+        plan = self.plan
+        if plan.rows == "q":
+            return self.head, entry * plan.columns
+        head = self.head * plan.groups + lax.div(entry, jnp.int32(plan.blocks))
+        return head, lax.rem(entry, jnp.int32(plan.blocks)) * plan.columns
+
+    def slot(self, turn: Any) -> Any:
+        return lax.rem(turn, jnp.int32(self.plan.steps))
+
+    def _tile(self, entry: Any, held: dict[str, Array]) -> Tile:
+        head, column = self._place(entry)
+        slabs = {name: self.refs[name] for name in self.plan.slabs}
+        return Tile(self.plan, held, {}, slabs, self.example, head, self.first_row, column)
+
+    def _copy(self, i: Any, masked: Any, entry: Any) -> None:
+        """Copy tile i of the columns as soon as there is room; it is number `masked` of those with facts."""
+        head, column = self._place(entry)
+        here = pl.ds(column, self.plan.columns)
+
+        def copy(group: str, names: tuple[str, ...], turn: Any) -> None:
+            slot = self.slot(turn)
+            ready, free = (self.refs[f"{group}.{x}"].at[slot] for x in ("ready", "free"))
+            pl.when(turn >= self.plan.steps)(lambda: plgpu.barrier_wait(free))
+            for name in names:
+                ref = self.refs[name]
+                if name in self.streams:
+                    source = ref.at[self.example, here, self._head_of(ref, head)]
+                else:
+                    source = ref.at[(*place(ref, self.example, head), here)]
+                plgpu.copy_gmem_to_smem(source, self.refs[f"{name}.tile"].at[slot], ready)
+
+        for name in self.streams:
+            copy(name, (name,), i)
+        for group, names in self.plan.passing.items():
+            if group == "facts":
+                pl.when(masked >= 0)(partial(copy, group, names, masked))
+            else:
+                copy(group, names, i)
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The columns of one tile in shared memory.
+
+    Args:
+      sweep: The kernel's work.
+      tile: The tile.
+      turn: Its number.
+      masked: Its number among those that are seen in part; None where all of it is seen.
+    """
+
+    sweep: Sweep
+    tile: Tile
+    turn: Any
+    masked: Any
+
+    def wait(self, stream: str) -> Any:
+        """Wait for a stream; return its tile."""
+        slot = self.sweep.slot(self.turn)
+        plgpu.barrier_wait(self.sweep.refs[f"{stream}.ready"].at[slot])
+        return self.sweep.refs[f"{stream}.tile"].at[slot]
+
+    def free(self, stream: str) -> None:
+        """Leave a stream's room to the next tile."""
+        self._free(stream, self.turn)
+
+    def _free(self, group: str, turn: Any) -> None:
+        plgpu.barrier_arrive(self.sweep.refs[f"{group}.free"].at[self.sweep.slot(turn)])
+
+    def _passing(self) -> list[tuple[str, tuple[str, ...], Any]]:
+        groups = self.sweep.plan.passing.items()
+        turns = {"vectors": self.turn, "facts": self.masked}
+        return [(group, names, turns[group]) for group, names in groups if turns[group] is not None]
+
+    def wait_vectors(self) -> Tile:
+        """Wait for the vectors; return the tile with them."""
+        refs, found = self.sweep.refs, {}
+        for group, names, turn in self._passing():
+            slot = self.sweep.slot(turn)
+            plgpu.barrier_wait(refs[f"{group}.ready"].at[slot])
+            found |= {name: refs[f"{name}.tile"].at[slot] for name in names}
+        return dataclasses.replace(self.tile, columns=found)
+
+    def free_vectors(self) -> None:
+        """Leave the vectors' room to the next tile."""
+        for group, _, turn in self._passing():
+            self._free(group, turn)
+
+
+def _across(numbers: Array, columns: int) -> Array:
+    return lax.broadcast_in_dim(numbers, (ROWS, columns), [0])
+
+
+def forward(sweep: Sweep, products: Products) -> None:
+    """Attend; rows are queries."""
+    plan = sweep.plan
+    size = sweep.refs["v"].shape[3]
+    factor = plan.factor
+
+    def start():
+        return constant((ROWS, size), 0), constant((ROWS,), LEAST), constant((ROWS,), 0)
+
+    def step(columns: Columns, carry):
+        total, m, l = carry
+        product = products.outer(sweep.row("q"), columns.wait("k"))
+        columns.free("k")
+        tile = columns.wait_vectors()
+        x = tile.logits(product)
+        if plan.bias:
+            x = jnp.maximum(x, LEAST / factor)
+        if columns.masked is not None:
+            x = jnp.where(tile.visible(), x, -jnp.inf)
+        # m is kept times the factor, so that an exponent is one operation.
+        new = jnp.maximum(m, x.max(axis=1) * factor)
+        shrink = jnp.exp2(m - new)
+        p = jnp.exp2(x * factor - _across(new, plan.columns))
+        l = l * shrink + p.sum(axis=1)
+        if plan.dropout is not None:
+            p = tile.kept(p, 0.0)
+        p = p.astype(sweep.refs["v"].dtype)
+        columns.free_vectors()
+        total = total * _across(shrink, size)
+        total = products.add(total, p, columns.wait("v"))
+        columns.free("v")
+        return total, new, l
+
+    def finish(carry):
+        total, m, l = carry
+        # A row that saw nothing has a total of 0 and stays so, whatever it is divided by.
+        share = 1 / jnp.maximum(l, TINY)
+        if plan.dropout is not None:
+            share = share * plan.dropout.factor
+        return {"out": total * _across(share, size), "m": m, "l": l}
+
+    sweep.run(start, step, finish)
+
+
+def _weights(tile: Tile, x: Array, masked: bool) -> Array:
+    """Rebuild the weights of a tile, but for what `softmax.shift` leaves to the rows' cotangents.
+
+    Those that dropout drops are negative: one number says both, where registers are scarce.
+    """
+    p = jnp.exp2(x * tile.plan.factor - tile.vector("shift"))
+    p = jnp.where(tile.visible(), p, 0.0) if masked else p
+    return p if tile.plan.dropout is None else tile.kept(p, -p)
+
+
+def _slopes(tile: Tile, x: Array, p: Array, dp: Array) -> Array:
+    """Return the cotangent of a tile's products over the scale."""
+    plan = tile.plan
+    if plan.dropout is not None:
+        dp = jnp.where(p > 0, dp * plan.dropout.factor, 0.0)
+        p = jnp.abs(p)
+    ds = p * (dp - tile.vector("delta"))
+    return ds if plan.rules.cap is None else ds * tile.slope(x)
+
+
+def backward_queries(sweep: Sweep, products: Products) -> None:
+    """Pull back to the queries; rows are queries."""
+    plan = sweep.plan
+    size = sweep.refs["q"].shape[3]
+
+    def step(columns: Columns, total):
+        k = columns.wait("k")
+        product = products.outer(sweep.row("q"), k)
+        dp = products.outer(sweep.row("d_out"), columns.wait("v"))
+        columns.free("v")
+        tile = columns.wait_vectors()
+        x = tile.logits(product)
+        ds = _slopes(tile, x, _weights(tile, x, columns.masked is not None), dp)
+        columns.free_vectors()
+        total = products.add(total, ds.astype(sweep.refs["k"].dtype), k)
+        columns.free("k")
+        return total
+
+    sweep.run(
+        lambda: constant((ROWS, size), 0), step, lambda total: {"dq": total * plan.rules.scale}
+    )
+
+
+def backward_keys(sweep: Sweep, products: Products) -> None:
+    """Pull back to the keys and the values; rows are keys, tiles are transposed."""
+    plan = sweep.plan
+    sizes = sweep.refs["k"].shape[3], sweep.refs["v"].shape[3]
+
+    def start():
+        return tuple(constant((ROWS, size), 0) for size in sizes)
+
+    def step(columns: Columns, carry):
+        dk, dv = carry
+        q, dtype = columns.wait("q"), sweep.refs["q"].dtype
+        product = products.outer(sweep.row("k"), q)
+        tile = columns.wait_vectors()
+        x = tile.logits(product)
+        p = _weights(tile, x, columns.masked is not None)
+        kept = p if plan.dropout is None else jnp.maximum(p, 0.0)
+        d_out = columns.wait("d_out")
+        # One after the other: both sums and two tiles are all that the registers hold.
+        dv = products.add(dv, kept.astype(dtype), d_out)
+        dp = products.outer(sweep.row("v"), d_out)
+        columns.free("d_out")
+        ds = _slopes(tile, x, p, dp)
+        columns.free_vectors()
+        dk = products.add(dk, ds.astype(dtype), q)
+        columns.free("q")
+        return dk, dv
+
+    def finish(carry):
+        dk, dv = carry
+        share = 1.0 if plan.dropout is None else plan.dropout.factor
+        return {"dk": dk * plan.rules.scale, "dv": dv * np.float32(share)}
+
+    sweep.run(start, step, finish)

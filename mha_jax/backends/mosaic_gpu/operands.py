@@ -1,0 +1,238 @@
+"""What a kernel reads beside q, k and v, and which tiles it visits.
+
+Facts of tokens, dropout's words and the statistics reach a kernel as vectors, one number a token: those of
+its rows stay in registers, those of its columns are copied tile by tile. What is T x S (a dense mask, a dense
+bias) is read by tile.
+
+B batch   T query length   S key length   N query heads   K key-value heads   G = N // K
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mha_jax.attention import hidden
+from mha_jax.attention.call import Logits, Problem
+from mha_jax.attention.dropout import Dropout
+from mha_jax.attention.masks import Mask
+from mha_jax.attention.tokens import Facts
+from mha_jax.backends import visits
+from mha_jax.types import Array
+
+# Rows of a warpgroup, of which two share the columns; lengths are padded to whole pairs of them.
+ROWS, WARPGROUPS = 64, 2
+WHOLE = ROWS * WARPGROUPS
+LOG2E = float(np.log2(np.e))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a kernel knows while it is traced.
+
+    Args:
+      rows: The side of its rows, "q" or "k".
+      columns: Columns of a tile.
+      steps: Tiles of columns that are in shared memory at a time.
+      blocks: Tiles of columns of one head.
+      groups: Query heads of a key-value head.
+      masked: Whether there are tiles that are seen in part.
+      vectors: Side of every vector by name.
+      slabs: Names of what is T x S.
+      mask: The rule; its leaves are names.
+      integers: Names of leaves that are no booleans.
+      padded: Whether keys are padded.
+      bias: Whether there is one.
+      dropout: Without its key.
+      rules: How a product becomes a logit.
+    """
+
+    rows: str
+    columns: int
+    steps: int
+    blocks: int
+    groups: int
+    masked: bool
+    vectors: dict[str, str]
+    slabs: tuple[str, ...]
+    mask: Mask
+    integers: tuple[str, ...]
+    padded: bool
+    bias: bool
+    dropout: Dropout | None
+    rules: Logits
+
+    @property
+    def passing(self) -> dict[str, tuple[str, ...]]:
+        """Vectors of the columns: "vectors" for every tile, "facts" for those that are seen in part."""
+        names = [name for name, side in self.vectors.items() if side != self.rows]
+        facts = tuple(name for name in names if name.startswith(("mask.", "q.", "k.")))
+        others = tuple(name for name in names if name not in facts)
+        return {group: a for group, a in {"vectors": others, "facts": facts}.items() if a}
+
+    @property
+    def folds(self) -> bool:
+        """Whether the exponent takes the scale: no bias, no cap, and order is kept."""
+        return not self.bias and self.rules.cap is None and self.rules.scale > 0
+
+    @property
+    def factor(self) -> float:
+        """What turns a tile's logits into powers of two."""
+        return LOG2E * (self.rules.scale if self.folds else 1.0)
+
+
+class Operands(NamedTuple):
+    """The arrays of a plan.
+
+    Args:
+      table: Tiles of every line, [#B, #heads, lines, 2 + tiles]: how many are full, how many are seen in
+        part, and their numbers in this order; those of a key-value head's query heads one after the other.
+      vectors: [#B, #N, padded length].
+      slabs: [#B, #N, padded rows, padded columns].
+    """
+
+    table: Array
+    vectors: dict[str, Array]
+    slabs: dict[str, Array]
+
+
+def whole(length: int) -> int:
+    """Return a length padded to whole tiles."""
+    return length + -length % WHOLE
+
+
+def pad(x: Array, axis: int, length: int, value: float = 0) -> Array:
+    """Pad one axis; nothing happens where the length fits."""
+    if x.shape[axis] == length:
+        return x
+    widths = [(0, length - x.shape[axis] if a == axis else 0) for a in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def plan(
+    problem: Problem, rows: str, columns: int, steps: int, extra: dict[str, Array]
+) -> tuple[Plan, Operands]:
+    """Decide on what a kernel reads beside its operands.
+
+    Args:
+      problem: The problem.
+      rows: The side of the kernel's rows.
+      columns: Columns of a tile.
+      steps: Tiles of columns that are held.
+      extra: Further vectors of the queries, [B, N, T].
+    """
+    t, s = problem.q.shape[1], problem.k.shape[1]
+    table, masked = _table(problem, rows, columns)
+    vectors: dict[str, tuple[str, Any]] = {}
+    slabs: dict[str, Array] = {}
+
+    def dense(name: str, a: Any) -> None:
+        a = jnp.asarray(a)
+        a = a.astype(jnp.float32 if jnp.issubdtype(a.dtype, jnp.floating) else jnp.int32)
+        if a.shape[2] == t > 1 and a.shape[3] == s > 1:
+            a = pad(pad(a, 2, whole(t)), 3, whole(s))
+            slabs[name] = a if rows == "q" else a.swapaxes(2, 3)
+        elif a.shape[3] == s > 1:
+            vectors[name] = "k", a[:, :, 0]
+        else:
+            vectors[name] = "q", jnp.broadcast_to(a[..., 0], (*a.shape[:2], t))
+
+    leaves, tree = jax.tree.flatten(problem.mask)
+    names = [f"mask.{i}" for i in range(len(leaves))]
+    if masked:
+        for name, leaf in zip(names, leaves):
+            dense(name, leaf)
+        for side, field in _facts(problem):
+            tokens = problem.q_tokens if side == "q" else problem.k_tokens
+            fact = jnp.asarray(getattr(tokens.facts(), field))
+            vectors[f"{side}.{field}"] = side, fact.astype(jnp.int32)[:, None]
+        if s != whole(s):
+            real = np.arange(whole(s), dtype=np.int32)[None, None] < s
+            vectors["k.real"] = "k", jnp.asarray(real, jnp.int32)
+    if problem.bias is not None:
+        dense("bias", problem.bias)
+    if problem.dropout is not None:
+        b, n = problem.q.shape[0], problem.q.shape[2]
+        words = problem.dropout.row_keys(b, n, jnp.asarray(problem.q_tokens.rows))
+        vectors |= {f"dropout.{name}": ("q", word) for name, word in zip("ac", words)}
+        vectors["dropout.rows"] = "k", jnp.asarray(problem.k_tokens.rows, jnp.int32)[:, None]
+    vectors |= {name: ("q", a) for name, a in extra.items()}
+    padding = {"shift": np.inf}  # queries that only pad have no weights
+    lengths = {"q": whole(t), "k": whole(s)}
+    arrays = {
+        name: pad(a, 2, lengths[side], padding.get(name, 0)) for name, (side, a) in vectors.items()
+    }
+    integers = tuple(name for name, leaf in zip(names, leaves) if leaf.dtype != jnp.bool_)
+    planned = Plan(
+        rows=rows,
+        columns=columns,
+        steps=steps,
+        blocks=-(-(s if rows == "q" else t) // columns),
+        groups=problem.groups,
+        masked=masked,
+        vectors={name: side for name, (side, _) in vectors.items()},
+        slabs=tuple(slabs),
+        mask=jax.tree.unflatten(tree, names),
+        integers=integers,
+        padded="k.real" in vectors,
+        bias=problem.bias is not None,
+        dropout=problem.dropout
+        and dataclasses.replace(problem.dropout, key=None, batch_start=None, head_start=None),
+        rules=problem.logits,
+    )
+    return planned, Operands(table, arrays, slabs)
+
+
+def _table(problem: Problem, rows: str, columns: int) -> tuple[Array, bool]:
+    """Return the tiles of every line, and whether some of them may be seen in part."""
+    sizes = (WHOLE, columns) if rows == "q" else (columns, WHOLE)
+    kind = visits.kinds(problem, *sizes)
+    xp = visits.array_module(kind)
+    if rows == "k":
+        # [#B, #N, blocks of T, blocks of S] to [#B, #K, blocks of S, G blocks of T]
+        b, n, blocks_q, blocks_k = kind.shape
+        kind = kind.reshape(b, -1, 1 if n == 1 else problem.groups, blocks_q, blocks_k)
+        kind = xp.broadcast_to(kind, (*kind.shape[:2], problem.groups, blocks_q, blocks_k))
+        kind = xp.moveaxis(kind, 4, 2).reshape(b, -1, blocks_k, problem.groups * blocks_q)
+    # FULL, PARTIAL, EMPTY are in this order.
+    order = xp.argsort(kind, axis=-1, stable=True)
+    counts = [xp.sum(kind == x, -1, keepdims=True) for x in (visits.FULL, visits.PARTIAL)]
+    table = xp.concatenate([x.astype(np.int32) for x in (*counts, order)], -1)
+    masked = xp is jnp or bool(np.any(kind == visits.PARTIAL))
+    return jnp.asarray(table), masked
+
+
+class _Asked:
+    """The facts of one side, which note which of them a mask reads."""
+
+    def __init__(self, facts: Facts):
+        self._facts, self.names = facts, set()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._facts, name)
+        if found is not None:
+            self.names.add(name)
+        return found
+
+
+def _facts(problem: Problem) -> list[tuple[str, str]]:
+    """Return the side and the name of every fact that a problem's mask reads."""
+    one = {name: np.zeros((1, 1, 1, 1), np.int32) for name in Facts._fields if name != "head"}
+    sides = {"q": problem.q_tokens.facts(), "k": problem.k_tokens.facts()}
+    asked = {
+        side: _Asked(
+            Facts(**{n: a if getattr(facts, n) is not None else None for n, a in one.items()})
+        )
+        for side, facts in sides.items()
+    }
+    mask = jax.tree.map(lambda leaf: np.zeros((1, 1, 1, 1), leaf.dtype), problem.mask)
+    mask.visible(asked["q"], asked["k"])
+    return [(side, name) for side in "qk" for name in sorted(asked[side].names)]
+
+
+def contains(problem: Problem) -> bool:
+    """Return whether NaN and Inf are kept from what a mask hides them from: where data decide that."""
+    facts = problem.mask, problem.q_tokens, problem.k_tokens
+    return hidden.anything(problem) and bool(jax.tree.leaves(facts))
