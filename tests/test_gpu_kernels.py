@@ -1,0 +1,54 @@
+"""Ahead-of-time compilation of the Mosaic GPU kernels: nothing spills, and the loops are short."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import gpu_kernels
+from mha_jax import Call, Causal, Dropout
+from mha_jax.attention.call import Output, State
+from mha_jax.attention.check import check
+from mha_jax.backends.mosaic_gpu import MosaicGPU
+
+if (why := gpu_kernels.missing()) is not None:
+    pytest.skip(why, allow_module_level=True)
+
+SHARED = 227 * 1024
+X = jax.ShapeDtypeStruct((1, 4096, 4, 128), jnp.bfloat16)
+LINE = jax.ShapeDtypeStruct((1, 4, 4096), jnp.float32)
+WORDS = jax.ShapeDtypeStruct((2,), jnp.uint32)
+
+
+def forward(rate):
+    def function(q, k, v, words):
+        dropout = Dropout(words, rate) if rate else None
+        return MosaicGPU().forward(check(Call(q, k, v, mask=Causal(), dropout=dropout)))
+
+    return function, (X, X, X, WORDS)
+
+
+def backward(q, k, v, out, m, l, d_out, d_lse):
+    problem = check(Call(q, k, v, mask=Causal()))
+    moves = MosaicGPU().cotangent(problem, State(out, m, l), Output(d_out, d_lse))
+    return moves.q, moves.k, moves.v
+
+
+# With and without dropout: instructions of a loop over full tiles, of 64 x 128 weights.
+@pytest.mark.parametrize(("rate", "most"), [(0, 480), (0.1, 1100)])
+def test_the_forward_kernel_spills_nothing(rate, most):
+    function, arguments = forward(rate)
+    program, (kernel,) = gpu_kernels.kernels("H100", function, *arguments)
+    assert kernel.spills == 0 and kernel.registers <= 168 and kernel.shared <= SHARED
+    assert program.memory_analysis().temp_size_in_bytes < 4096 * 4096
+    if kernel.loops is not None:
+        assert min(loop.instructions for loop in kernel.loops) <= most
+
+
+def test_the_backward_kernels_spill_nothing():
+    _, kernels = gpu_kernels.kernels("H100", backward, X, X, X, X, LINE, LINE, X, LINE)
+    assert sorted(kernel.name for kernel in kernels) == [
+        "attention_backward_keys",
+        "attention_backward_queries",
+    ]
+    for kernel in kernels:
+        assert kernel.spills == 0 and kernel.registers <= 168 and kernel.shared <= SHARED
