@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax import Call, Causal, Dropout, Full, Window, attend
+from mha_jax import Call, Causal, Dropout, Full, Window
+from mha_jax.attention.biases import Buckets
 from mha_jax.attention.call import Output, State
 from mha_jax.attention.check import check
 from mha_jax.backends.pallas_tpu import PallasTPU
 from mha_jax.backends.pallas_tpu.patterns import Order, entry, order
 from mha_jax.backends.pallas_tpu.sizes import SIZES
+from mha_jax.engine.run import run
 
 # Topology, and bf16 multiply-adds of one core in a cycle, times two.
 KINDS = {
@@ -38,6 +40,8 @@ class Work:
     size: int = 128
     mask: str = "full"
     rate: float = 0.0
+    buckets: bool = False  # T5's bias by rule, 32 buckets
+    cap: float | None = None
 
     @property
     def flops(self) -> float:
@@ -65,6 +69,11 @@ def _works() -> dict[str, Work]:
     works["forward_128_full_16384"] = Work(length=16384)
     works["forward_128_dropout_4096"] = Work(rate=0.1)
     works["backward_128_dropout_4096"] = Work(True, rate=0.1)
+    for backward in (False, True):
+        way = "backward" if backward else "forward"
+        works[f"{way}_128_buckets_4096"] = Work(backward, buckets=True)
+        works[f"{way}_128_buckets_causal_4096"] = Work(backward, mask="causal", buckets=True)
+        works[f"{way}_128_cap_4096"] = Work(backward, cap=30.0)
     return works
 
 
@@ -103,7 +112,8 @@ def ours(work: Work, kind: str, interpret: bool = False) -> Rival:
 
     def call(q, k, v, words):
         dropout = Dropout(words, work.rate) if work.rate else None
-        return check(Call(q, k, v, mask=MASKS[work.mask], dropout=dropout))
+        bias = Buckets(jnp.zeros((32, 1))) if work.buckets else None
+        return check(Call(q, k, v, None, None, MASKS[work.mask], bias, dropout, logit_cap=work.cap))
 
     def forward(q, k, v, words):
         return backend.forward(call(q, k, v, words)).out
@@ -114,7 +124,7 @@ def ours(work: Work, kind: str, interpret: bool = False) -> Rival:
         return backend.cotangent(call(q, k, v, words), state, cotangent)[:3]
 
     zeros = jnp.zeros(x.shape, x.dtype)
-    plain = check(Call(zeros, zeros, zeros, mask=MASKS[work.mask]))
+    plain = call(zeros, zeros, zeros, jnp.zeros(2, jnp.uint32))
     g = SIZES[kind].lay(plain, "k" if work.backward else "q")
     trips = _mean_trips(order(plain, g), g)
     arguments = (x, x, x, words)
@@ -124,10 +134,8 @@ def ours(work: Work, kind: str, interpret: bool = False) -> Rival:
     read = trips, 1.0, g.steps * g.chunks > 1
 
     def gradient(q, k, v, words, d_out):
-        dropout = Dropout(words, work.rate) if work.rate else None
-
         def out(q, k, v):
-            return attend(Call(q, k, v, mask=MASKS[work.mask], dropout=dropout), backend).out
+            return run(call(q, k, v, words), backend).out
 
         return jax.vjp(out, q, k, v)[1](d_out)
 

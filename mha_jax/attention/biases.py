@@ -43,6 +43,20 @@ class Bias:
         """
         raise NotImplementedError(f"{type(self).__name__} says nothing: write `logits(q, k)`")
 
+    @property
+    def only_distances(self) -> bool:
+        """Whether `at` says all: then it is asked once for every distance, not for every pair."""
+        return False
+
+    def at(self, distance: Int[ArrayLike, "..."], head: Int[ArrayLike, "..."]) -> jax.Array:
+        """Return what is added at distances of heads, which broadcast against each other.
+
+        Args:
+          distance: Key position minus query position.
+          head: The number of the query head.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says nothing: write `at(distance, head)`")
+
     def check(self, heads: int) -> None:
         """Refuse numbers that do not fit a call of so many query heads.
 
@@ -60,15 +74,10 @@ class Bias:
 
 
 class OfDistance(Bias):
-    """A rule on the distance of two tokens, key position minus query position, and on the query head."""
-
-    def at(self, distance: Int[ArrayLike, "..."], head: Int[ArrayLike, "..."]) -> jax.Array:
-        """Return what is added at distances of heads, which broadcast against each other."""
-        raise NotImplementedError(f"{type(self).__name__} says nothing: write `at(distance, head)`")
+    """A rule on the distance of two tokens and on the query head alone: write `at`."""
 
     @property
     def only_distances(self) -> bool:
-        """Whether `at` says all; then it is asked once for each of the few distances in a tile."""
         return True
 
     def logits(self, q, k):
@@ -84,6 +93,13 @@ class Sum(Bias):
 
     def logits(self, q, k):
         return self.a.logits(q, k) + self.b.logits(q, k)
+
+    @property
+    def only_distances(self):
+        return self.a.only_distances and self.b.only_distances
+
+    def at(self, distance, head):
+        return self.a.at(distance, head) + self.b.at(distance, head)
 
     def check(self, heads):
         self.a.check(heads)
@@ -242,6 +258,13 @@ class OfHeads(Bias):
 
     def logits(self, q, k):
         return self.bias.logits(q._replace(head=jnp.asarray(self.numbers)[q.head]), k)
+
+    @property
+    def only_distances(self):
+        return self.bias.only_distances
+
+    def at(self, distance, head):
+        return self.bias.at(distance, jnp.asarray(self.numbers)[head])
 
 
 def _check_table(bias: Any, form: str, heads: int) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 
 from mha_jax.attention import hidden
-from mha_jax.attention.biases import OfDistance, Sum, floats, with_floats
+from mha_jax.attention.biases import Sum, floats, with_floats
 from mha_jax.attention.call import Problem
 from mha_jax.attention.tokens import Facts
 from mha_jax.backends import visits
@@ -328,11 +328,11 @@ class ByQueries:
         q = q._replace(head=self._lay(heads))
 
         def added(rule):
-            if isinstance(rule, Sum):
-                return added(rule.a) + added(rule.b)
-            if tiles.consecutive and isinstance(rule, OfDistance) and rule.only_distances:
+            if tiles.consecutive and rule.only_distances:
                 distances = tiles.distances(at).reshape((1,) * (heads.ndim - 2) + (-1,))
                 tile = self._of_diagonals(rule.at(distances, heads[..., 0]))
+            elif isinstance(rule, Sum):
+                return added(rule.a) + added(rule.b)
             else:
                 tile = rule.logits(q, k)
             return self._merged(tile).astype(tiles.dtype)

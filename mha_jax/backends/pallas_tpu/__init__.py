@@ -16,6 +16,7 @@ from jax.experimental import io_callback
 
 from mha_jax.attention.call import Moves, Output, Problem, State
 from mha_jax.backends.base import Backend
+from mha_jax.backends.pallas_tpu import rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,8 @@ class PallasTPU(Backend):
       interpret: True or `pltpu.InterpretParams()` runs the kernels on any platform, slowly: for tests. The
         latter's interpreter has one memory: let it run one kernel at a time.
     """
+
+    bias_rules = True
 
     sizes: Any = None
     interpret: Any = False
@@ -42,7 +45,7 @@ class PallasTPU(Backend):
             return (
                 f"its tiles need sizes known while compiling; q.shape={problem.q.shape} has symbols"
             )
-        return None
+        return rules.why_not(problem)
 
     def effects(self) -> set[Any]:
         if isinstance(self.interpret, bool):
@@ -55,11 +58,15 @@ class PallasTPU(Backend):
     def forward(self, problem: Problem) -> State:
         from mha_jax.backends.pallas_tpu import passes
 
+        if rules.why_not(problem):  # a part of the keys, whose places are data
+            return self.tiled().forward(problem)
         return passes.forward(self._tuning(), problem)
 
     def cotangent(self, problem: Problem, state: State, cotangent: Output) -> Moves:
         from mha_jax.backends.pallas_tpu import passes
 
+        if rules.why_not(problem):
+            return self.tiled().cotangent(problem, state, cotangent)
         return passes.cotangent(self._tuning(), problem, state, cotangent)
 
     def _tuning(self) -> Any:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mha_jax.backends.pallas_tpu import diagonals
 from mha_jax.backends.pallas_tpu.patterns import LANES
 from mha_jax.backends.pallas_tpu.view import Part, View, across
 from mha_jax.types import Array
@@ -159,6 +160,8 @@ def backward(view: View, precision: Any) -> None:
         refs["dq_sum"][...] = jnp.zeros_like(refs["dq_sum"])
         if bias_of_queries:
             refs["d_bias"][...] = jnp.zeros_like(refs["d_bias"])
+        if view.plan.by_distance:
+            refs["d_distances"][...] = jnp.zeros_like(refs["d_distances"])
 
     view.each_block(lambda view: _backward_block(view, precision), lambda: _clear(view))
 
@@ -200,6 +203,8 @@ def _backward_block(view: View, precision: Any) -> None:
             refs["d_bias_sum"][part.rows] += by_lane(ds)
         if bias_side == "q":
             refs["d_bias"][:, here] += jnp.sum(ds, axis=0, keepdims=True)
+        if plan.by_distance:
+            refs["d_distances"][:, view.distances(part)] += diagonals.summed(ds)
         if slope is not None:
             # Where a part hides something, slopes may be NaN there.
             some = part.kinds and view.plan.hides

@@ -21,6 +21,7 @@ from mha_jax.attention.call import Logits, Problem
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Tokens
+from mha_jax.backends.pallas_tpu import rules
 from mha_jax.backends.pallas_tpu.patterns import Geometry, Order, order
 from mha_jax.types import Array
 
@@ -48,6 +49,7 @@ class Plan:
     rules: Logits
     has_bias: bool
     hides: bool
+    by_distance: bool  # whether a bias by rule has a table of distances
 
     @property
     def outer_vectors(self) -> list[str]:
@@ -109,6 +111,10 @@ def make_plan(
         name: _vector_stream(g, sides[name], a, padding.get(name, 0)) for name, a in vectors.items()
     }
     streams |= {name: _slab_stream(g, a) for name, a in slabs.items()}
+    rule = problem.bias_rule
+    if rule is not None:
+        table = rules.table(problem, g)(rules.numbers(rule))
+        streams["distances"] = Stream(table[:, None], _table_spec(table.shape[1]))
     dropout = problem.dropout and dataclasses.replace(
         problem.dropout, key=None, batch_start=None, head_start=None
     )
@@ -125,6 +131,7 @@ def make_plan(
         rules=problem.logits,
         has_bias=problem.bias is not None,
         hides=contains(problem),
+        by_distance=rule is not None,
     )
     return plan, streams
 
@@ -170,6 +177,11 @@ def _vector_stream(g: Geometry, side: str, a: Array, padding: float) -> Stream:
     )
 
 
+def _table_spec(size: int) -> pl.BlockSpec:
+    """Cut tables of distances [N, 1, size] by head."""
+    return pl.BlockSpec((None, 1, size), lambda b, n, r, m, *_: (n, 0, 0))
+
+
 def _slab_stream(g: Geometry, a: Array) -> Stream:
     """Stream [#B, #N, T, S] by tile."""
     some_b, some_n = int(a.shape[0] > 1), int(a.shape[1] > 1)
@@ -192,9 +204,12 @@ def _slab_stream(g: Geometry, a: Array) -> Stream:
 
 def folds(problem: "Problem | Plan") -> bool:
     """Return whether the scale can wait until the exponent: no bias, no cap, and order is kept."""
-    rules = problem.rules if isinstance(problem, Plan) else problem.logits
-    has_bias = problem.has_bias if isinstance(problem, Plan) else problem.bias is not None
-    return not has_bias and rules.cap is None and rules.scale > 0
+    if isinstance(problem, Plan):
+        logits, has_bias = problem.rules, problem.has_bias or problem.by_distance
+    else:
+        logits = problem.logits
+        has_bias = problem.bias is not None or problem.bias_rule is not None
+    return not has_bias and logits.cap is None and logits.scale > 0
 
 
 def _heads_first(x: Array, length: int) -> Array:
@@ -252,6 +267,12 @@ def vector_output(g: Geometry) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
     shape = (g.batch, g.heads, 1, g.rows * g.row_blocks)
     spec = pl.BlockSpec((None, None, 1, g.rows * g.blocks), lambda b, n, r, m, *_: (b, n, 0, r))
     return jax.ShapeDtypeStruct(shape, jnp.float32), spec
+
+
+def table_output(g: Geometry) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+    size = g.rows * g.row_blocks + g.chunk * g.chunks
+    spec = pl.BlockSpec((None, None, 1, size), lambda b, n, r, m, *_: (b, n, 0, 0))
+    return jax.ShapeDtypeStruct((g.batch, g.heads, 1, size), jnp.float32), spec
 
 
 def resident_output(

@@ -16,9 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mha_jax.attention import hidden, softmax
+from mha_jax.attention.biases import floats
 from mha_jax.attention.call import Moves, Output, Problem, State
 from mha_jax.attention.hidden import Rows
-from mha_jax.backends.pallas_tpu import kernels
+from mha_jax.backends.pallas_tpu import kernels, rules
 from mha_jax.backends.pallas_tpu import operands as ops
 from mha_jax.backends.pallas_tpu.operands import Plan, Stream, contains, folds, make_plan
 from mha_jax.backends.pallas_tpu.patterns import LANES
@@ -31,6 +32,9 @@ def forward(tuning: Tuning, problem: Problem) -> State:
     """Attend; return the output and every row's (m, l)."""
     dtype = problem.v.dtype
     problem = _computable(problem)
+    if problem.bias_rule is not None and rules.is_line(problem):
+        line = rules.written_out(problem)(problem.bias, rules.numbers(problem.bias_rule))
+        problem = dataclasses.replace(problem, bias=line, bias_rule=None)
     if contains(problem):
         problem = hidden.forward(problem)
     g = tuning.sizes.lay(problem, "q")
@@ -93,7 +97,9 @@ def _upper_half(x: Array) -> Array:
 
 
 def cotangent(tuning: Tuning, problem: Problem, state: State, cotangent: Output) -> Moves:
-    """Return the cotangents of q, k, v and bias."""
+    """Return the cotangents of q, k, v, bias and the floats of its rule."""
+    if problem.bias_rule is not None and rules.is_line(problem):
+        return _with_line(tuning, problem, state, cotangent)
     given, problem = problem, _computable(problem)
     d_out, out = (x.astype(jnp.float32).swapaxes(1, 2) for x in (cotangent.out, state.out))
     shift, ratio = _shift(problem, state)
@@ -103,7 +109,7 @@ def cotangent(tuning: Tuning, problem: Problem, state: State, cotangent: Output)
     d_out = rows.d_out.swapaxes(1, 2).astype(problem.v.dtype)
     seen = hidden.cleaned(problem) if contains(problem) else problem
     problem = dataclasses.replace(seen, q=rows.q.swapaxes(1, 2))
-    dq, dk, dv, d_bias = _backward(tuning, problem, given.q.dtype, d_out, extra)
+    dq, dk, dv, d_bias, d_rule = _backward(tuning, problem, given.q.dtype, d_out, extra)
     if given.bias is not None:
         if d_bias is None:
             d_bias = _dense_bias_gradient(tuning, problem, d_out, extra)
@@ -113,7 +119,22 @@ def cotangent(tuning: Tuning, problem: Problem, state: State, cotangent: Output)
         dk.astype(given.k.dtype),
         dv.astype(given.v.dtype),
         d_bias,
+        _like(floats(given.bias_rule), d_rule),
     )
+
+
+def _with_line(tuning: Tuning, problem: Problem, state: State, ct: Output) -> Moves:
+    """Return the cotangents where a bias by rule is written out."""
+    numbers = rules.numbers(problem.bias_rule)
+    line, pull = jax.vjp(rules.written_out(problem), problem.bias, numbers)
+    moves = cotangent(tuning, dataclasses.replace(problem, bias=line, bias_rule=None), state, ct)
+    d_bias, d_rule = pull(moves.bias)
+    return moves._replace(bias=d_bias, bias_rule=_like(floats(problem.bias_rule), d_rule))
+
+
+def _like(given: Any, moved: Any) -> Any:
+    """Return gradients in the dtypes of what they are of."""
+    return jax.tree.map(lambda a, d: d.astype(jnp.result_type(a)), given, moved)
 
 
 def _shift(problem: Problem, state: State) -> tuple[Array, Array]:
@@ -132,8 +153,8 @@ def _shift(problem: Problem, state: State) -> tuple[Array, Array]:
 
 def _backward(
     tuning: Tuning, problem: Problem, dtype: Any, d_out: Array, extra: dict[str, Array]
-) -> tuple[Array, Array, Array, Array | None]:
-    """Return dq, dk, dv, and the gradient of a bias that is O(T + S)."""
+) -> tuple[Array, Array, Array, Array | None, Any]:
+    """Return dq, dk, dv, and the gradients of a bias that is O(T + S) and of the rule's floats."""
     g = tuning.sizes.lay(problem, "k")
     plan, streams = make_plan(problem, g, extra)
     size_h, size_v = problem.q.shape[-1], problem.v.shape[-1]
@@ -161,45 +182,51 @@ def _backward(
         outputs["d_bias"] = ops.vector_output(g) if bias_side == "k" else ops.resident_vector(g)
     if bias_side == "k":
         scratch["d_bias_sum"] = ((g.rows, LANES), jnp.float32)
+    if plan.by_distance:
+        outputs["d_distances"] = ops.table_output(g)
     run = _Kernel("attention_backward", kernels.backward, plan, 1, _precision(problem))
     if g.chunks == 1:
-        dq, dk, dv, *rest = run(tuning, inputs, outputs, scratch, 0)
+        found = dict(zip(outputs, run(tuning, inputs, outputs, scratch, 0)))
     else:
-        dq, dk, dv, *rest = _by_chunk(run, tuning, problem, g, inputs, outputs, scratch)
+        found = _by_chunk(run, tuning, problem, g, inputs, outputs, scratch)
+    dq, dk, dv = (found[name] for name in ("dq", "dk", "dv"))
     if g.groups > 1:
         dk, dv = (x.reshape(g.batch, -1, g.groups, *x.shape[2:]).sum(2) for x in (dk, dv))
-    d_bias = None
-    if rest:
-        line = rest[0][:, :, 0]
+    d_bias, d_rule = None, None
+    if plan.by_distance:
+        _, pull = jax.vjp(rules.table(problem, g), rules.numbers(problem.bias_rule))
+        (d_rule,) = pull(found["d_distances"][:, :, 0].sum(0))
+    if "d_bias" in found:
+        line = found["d_bias"][:, :, 0]
         line = line[:, :, :s] if bias_side == "k" else line[:, :, :t]
         dense = line[:, :, None, :] if bias_side == "k" else line[:, :, :, None]
         d_bias = _reduce_to(dense, problem.bias.shape)  # type: ignore[union-attr]
     back = (dq[:, :, :t], dk[:, :, :s], dv[:, :, :s])
-    return *(x.swapaxes(1, 2) for x in back), d_bias  # type: ignore[return-value]
+    return *(x.swapaxes(1, 2) for x in back), d_bias, d_rule  # type: ignore[return-value]
 
 
 def _by_chunk(run, tuning, problem, g, inputs, outputs, scratch):
     """Go through the queries chunk by chunk where not all of them fit into VMEM."""
-    sums = {name: jnp.zeros(outputs[name][0].shape, jnp.float32) for name in ("dk", "dv")}
+    by_query = {"dq": 2, "d_bias": 3} if run.plan.vectors.get("bias") == "q" else {"dq": 2}
+    summed = [name for name in outputs if name not in by_query]
+    sums = {name: jnp.zeros(outputs[name][0].shape, jnp.float32) for name in summed}
 
     def step(sums, chunk):
-        spec = {name: outputs[name][1] for name in sums}
-        before = {f"{name}_before": Stream(x, spec[name]) for name, x in sums.items()}
-        dq, dk, dv, *rest = run(tuning, {**inputs, **before}, outputs, scratch, chunk)
-        return {"dk": dk, "dv": dv}, (dq, *rest)
+        before = {f"{name}_before": Stream(sums[name], outputs[name][1]) for name in ("dk", "dv")}
+        found = dict(zip(outputs, run(tuning, {**inputs, **before}, outputs, scratch, chunk)))
+        more = {name: found[name] + sums[name] for name in summed if name not in ("dk", "dv")}
+        return {"dk": found["dk"], "dv": found["dv"], **more}, {x: found[x] for x in by_query}
 
-    sums, (dq, *rest) = lax.scan(step, sums, jnp.arange(g.chunks, dtype=jnp.int32))
-    dq = jnp.moveaxis(dq, 0, 2).reshape(g.batch, g.heads, -1, dq.shape[-1])
+    sums, by_chunk = lax.scan(step, sums, jnp.arange(g.chunks, dtype=jnp.int32))
+
+    def joined(name):  # chunks side by side
+        axis, shape = by_query[name], list(outputs[name][0].shape)
+        shape[axis] *= g.chunks
+        return jnp.moveaxis(by_chunk[name], 0, axis).reshape(shape)
+
     share = 1.0 if problem.dropout is None else problem.dropout.factor
-    if rest and rest[0].shape[-1] == g.chunk and _bias_side(problem) == "q":
-        rest = [jnp.moveaxis(rest[0], 0, 3).reshape(g.batch, g.heads, 1, -1)]
-    elif rest:
-        rest = [rest[0].sum(0)]
-    return dq, sums["dk"] * problem.logits.scale, sums["dv"] * share, *rest
-
-
-def _bias_side(problem: Problem) -> str:
-    return "k" if problem.bias.shape[3] > 1 else "q"  # type: ignore[union-attr]
+    sums = {**sums, "dk": sums["dk"] * problem.logits.scale, "dv": sums["dv"] * share}
+    return {**sums, **{name: joined(name) for name in by_query}}
 
 
 def _dense_bias_gradient(

@@ -51,6 +51,9 @@ class Sizes:
         slabs = sum(a.dtype.itemsize for a in dense if a.shape[2:] == shape)
         if slabs or writes_slab or problem.q.dtype.itemsize > 2:
             choices = choices[:1]
+        if problem.bias_rule is not None:  # its diagonals are laid by whole squares of lanes
+            whole = (tuple(h for h in x.sweep if h % LANES == 0) for x in choices)
+            choices = tuple(dataclasses.replace(x, sweep=h) for x, h in zip(choices, whole))
         column = token + choices[0].rows * 2 * (slabs + 4 * writes_slab)
         resident = self.resident // column // LANES * LANES
         # Backward, a row of k and v brings float32 sums in and out.

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mha_jax.attention.tokens import Facts
+from mha_jax.backends.pallas_tpu import diagonals
 from mha_jax.backends.pallas_tpu.operands import Plan, folds
 from mha_jax.backends.pallas_tpu.patterns import LANES, Geometry, Shape, entry
 from mha_jax.types import Array
@@ -244,6 +245,12 @@ class View:
             seen = inside & jnp.broadcast_to(seen, inside.shape)
         return jnp.broadcast_to(seen, (part.height, part.width))
 
+    def distances(self, part: Part) -> Any:
+        """Return where the numbers of a part's diagonals are in the table, see `diagonals.spread`."""
+        rows = self.g.rows * self.g.row_blocks
+        after = self.m * self.g.chunk + part.at - (self.r * self.g.rows + part.top)
+        return pl.ds(aligned(after + (rows - part.height)), part.height + part.width)
+
     @property
     def factor(self) -> float:
         """What turns the logits that `logits` returns into powers of two."""
@@ -256,6 +263,9 @@ class View:
     def logits(self, capped: Array, part: Part) -> Array:
         """Return the logits of a part over `factor`, -inf where hidden."""
         x = capped + self.dense("bias", part).astype(capped.dtype) if self.plan.has_bias else capped
+        if self.plan.by_distance:
+            line = self.refs["distances"][:, self.distances(part)]
+            x = x + diagonals.spread(line, part.height, part.width)
         if not part.kinds:
             return x
         pieces = []
