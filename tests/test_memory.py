@@ -10,7 +10,20 @@ import numpy as np
 import pytest
 
 import mha_jax as mj
-from mha_jax import Call, Causal, Dropout, SameSegment, Tokens, ValidKeys, ValidQueries, Window
+from mha_jax import (
+    Call,
+    Causal,
+    ChunkedCausal,
+    Dilated,
+    Dropout,
+    PrefixLM,
+    SameSegment,
+    Tokens,
+    ValidKeys,
+    ValidQueries,
+    Window,
+    biases,
+)
 from mha_jax.backends.reference import Reference
 from mha_jax.layer.axes import Folding
 
@@ -91,6 +104,24 @@ def test_temporaries_grow_with_the_length(name):
 @pytest.mark.parametrize("name", CASES)
 def test_temporaries_of_32768_tokens_are_under_ten_times_the_queries(name):
     call = call_of(name, 32768, heads=8, size=64)
+    assert temporaries(gradients(call), call.q, call.k, call.v) < 10 * 32768 * 8 * 64 * 4
+
+
+FEATURES = {
+    "alibi": {"bias": biases.Alibi.of_heads(8)},
+    "buckets": {"bias": biases.Buckets(np.zeros((32, 8), np.float32))},
+    "relative": {"bias": biases.Relative(np.zeros((255, 8), np.float32))},
+    "relative_grid": {"bias": biases.Relative(np.zeros((255 * 511, 8), np.float32), (128, 256))},
+    "sinks": {"sinks": np.zeros(8, np.float32)},
+    "chunks": {"mask": ChunkedCausal(4096)},
+    "dilated": {"mask": Causal() & ~Dilated(3)},
+    "prefix": {"mask": PrefixLM(np.array([700]))},
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_temporaries_of_32768_tokens_with_a_feature_are_under_ten_times_the_queries(name):
+    call = dataclasses.replace(call_of("causal", 32768, heads=8, size=64), **FEATURES[name])
     assert temporaries(gradients(call), call.q, call.k, call.v) < 10 * 32768 * 8 * 64 * 4
 
 
