@@ -24,7 +24,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 # Begun first: what takes minutes must not be what one worker is left with at the end.
-LONG = ("tests/train/test_resume.py", "tests/test_notebooks.py", "tests/test_keras_parity.py")
+LONG = (
+    "tests/train/test_resume.py",
+    "tests/train/test_meshes.py",
+    "tests/test_notebooks.py",
+    "tests/test_keras_parity.py",
+)
 
 
 def pytest_collection_modifyitems(items):

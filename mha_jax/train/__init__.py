@@ -1,8 +1,8 @@
 """Training of the example models: `python -m mha_jax.train --config=g2p`.
 
 In reading order: `tasks` (what a task is), `g2p` with `cmudict` (the main job), `optimizer`, `loop`,
-`workdir`, `checkpoints`, `progress`, `decoding`, `scoring`, `command`. A module is imported when first
-used.
+`layout`, `processes`, `workdir`, `checkpoints`, `progress`, `decoding`, `scoring`, `command`. A module is
+imported when first used.
 """
 
 import typing as _typing
@@ -16,11 +16,13 @@ if _typing.TYPE_CHECKING:
     from mha_jax.train import decoding as decoding
     from mha_jax.train import digits as digits
     from mha_jax.train import g2p as g2p
+    from mha_jax.train import layout as layout
     from mha_jax.train import lm as lm
     from mha_jax.train import loop as loop
     from mha_jax.train import losses as losses
     from mha_jax.train import optimizer as optimizer
     from mha_jax.train import predict as predict
+    from mha_jax.train import processes as processes
     from mha_jax.train import progress as progress
     from mha_jax.train import scoring as scoring
     from mha_jax.train import settings as settings
@@ -43,11 +45,13 @@ else:
             "decoding",
             "digits",
             "g2p",
+            "layout",
             "lm",
             "loop",
             "losses",
             "optimizer",
             "predict",
+            "processes",
             "progress",
             "scoring",
             "settings",

@@ -1,7 +1,8 @@
-"""Checkpoints of a run, by orbax: written in the background, whole or not at all.
+"""Checkpoints of a run, by orbax: written in the background, whole or not at all, by all its processes.
 
 The newest two are kept, and the best by a validation figure. Each carries digests of its arrays, so
-that one damaged on disk is found out, named and passed over for the one before it.
+that one damaged on disk is found out, named and passed over for the one before it. Arrays come back to
+where those of a template lie, on whatever devices they were saved.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from mha_jax.errors import WorkdirError
 from mha_jax.files import reason
+from mha_jax.train.processes import agreed, by_first, copied, gathered, is_first
 from mha_jax.train.workdir import CHECKPOINTS, DAMAGED, writing
 
 DIGESTS = "digests"
@@ -46,7 +48,7 @@ def digest(tree: Any) -> str:
     """Hash every array of a tree: its path, dtype, shape and bytes."""
     total = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.ascontiguousarray(leaf)
+        array = np.ascontiguousarray(gathered(leaf))
         total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         total.update(array.tobytes())
     return total.hexdigest()
@@ -58,7 +60,11 @@ def read(manager: ocp.CheckpointManager, step: int, template: Mapping[str, Any])
     Raises:
       OSError, ValueError, KeyError, TypeError: The checkpoint is damaged or does not fit.
     """
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(template))
+
+    def like(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+
+    shapes = jax.tree.map(like, dict(template))
     trees = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
     saved = manager.restore(
         step, args=ocp.args.Composite(**trees, **{DIGESTS: ocp.args.JsonRestore()})
@@ -76,10 +82,14 @@ def newest(
 ) -> tuple[int, dict[str, Any]] | None:
     """Read the newest checkpoint that is not damaged; report each one that is."""
     for step in sorted(manager.all_steps(), reverse=True):
+        error: Exception | None = None
         try:
-            return step, read(manager, step, template)
-        except DAMAGE as error:
-            on_damage(step, error)
+            found = read(manager, step, template)
+        except DAMAGE as damage:
+            found, error = {}, damage
+        if agreed(error is None):
+            return step, found
+        on_damage(step, error or OSError("another process cannot read it"))
     return None
 
 
@@ -96,6 +106,8 @@ def read_params(workdir: pathlib.Path, params: Any) -> Any:
     folder = (workdir / CHECKPOINTS).absolute()
     if not folder.is_dir():
         raise WorkdirError(f"{workdir} has no checkpoint yet. Train first, or longer.")
+    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=alone), params)
     options = ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True)
     with ocp.CheckpointManager(folder, options=options) as manager:
         found = newest(manager, {"params": params}, report)
@@ -106,6 +118,8 @@ def read_params(workdir: pathlib.Path, params: Any) -> Any:
 
 def report(step: int, error: Exception) -> None:
     """Say that a checkpoint is damaged."""
+    if not is_first():
+        return
     print(
         f"checkpoint {step} is damaged ({reason(error)}); trying the one before it",
         file=sys.stderr,
@@ -144,7 +158,7 @@ class Checkpoints:
         Raises:
           WorkdirError: This write or the one before it failed, as on a full disk, or the folder is gone.
         """
-        copy = jax.tree.map(np.array, dict(state))
+        copy = copied(dict(state))
         trees = {name: ocp.args.StandardSave(tree) for name, tree in copy.items()}
         digests = ocp.args.JsonSave({name: digest(tree) for name, tree in copy.items()})
         arguments = ocp.args.Composite(**trees, **{DIGESTS: digests})
@@ -189,10 +203,14 @@ class Checkpoints:
         report(step, error)
         aside = self.folder.with_name(f"{DAMAGED}{step}")
         self.manager.close()
-        shutil.rmtree(aside, ignore_errors=True)
-        (self.folder / str(step)).rename(aside)
+
+        def move() -> None:
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
+            print(f"checkpoint {step} is now in {aside}", file=sys.stderr)
+
+        by_first(move)
         self.manager = self._open()
-        print(f"checkpoint {step} is now in {aside}", file=sys.stderr)
 
     def close(self) -> None:
         """Let go of the folder.

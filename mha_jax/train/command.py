@@ -1,6 +1,7 @@
 """The command line of `python -m mha_jax.train`: which experiment, with which settings, where."""
 
 import ast
+import contextlib
 import json
 import os
 import pathlib
@@ -22,6 +23,14 @@ CONFIG = config_flags.DEFINE_config_file(
 LIST = flags.DEFINE_bool("list", False, "List the experiments and do nothing.")
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for results; by default workdir/<config.task>."
+)
+ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0 of a run of several processes."
+)
+PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has.")
+PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Let JAX find the processes: TPU pods, Slurm, Open MPI, Kubernetes."
 )
 NAMED = {
     path.stem: path
@@ -87,6 +96,7 @@ def list_configs() -> None:
 
 def main(_) -> None:
     """Train, then judge."""
+    from mha_jax.train import processes
     from mha_jax.train.checkpoints import say_things_once
     from mha_jax.train.loop import Stopped
 
@@ -94,10 +104,13 @@ def main(_) -> None:
         return list_configs()
     if not flags.FLAGS["verbosity"].present:
         say_things_once()
+    processes.join(ADDRESS.value, PROCESSES.value, PROCESS.value, DISTRIBUTED.value)
     try:
-        return train()
+        with contextlib.nullcontext() if processes.is_first() else processes.silenced():
+            return train()
     except Stopped as stopped:
-        print(f"stopped by {stopped}. Continue with --config.resume.", file=sys.stderr)
+        if processes.is_first():
+            print(f"stopped by {stopped}. Continue with --config.resume.", file=sys.stderr)
         sys.exit(128 + stopped.signal)
 
 
@@ -110,6 +123,7 @@ def train() -> None:
     config = CONFIG.value.copy_and_resolve_references()
 
     from mha_jax.train.loop import Run
+    from mha_jax.train.processes import by_first
     from mha_jax.train.progress import draw_metrics
     from mha_jax.train.tasks import make_task
     from mha_jax.train.workdir import claimed, open_workdir, write_whole, writing
@@ -118,14 +132,23 @@ def train() -> None:
     run = Run(config, task)
     print(run, flush=True)
     workdir = pathlib.Path(WORKDIR.value or f"workdir/{config.task}")
-    with claimed(workdir):
-        open_workdir(workdir, config, task.card())
+    with contextlib.ExitStack() as claim:
+
+        def begin() -> None:
+            claim.enter_context(claimed(workdir))
+            open_workdir(workdir, config, task.card())
+
+        by_first(begin)
         print("compiling; the first steps take longest", flush=True)
         params = run.train(workdir)
-        with writing(workdir):
-            figures = task.judge(params, workdir)
-            draw_metrics(workdir)
-            seconds = time.monotonic() - BEGUN
-            figures["seconds"] = round(seconds, 1)
-            write_whole(workdir / "result.json", json.dumps(figures))
-    print(f"results in {workdir}; {clock(seconds)} in all")
+
+        def judge() -> None:
+            with writing(workdir):
+                figures = task.judge(params, workdir)
+                draw_metrics(workdir)
+                seconds = time.monotonic() - BEGUN
+                figures["seconds"] = round(seconds, 1)
+                write_whole(workdir / "result.json", json.dumps(figures))
+            print(f"results in {workdir}; {clock(seconds)} in all")
+
+        by_first(judge)

@@ -142,6 +142,16 @@ class Metrics:
             self.events.close()
 
 
+class Nowhere:
+    """Where the figures of all processes but the first go."""
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def draw_metrics(workdir: pathlib.Path) -> None:
     """Draw the figures of `metrics.csv` into `curves.png`, if there are any."""
     series: dict[str, tuple[list[float], list[float]]] = {}

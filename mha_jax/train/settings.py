@@ -11,6 +11,7 @@ from typing import Any
 
 from mha_jax.errors import ConfigError
 from mha_jax.models.transformer import Config
+from mha_jax.train.layout import parse
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -83,8 +84,15 @@ def check_settings(config: Any) -> None:
     if not hasattr(model, "keys") or unknown:
         what = f"config.model has {', '.join(unknown)}" if unknown else f"config.model={model!r}"
         wrong.append(f"{what}, expected some of {', '.join(sorted(known))}")
+    mesh = config.get("mesh", "")  # those of before have none
+    if not isinstance(mesh, str):
+        wrong.append(
+            f"config.mesh={mesh!r}, expected text, data:4,model:2 say, or '' for one device"
+        )
     if wrong:
         raise ConfigError(f"{'; '.join(wrong)}. Nothing was started.")
+    if mesh:
+        parse(mesh)
     optimizer = config.optimizer
     if optimizer.schedule != "paper" and optimizer.warmup >= config.steps:
         raise ConfigError(

@@ -17,7 +17,7 @@ from mha_jax.files import DamageError, parse_json, reading, reason
 
 CARD, LOCK = "run.json", "run.lock"
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged-"
-FREE_TO_CHANGE = {"resume", "tensorboard", "log_every", "save_every"}
+FREE_TO_CHANGE = {"resume", "tensorboard", "log_every", "save_every", "mesh"}
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:

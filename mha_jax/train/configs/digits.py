@@ -42,5 +42,6 @@ def get_config() -> ConfigDict:
             "save_every": 500,
             "tensorboard": True,
             "resume": False,
+            "mesh": "",
         }
     )

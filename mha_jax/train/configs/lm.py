@@ -41,5 +41,6 @@ def get_config() -> ConfigDict:
             "save_every": 300,
             "tensorboard": True,
             "resume": False,
+            "mesh": "",
         }
     )

@@ -43,5 +43,6 @@ def get_config() -> ConfigDict:
             "save_every": 1000,
             "tensorboard": True,
             "resume": False,
+            "mesh": "",
         }
     )
