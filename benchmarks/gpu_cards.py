@@ -47,6 +47,7 @@ class Card(NamedTuple):
 CARDS = {
     "A100": Card((8, 0), 108, 64, 166_912, 40 << 20, 2.04e12, 1.41, 80e9),
     "H100": Card((9, 0), 132, 128, 232_448, 50 << 20, 3.35e12, 1.98, 85e9),
+    "H200": Card((9, 0), 132, 128, 232_448, 50 << 20, 4.80e12, 1.98, 151e9),
     "B200": Card((10, 0), 148, 128, 232_448, 126 << 20, 8.0e12, 1.97, 192e9),
 }
 
@@ -63,9 +64,14 @@ def missing() -> str | None:
     )
 
 
-@functools.lru_cache
 def place(name: str) -> Any:
     """Return the sharding of arrays that lie on one card."""
+    return jax.sharding.SingleDeviceSharding(devices(name)[0])
+
+
+@functools.lru_cache
+def devices(name: str, topology: str = "1x1x1") -> Any:
+    """Return cards that only compile, of a topology: slices x hosts x cards of a host."""
     from jax.experimental import topologies
 
     card = CARDS[name]
@@ -91,9 +97,9 @@ def place(name: str) -> Any:
     device_description_str: "NVIDIA {name}"
     """
     described = topologies.get_topology_desc(
-        platform="cuda", topology="1x1x1", target_config=config
+        platform="cuda", topology=topology, target_config=config
     )
-    return jax.sharding.SingleDeviceSharding(described.devices[0])
+    return described.devices
 
 
 def compiled(card: str, function: Any, *arguments: Any) -> Any:
