@@ -61,8 +61,9 @@ def losses(workdir):
 
 @promoting
 def train(workdir, config):
-    open_workdir(workdir, config, {})
-    Run(config, make_task(config)).train(workdir)
+    task = make_task(config)
+    open_workdir(workdir, config, task.card())
+    Run(config, task).train(workdir)
     return losses(workdir)
 
 
