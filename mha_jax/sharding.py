@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from mha_jax.attention.given import integer, of_kind
 from mha_jax.attention.tokens import Tokens
 from mha_jax.backends.sequence import Gather as Gather
 from mha_jax.backends.sequence import Heads as Heads
@@ -44,7 +45,15 @@ def logical_axes(params: Params) -> Any:
     >>> logical_axes(params)["attention_output"]
     {'kernel': ('heads', 'kv', 'embed')}
     """
-    return _named(nn.meta.unbox(params))
+    params = nn.meta.unbox(params)
+    of_kind("params", params, Mapping, 'Pass variables["params"], or their shapes.')
+    for leaf in jax.tree.leaves(params):
+        if not hasattr(leaf, "shape"):
+            raise ShapeError(
+                f"params must hold arrays, or their shapes: got {leaf!r} among them. Pass "
+                'variables["params"], or what jax.eval_shape makes of them.'
+            )
+    return _named(params)
 
 
 def _named(params: Params) -> Any:
@@ -93,6 +102,7 @@ def partition_specs(params: Params, rules: Mapping[str, Any]) -> Any:
     >>> tuple(partition_specs(params, {"heads": "model"})["query"]["kernel"])
     (None, 'model', None)
     """
+    of_kind("rules", rules, Mapping, 'Pass {"heads": "model"}, say.')
     unknown = [name for name in rules if name not in NAMES]
     if unknown:
         raise ShapeError(
@@ -118,10 +128,9 @@ def with_logical_names(params: Params) -> Any:
     >>> with_logical_names(params)["query"]["bias"].names
     ('heads', 'kv')
     """
+    names = logical_axes(params)
     params = nn.meta.unbox(params)
-    return jax.tree.map(
-        lambda array, names: nn.LogicallyPartitioned(array, names), params, logical_axes(params)
-    )
+    return jax.tree.map(lambda array, names: nn.LogicallyPartitioned(array, names), params, names)
 
 
 # ---- the order of tokens ------------------------------------------------------------------------
@@ -183,7 +192,16 @@ def _taken(x: Any, order: np.ndarray, axis: int) -> Any:
 
 
 def _length(x: Any, axis: int, tokens: Tokens | None = None) -> int:
-    lengths = {a.shape[axis] for a in jax.tree.leaves(x)}
+    leaves = jax.tree.leaves(x)
+    for a in leaves:
+        if not isinstance(a, (jax.Array, np.ndarray)) or a.ndim == 0:
+            raise ShapeError(
+                f"x must be arrays with an axis of tokens: got {a!r} among them. See axis=."
+            )
+        integer("axis", axis, -a.ndim, a.ndim - 1, "It is the axis of the tokens.")
+    if tokens is not None:
+        of_kind("tokens", tokens, Tokens, "Pass mj.Tokens(length, ...), or None for plain ones.")
+    lengths = {a.shape[axis] for a in leaves}
     lengths |= set() if tokens is None else {tokens.length}
     if len(lengths) != 1:
         raise ShapeError(
@@ -195,7 +213,6 @@ def _length(x: Any, axis: int, tokens: Tokens | None = None) -> int:
 
 def _zigzag(length: int, parts: int) -> np.ndarray:
     """Return the tokens in the order in which every part has an early and a late piece."""
-    if parts < 1:
-        raise ShapeError(f"parts={parts}: expected the number of devices, 1 or more.")
+    integer("parts", parts, 1, 2**31 - 1, "It is the number of devices that share the tokens.")
     pieces = np.array_split(np.arange(length), 2 * parts)
     return np.concatenate([np.concatenate([pieces[i], pieces[-1 - i]]) for i in range(parts)])

@@ -13,6 +13,8 @@ import pytest
 import mha_jax as mj
 from mha_jax import Call, MhaError, ShapeError, UnsupportedError, WeightsError
 from mha_jax.backends.blockwise import Blockwise
+from mha_jax.backends.cudnn import CuDNN
+from mha_jax.backends.pallas_tpu import PallasTPU
 from mha_jax.backends.reference import Reference
 from mha_jax.errors import ArgumentError
 from tests.drawn import draw_variables
@@ -100,6 +102,7 @@ def blockwise(**options):
     backend.__post_init__()
 
 
+FILLED = mj.Cache.empty(2, 5, num_kv_heads=1, key_dim=2)
 BOOL_TS = np.ones((T, S), bool)
 INT_TS = np.where(np.tri(T, S, dtype=bool), 0, -10000)
 CORE = [
@@ -124,6 +127,90 @@ CORE = [
         "batch axes (2,)",
         "got int32[3]",
     ),
+    wrong(
+        "precision_text",
+        lambda: dot(precision="hihg"),
+        "precision must be what",
+        "'hihg'",
+        "'high'",
+    ),
+    wrong(
+        "no_array_bias", lambda: dot(bias={"a": 1}), "bias must be an array", "dict", "np.asarray"
+    ),
+    wrong(
+        "words_as_queries", lambda: dot(np.array(["a"])), "query must hold floating-point", "<U1"
+    ),
+    wrong("flax_switch", lambda: dot(is_causal="no"), "is_causal must be True or False", "'no'"),
+    wrong(
+        "flax_rate",
+        lambda: dot(dropout_rate=ones(2)),
+        "dropout_rate must be a number",
+        "float32[2]",
+    ),
+    wrong("flax_module", lambda: dot(module=3), "module must be a Flax module", "got 3"),
+    wrong("no_tokens", lambda: mj.Causal().matrix(5, 7), "q must be of class Tokens", "int"),
+    wrong("alibi_heads", lambda: mj.biases.Alibi.of_heads(0), "heads of Alibi.of_heads", "got 0"),
+    wrong(
+        "top_k_of_none", lambda: mj.scores_top_k(None, 3), "call must be of class Call", "NoneType"
+    ),
+    wrong(
+        "shared_start_wide",
+        lambda: dot(dropout=mj.Dropout(RNG, 0.1, batch_start=2**31)),
+        "one integer of 32 bits",
+        "2147483648",
+    ),
+    wrong(
+        "rng_number",
+        lambda: mj.init_params(7, X, X, num_heads=2, key_dim=4),
+        "rng must be one JAX key",
+    ),
+    wrong(
+        "not_a_tree",
+        lambda: mj.multi_head_attention({"query": 3}, X, X),
+        "parameters must be",
+        "dict",
+        kind=WeightsError,
+    ),
+    wrong(
+        "no_rules",
+        lambda: mj.sharding.partition_specs({}, 3),
+        "rules must be of class Mapping",
+        "int",
+    ),
+    wrong("no_arrays", lambda: mj.sharding.logical_axes({"a": 3}), "params must hold arrays", "3"),
+    wrong(
+        "truncate",
+        lambda: mj.rotary.YaRN(2.0, 8, truncate="no"),
+        "truncate of YaRN must be True or False",
+    ),
+    wrong(
+        "relative_axes",
+        lambda: dot(bias=mj.biases.Relative(ones(5, N), (0, "a"))),
+        "axes of Relative",
+        "'a'",
+    ),
+    wrong(
+        "tpu_sizes",
+        lambda: PallasTPU(sizes="v5e"),
+        "sizes of PallasTPU must be of class Sizes",
+        "str",
+    ),
+    wrong("tpu_interpret", lambda: PallasTPU(interpret="yes"), "interpret of PallasTPU", "str"),
+    wrong("cudnn_version", lambda: CuDNN(cuda=12), "CuDNN(cuda=12)", "two integers"),
+    wrong(
+        "tuning",
+        lambda: blockwise(tuning="gpu"),
+        "tuning of Blockwise must be of class Tuning",
+        "str",
+    ),
+    wrong(
+        "reorder",
+        lambda: FILLED.reorder(np.array([2])),
+        "rows must be integers from 0 to 1",
+        "from 2 to 2",
+    ),
+    wrong("kept", lambda: FILLED.truncated(-1), "count must be integers from 0", "from -1 to -1"),
+    wrong("chunk", lambda: FILLED.next_positions(2.5), "length must be an integer from 0", "2.5"),
     wrong("prefix_floats", lambda: dot(mask=mj.PrefixLM(0.5)), "got float32[]"),
     wrong("sinks_of_kv_heads", lambda: dot(sinks=ones(K)), "[N] = [6]", "got float32[3]"),
     wrong("one_sink", lambda: dot(sinks=0.5), "logit for every query head", "jnp.full(6, logit)"),

@@ -195,10 +195,14 @@ def test_a_matrix_keeps_numbers_and_reads_flags_as_truth():
 @pytest.mark.parametrize(
     "make, sentence",
     [
-        (lambda: ChunkedCausal(0), r"got size=0\. Expected a positive integer"),
-        (lambda: ChunkedCausal(2.5), r"got size=2\.5\."),
-        (lambda: Dilated(-1), r"got step=-1\. Expected a positive integer"),
-        (lambda: Dilated(True), r"got step=True\."),
+        (
+            lambda: ChunkedCausal(0),
+            r"size of ChunkedCausal must be an integer from 1 to 2147483647: got 0\.",
+        ),
+        (lambda: ChunkedCausal(2.5), r"size of ChunkedCausal.*got 2\.5\."),
+        (lambda: Dilated(-1), r"step of Dilated must be an integer from 1 to .*got -1\."),
+        (lambda: Dilated(True), r"step of Dilated.*got True\."),
+        (lambda: ChunkedCausal(2**31), r"got 2147483648\..*one without end is Causal"),
     ],
 )
 def test_sizes_of_rules_are_positive_integers(make, sentence):

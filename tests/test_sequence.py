@@ -779,7 +779,7 @@ REFUSED = {
     ),
     "no parts": (
         lambda: mj.sharding.restored(np.ones(3), 0, 0),
-        "parts=0: expected the number of devices",
+        "parts must be an integer from 1 to .*: got 0. It is the number of devices",
     ),
 }
 

@@ -17,11 +17,13 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from typing_extensions import TypedDict
 
 from mha_jax.attention.biases import Bias
 from mha_jax.attention.call import Call
 from mha_jax.attention.dropout import Dropout
+from mha_jax.attention.given import as_array, floating, switch
 from mha_jax.attention.masks import Causal, Dense
 from mha_jax.errors import ShapeError, UnsupportedError
 from mha_jax.types import Array, DType, PRNGKey
@@ -113,6 +115,18 @@ def with_flax_arguments(call: Call, flax: FlaxArguments) -> Call:
       UnsupportedError: If an argument would replace the products of attention.
     """
     _check_names(flax)
+    for name in ("is_causal", "deterministic", "broadcast_dropout"):
+        if flax.get(name) is not None:
+            switch(name, flax.get(name))
+    if flax.get("dtype") is not None:
+        floating("dtype", flax.get("dtype"))
+    if flax.get("module") is not None and not hasattr(flax.get("module"), "sow"):
+        raise ShapeError(
+            f"module must be a Flax module, which keeps the scores: got {flax.get('module')!r}. Pass None to "
+            "keep none."
+        )
+    for name in "qkv":
+        as_array({"q": "query", "k": "key", "v": "value"}[name], getattr(call, name), "an array")
     mask, bias, rank = call.mask, call.bias, jnp.ndim(call.q)
     if isinstance(mask, Dense):
         mask = Dense(_aligned(jnp.asarray(mask.array).astype(bool), rank))
@@ -161,6 +175,11 @@ def _check_names(flax: FlaxArguments) -> None:
 
 def _dropout(call: Call, flax: FlaxArguments) -> Dropout | None:
     rate, rng = flax.get("dropout_rate", 0.0), flax.get("dropout_rng")
+    if isinstance(rate, (jax.Array, np.ndarray)):
+        raise ShapeError(
+            f"dropout_rate must be a number in [0, 1): got {rate.dtype}{list(rate.shape)}. It is the share "
+            "of attention weights to drop, a Python number."
+        )
     if flax.get("deterministic", False) or rate == 0:
         return call.dropout
     if call.dropout is not None:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mha_jax.attention.given import integer, is_integer, switch
 from mha_jax.attention.masks import pytree, static
 from mha_jax.attention.tokens import Facts, Tokens
 from mha_jax.errors import ShapeError
@@ -135,9 +136,13 @@ class Alibi(OfDistance):
     def of_heads(cls, heads: int) -> "Alibi":
         """Return the slopes of the paper: 2 ** (-8 n / N) for N a power of two, others with those between.
 
+        Raises:
+          ShapeError: If `heads` is no count of heads.
+
         >>> Alibi.of_heads(4).slopes.tolist()
         [0.25, 0.0625, 0.015625, 0.00390625]
         """
+        integer("heads of Alibi.of_heads", heads, 1, 2**31 - 1, "It is num_heads of the layer.")
         whole = 2 ** math.floor(math.log2(heads))
         first = [2.0 ** (-8 * n / whole) for n in range(1, whole + 1)]
         between = [2.0 ** (-4 * n / whole) for n in range(1, 2 * whole + 1, 2)]
@@ -193,14 +198,16 @@ class Buckets(OfDistance):
         return (first + np.where(back < exact, back, shared)).astype(np.int32)
 
     def check(self, heads):
+        switch("bidirectional of Buckets", self.bidirectional)
         _check_table(self, "[R, N]", heads)
         count = np.shape(self.table)[0] // (2 if self.bidirectional else 1)
-        if not isinstance(self.max_distance, int) or count < 2 or self.max_distance <= count // 2:
+        far = self.max_distance
+        if not is_integer(far) or count < 2 or not count // 2 < far < 2**24:
             raise ShapeError(
                 f"Buckets have a number each for distances below {count // 2} and share the rest up to "
                 f"max_distance: got max_distance={self.max_distance!r} and a table of "
                 f"{np.shape(self.table)[0]} rows, bidirectional={self.bidirectional}. Expected an integer "
-                f"larger than {count // 2}, and at least two rows for each direction."
+                f"larger than {count // 2} and below 2**24, and at least two rows for each direction."
             )
 
 
@@ -238,6 +245,15 @@ class Relative(OfDistance):
         return _looked_up(self.table, row, q.head)
 
     def check(self, heads):
+        lengths = () if self.axes is None else self.axes
+        listed = isinstance(lengths, (tuple, list)) and all(
+            is_integer(n) and n > 0 for n in lengths
+        )
+        if not listed:
+            raise ShapeError(
+                f"axes of Relative are the lengths of the attention axes: got {self.axes!r}. Expected "
+                "positive integers, (7, 7) for a window of Swin, or None for a sequence."
+            )
         _check_table(self, "[2 n - 1, N]" if self.axes is None else "[R, N]", heads)
         rows = np.shape(self.table)[0]
         wanted = math.prod(2 * n - 1 for n in self.axes or ())

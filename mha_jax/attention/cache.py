@@ -21,6 +21,7 @@ from jax.experimental import checkify
 
 from mha_jax.attention.brief import brief
 from mha_jax.attention.call import Call
+from mha_jax.attention.given import floating, integer, integers, is_integer
 from mha_jax.attention.masks import Mask, ValidKeys, pytree
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
@@ -125,11 +126,12 @@ class Cache:
             "value_dim": value_dim,
         }
         for name, size in sizes.items():
-            if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size <= 0:
+            if not is_integer(size) or not 0 < size < 2**31:
                 raise ShapeError(
                     f"{name} of a cache must be a positive integer: got {size!r}. It is part of "
                     "the buffers' shape, which no step changes."
                 )
+        floating("dtype", dtype)
         heads = (batch, num_kv_heads, capacity)
         return cls(
             jnp.zeros((*heads, key_dim), dtype),
@@ -166,6 +168,7 @@ class Cache:
         >>> cache.next_positions(4, np.array([[False, True, True, False]])).tolist()
         [[-1, 0, 1, 1]]
         """
+        integer("length", length, 0, 2**31 - 1, "It counts the tokens of a chunk.")
         if valid is None:
             steps = jnp.arange(length, dtype=jnp.int32)[None]
         else:
@@ -269,7 +272,12 @@ class Cache:
         >>> cache.append(chunk, chunk).truncated(np.array([3, 6])).count.tolist()
         [3, 5]
         """
-        kept = jnp.minimum(self.count, jnp.asarray(count, jnp.int32))
+        forms = ((), (1,), self.count.shape)
+        counts = integers(
+            "count", count, forms, 0, 2**31 - 1, "It is how many tokens every row keeps."
+        )
+        # Traced counts cannot be looked at: one below 0 keeps nothing.
+        kept = jnp.minimum(self.count, jnp.maximum(counts, 0))
         return dataclasses.replace(self, count=kept)
 
     def reorder(self, rows: Int[ArrayLike, "R"]) -> "Cache":
@@ -283,7 +291,9 @@ class Cache:
         >>> Cache.empty(2, 7, num_kv_heads=1, key_dim=1).reorder(np.array([1, 1, 0])).keys.shape
         (3, 1, 7, 1)
         """
-        return jax.tree.map(lambda a: a[jnp.asarray(rows)], self)
+        hint = "They are the rows of the beams that survive; one that is not there would be another one."
+        chosen = integers("rows", rows, ((None,),), 0, self.count.shape[0] - 1, hint)
+        return jax.tree.map(lambda a: a[chosen], self)
 
     def _rows(self, queries: Tokens, chunk: Tokens) -> Int[Array, "B T"]:
         """Return the rows of queries: in self-attention those of their own tokens, else the next ones."""

@@ -16,6 +16,7 @@ import numpy as np
 from mha_jax.attention.call import Call, Logits, Problem
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.fitted import fitted_bias, fitted_mask, fold_batch, int32
+from mha_jax.attention.given import of_kind, precision
 from mha_jax.attention.masks import And, Mask, Not, Or, SameSegment, check_mask
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
@@ -38,17 +39,8 @@ def check(call: Call, names: Names = Names()) -> Problem:  # noqa: B008
     Raises:
       ShapeError: With the values, what was expected, and how to fix it.
     """
-    if not isinstance(call, Call):
-        raise ShapeError(
-            f"attention takes one Call: got {type(call).__name__}. Write attend(Call(q, k, v, mask=...)), "
-            "or dot_product_attention(query, key, value, ...)."
-        )
+    check_static(call)
     check_mask("mask", call.mask)
-    if not isinstance(call.heads_first, bool):
-        raise ShapeError(
-            f"heads_first must be True or False: got {call.heads_first!r}. It says how keys and values lie "
-            "in memory."
-        )
     q, k, v = _arrays(call, names)
     lead, (t, heads, size), s = q.shape[:-3], q.shape[-3:], k.shape[-3]
     q_tokens = _tokens(names.q_tokens, call.q_tokens, t, lead)
@@ -62,7 +54,7 @@ def check(call: Call, names: Names = Names()) -> Problem:  # noqa: B008
     shape = (*lead, heads, t, s)
     mask = fitted_mask(call.mask, shape)
     _check_rules(mask, q_tokens, k_tokens, (math.prod(lead), heads, t, s))
-    bias, rule = fitted_bias(call.bias, shape)
+    bias, rule = fitted_bias(call.bias, shape, q.dtype == jnp.float64)
     scale, factor = _scale(call.scale, size)
     return Problem(
         q=_folded(q if factor is None else _times(q, factor)),
@@ -77,6 +69,25 @@ def check(call: Call, names: Names = Names()) -> Problem:  # noqa: B008
         logits=Logits(scale, _cap(call.logit_cap), call.precision),
         heads_first=call.heads_first,
     )
+
+
+def check_static(call: Any) -> None:
+    """Refuse what is no call, and what of it is no array and cannot be meant: it is the key of programs.
+
+    Raises:
+      ShapeError: With what was expected.
+    """
+    hint = (
+        "Write Call(q, k, v, mask=...); dot_product_attention(query, key, value, ...) needs none."
+    )
+    of_kind("call", call, Call, hint)
+    if not isinstance(call.heads_first, bool):
+        raise ShapeError(
+            f"heads_first must be True or False: got {call.heads_first!r}. It says how keys and values lie "
+            "in memory."
+        )
+    if call.precision is not None:
+        precision("precision", call.precision)
 
 
 def _arrays(call: Call, names: Names) -> tuple[Array, Array, Array]:
@@ -163,13 +174,12 @@ def _floats(name: str, x) -> Array:
             f"{name} must be a NumPy or JAX array: got {type(x).__name__}. "
             "Expected [*B, length, heads, size]; convert it with jnp.asarray."
         )
-    x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ShapeError(
             f"{name} must hold floating-point numbers: got dtype {x.dtype}. "
             "Embed or cast it first, for example x.astype(jnp.float32)."
         )
-    return x
+    return jnp.asarray(x)
 
 
 def _tokens(name: str, tokens: Tokens | None, length: Size, lead: tuple[int, ...]) -> Tokens:
@@ -181,7 +191,7 @@ def _tokens(name: str, tokens: Tokens | None, length: Size, lead: tuple[int, ...
             f"{name} must be Tokens or None: got {type(tokens).__name__}. "
             f"Pass Tokens({length}, pos=..., segment=..., valid=...)."
         )
-    if tokens.length != length:
+    if isinstance(tokens.length, (jax.Array, np.ndarray)) or tokens.length != length:
         raise ShapeError(
             f"{name} must describe every token: got Tokens(length={tokens.length}) for {length} "
             "tokens. Queries (length T) have their own, keys and values (length S) theirs."
@@ -202,12 +212,11 @@ def _tokens(name: str, tokens: Tokens | None, length: Size, lead: tuple[int, ...
         a = getattr(tokens, field)
         if a is None:
             return None
-        if not hasattr(a, "dtype"):
+        if not isinstance(a, (jax.Array, np.ndarray)):
             raise ShapeError(
                 f"{name}.{field} must be an array [*B, {length}]: got {type(a).__name__}. Pass "
                 f"np.asarray({field})."
             )
-        a = a if isinstance(a, np.ndarray) else jnp.asarray(a)
         kinds, wanted = (jnp.integer, "integers") if field != "valid" else (jnp.bool_, "booleans")
         if not jnp.issubdtype(a.dtype, kinds):
             raise ShapeError(

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mha_jax.attention.given import random_key
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, ArrayLike, Int, PRNGKey, Size, UInt32
 
@@ -113,19 +114,8 @@ class Dropout:
         Raises:
           ShapeError: If `key` is not one key.
         """
-        key = self.key
-        kind = getattr(key, "dtype", None)
-        typed = kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key)
-        words = jax.random.key_data(key) if typed else key
-        shape = jnp.shape(words)
-        if (typed and key.ndim) or shape not in ((2,), (4,)) or words.dtype != jnp.uint32:
-            got = f"{kind}{list(jnp.shape(key))}" if kind is not None else repr(key)
-            raise ShapeError(
-                f"the key of a Dropout must be one JAX key: got {got}. Pass jax.random.key(0), or one of "
-                "those that jax.random.split returns."
-            )
-        words = jnp.asarray(words)
-        if shape == (2,):
+        words = jnp.asarray(random_key("the key of a Dropout", self.key))
+        if words.shape == (2,):
             return words
         return jnp.stack(threefry2x32((words[0], words[1]), (words[2], words[3])))
 
@@ -138,10 +128,12 @@ class Dropout:
         for name in ("batch_start", "head_start"):
             start = getattr(self, name)
             kind = getattr(start, "dtype", np.dtype(type(start)) if type(start) is int else None)
-            if kind is None or not jnp.issubdtype(kind, jnp.integer) or jnp.shape(start) != ():
+            whole = kind is not None and jnp.issubdtype(kind, jnp.integer)
+            fits = type(start) is not int or -(2**31) <= start < 2**31
+            if not whole or not fits or jnp.shape(start) != ():
                 raise ShapeError(
-                    f"{name} of a Dropout must be one integer: got {start!r}. It is the place of this "
-                    "shard's first example, or head, in the whole."
+                    f"{name} of a Dropout must be one integer of 32 bits: got {start!r}. It is the place of "
+                    "this shard's first example, or head, in the whole."
                 )
         return dataclasses.replace(self, key=self.key_data())
 

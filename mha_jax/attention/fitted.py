@@ -13,7 +13,8 @@ import numpy as np
 
 from mha_jax.attention import biases
 from mha_jax.attention.biases import Bias
-from mha_jax.attention.masks import Mask
+from mha_jax.attention.given import as_array, is_integer
+from mha_jax.attention.masks import Dense, Mask
 from mha_jax.attention.patterns import PrefixLM
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array
@@ -27,7 +28,7 @@ def mask_array(a, name: str = "a mask") -> Array:
     Raises:
       ShapeError: If it holds floats, which are a bias, or integers other than 0 and 1.
     """
-    a = a if isinstance(a, np.ndarray) else jnp.asarray(a)
+    a = as_array(name, a, "an array of booleans, True where a query may attend")
     if jnp.issubdtype(a.dtype, jnp.floating):
         raise ShapeError(
             f"{name} holds True or False (or 1 and 0): got dtype {a.dtype}. "
@@ -56,14 +57,17 @@ def fitted_mask(mask: Mask, shape: tuple[int, ...]) -> Mask:
     def fit(part):
         if isinstance(part, PrefixLM):
             return PrefixLM(_of_examples("the lengths of PrefixLM", part.lengths, shape[:-3]))
+        if isinstance(part, Dense):
+            return Dense(_mask_array(part.array, shape))
         return _mask_array(part, shape)
 
-    return jax.tree.map(fit, mask, is_leaf=lambda part: isinstance(part, PrefixLM))
+    return jax.tree.map(fit, mask, is_leaf=lambda part: isinstance(part, (Dense, PrefixLM)))
 
 
 def _of_examples(name: str, a: Any, lead: tuple[int, ...]) -> Array:
     """Return integers of examples as [#B, 1, 1, 1]."""
-    a = a if isinstance(a, np.ndarray) else jnp.asarray(a)
+    # A Python integer stays one that can be looked at, in 64 bits too.
+    a = np.asarray(a) if is_integer(a) else as_array(name, a, "an integer, or integers")
     sizes = zip(a.shape[::-1], lead[::-1])
     if (
         not jnp.issubdtype(a.dtype, jnp.integer)
@@ -89,8 +93,16 @@ def _mask_array(a, shape: tuple[int, ...]) -> Array:
     return _broadcastable("mask", a, shape, missing_heads=True)
 
 
-def fitted_bias(bias: Any, shape: tuple[int, ...]) -> tuple[Array | None, Bias | None]:
-    """Return the array of a bias, those of a sum added up, and its rules."""
+def fitted_bias(
+    bias: Any, shape: tuple[int, ...], wider: bool = False
+) -> tuple[Array | None, Bias | None]:
+    """Return the array of a bias, those of a sum added up, and its rules.
+
+    Args:
+      bias: As the caller wrote it.
+      shape: Of the logits.
+      wider: Whether the logits are float64, not float32.
+    """
     arrays, rules = ([], []) if bias is None else biases.apart(bias)
     for rule in rules:
         if jax.tree.structure(rule) == jax.tree.structure(0):
@@ -98,16 +110,22 @@ def fitted_bias(bias: Any, shape: tuple[int, ...]) -> tuple[Array | None, Bias |
                 f"{type(rule).__name__} is no pytree, so that JAX cannot look into it: write "
                 "@mj.biases.pytree above the class."
             )
+        for leaf in jax.tree.leaves(rule):
+            as_array(f"an array of {type(rule).__name__}", leaf, "an array of numbers")
         rule.check(shape[-3])
     dense = None
     for a in arrays:
         a = _bias(a, shape)
-        dense = a if dense is None else dense + a.astype(dense.dtype)
+        if dense is not None:
+            # What is added up is not rounded to less than the logits are.
+            wide = jnp.float64 if wider else jnp.promote_types(dense.dtype, jnp.float32)
+            a = dense.astype(wide) + a.astype(wide)
+        dense = a
     return dense, biases.together(rules)
 
 
 def _bias(a, shape: tuple[int, ...]) -> Array:
-    a = jnp.asarray(a)
+    a = jnp.asarray(as_array("bias", a, "an array [*B, N, T, S] or a rule of mj.biases"))
     if not jnp.issubdtype(a.dtype, jnp.floating):
         raise ShapeError(
             f"bias is added to the logits and must be floating point: got dtype {a.dtype}. "

@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from mha_jax.attention import attention_fn, softmax
 from mha_jax.attention.biases import Bias, OfHeads
 from mha_jax.attention.call import Call, Output, Problem, State, logits
-from mha_jax.attention.check import Names, check, checked_sinks
+from mha_jax.attention.check import Names, check, check_static, checked_sinks
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Dense, Full, Mask
 from mha_jax.attention.tokens import Tokens, zero_invalid
@@ -209,8 +209,7 @@ def attention_scores(
     x = logits(problem)
     scores = softmax.scores(x, near)
     if sinks is not None:
-        _, m, l = softmax.first(x)
-        scores = scores * softmax.share(m[..., 0], l[..., 0], sinks)[..., None]
+        scores = scores * softmax.share(*softmax.statistics(x), sinks)[..., None]
     return _unfolded(scores.astype(call.q.dtype), lead)
 
 
@@ -235,6 +234,7 @@ def explain(call: Call, platform: str | None = None, backend: Any = None) -> dic
     >>> explain(Call(x, x, x), platform="cpu")["blockwise"]
     'can run'
     """
+    check_static(call)
     found: dict[str, str] = {}
 
     def trace(call):

@@ -17,7 +17,6 @@ To add a mask: subclass `Mask`, register it as a pytree with static fields, writ
 """
 
 import dataclasses
-import numbers
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from typing_extensions import dataclass_transform
 
+from mha_jax.attention.given import is_integer, of_kind
 from mha_jax.attention.tokens import Facts, Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.types import ArrayLike, Bool
@@ -41,10 +41,6 @@ def static(**options: Any) -> Any:
 def pytree(cls: _Class) -> _Class:
     """Make a class a frozen dataclass and a pytree."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
-
-
-def is_integer(x: Any) -> bool:
-    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
 class Reach(NamedTuple):
@@ -125,7 +121,13 @@ class Mask:
         return False
 
     def matrix(self, q: Tokens, k: Tokens) -> Bool[np.ndarray, "*B T S"]:
-        """Return the mask as NumPy, [T, S] or [#B, #N, T, S]: to look at, not to compute with."""
+        """Return the mask as NumPy, [T, S] or [#B, #N, T, S]: to look at, not to compute with.
+
+        Raises:
+          ShapeError: If `q` or `k` are no tokens.
+        """
+        for name, tokens in (("q", q), ("k", k)):
+            of_kind(name, tokens, Tokens, "Pass mj.Tokens(length, start=..., segment=...).")
         mask = jax.tree.map(
             lambda a: a if isinstance(a, Mask) else np.asarray(a, bool),
             self,

@@ -4,9 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from mha_jax.attention.masks import Causal, Mask, Reach, is_integer, pytree, static
-from mha_jax.errors import ShapeError
+from mha_jax.attention.given import integer
+from mha_jax.attention.masks import Causal, Mask, Reach, pytree, static
 from mha_jax.types import ArrayLike, Int
+
+_MOST = int(np.iinfo(np.int32).max)
 
 
 @pytree
@@ -22,11 +24,8 @@ class ChunkedCausal(Mask):
     size: int = static()
 
     def __post_init__(self):
-        if not is_integer(self.size) or self.size < 1:
-            raise ShapeError(
-                f"ChunkedCausal counts the positions of a chunk: got size={self.size!r}. Expected a positive "
-                "integer, 8192 for Llama 4; a chunk without end is Causal()."
-            )
+        hint = "It counts the positions of a chunk, 8192 for Llama 4; one without end is Causal()."
+        integer("size of ChunkedCausal", self.size, 1, _MOST, hint)
 
     def visible(self, q, k):
         return (q.positions >= k.positions) & (self._start(q.positions) == self._start(k.positions))
@@ -56,11 +55,8 @@ class Dilated(Mask):
     step: int = static()
 
     def __post_init__(self):
-        if not is_integer(self.step) or self.step < 1:
-            raise ShapeError(
-                f"Dilated counts positions from one key to the next: got step={self.step!r}. Expected a "
-                "positive integer; 1 sees every key."
-            )
+        hint = "It counts positions from one key to the next; 1 sees every key."
+        integer("step of Dilated", self.step, 1, _MOST, hint)
 
     def visible(self, q, k):
         return (k.positions - q.positions) % self.step == 0

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mha_jax.attention.given import as_array, integer, of_kind, switch
 from mha_jax.attention.rotary_scaling import (
     NTK,
     Linear,
@@ -124,7 +125,7 @@ class Rotary:
     axes: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        if not is_number(self.base) or not 1 < self.base < math.inf:
+        if not is_number(self.base) or not 1 < self.base <= 1e30:
             raise ShapeError(
                 f"base of Rotary must be a number above 1: got {self.base!r}. Expected 10000.0, say; Llama 3 "
                 "has 500000.0."
@@ -134,6 +135,7 @@ class Rotary:
                 f"fraction of Rotary is the share of the head size that turns: got {self.fraction!r}. "
                 "Expected a number above 0 and at most 1; for no rotation pass rotary=None."
             )
+        switch("interleaved of Rotary", self.interleaved)
         if self.scaling is not None and not isinstance(self.scaling, Scaling):
             raise ShapeError(
                 f"scaling of Rotary must be a Scaling or None: got {self.scaling!r}. Pass "
@@ -162,6 +164,7 @@ class Rotary:
         >>> Rotary.from_config({"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}})
         Rotary(base=500000.0, fraction=1.0, interleaved=False, scaling=Linear(factor=2.0), axes=None)
         """
+        of_kind("config", config, Mapping, "Pass config.to_dict() of Hugging Face.")
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         if any(isinstance(x, Mapping) for x in rope.values()):
             raise ShapeError(
@@ -208,6 +211,7 @@ class Rotary:
         Raises:
           ShapeError: If they do not fall into pairs for every axis.
         """
+        integer("head_size", head_size, 1, 2**31 - 1, "It is key_dim of the layer.")
         size = round(head_size * self.fraction)
         pair = 2 * len(self.axes or (0,))
         if size % pair or size == 0:
@@ -244,7 +248,12 @@ class Rotary:
         >>> Rotary()(x, jnp.arange(5) + 7).shape
         (2, 5, 3, 8)
         """
-        x = jnp.asarray(x)
+        x = jnp.asarray(as_array("x", x, "floating-point numbers [*B, L, N, H]"))
+        if x.ndim < 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ShapeError(
+                f"x must be floating-point numbers [*B, L, N, H]: got {x.dtype}{list(x.shape)}. Project the "
+                "input first; the heads are an axis of their own."
+            )
         dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
         magnitude = 1.0 if self.scaling is None else self.scaling.magnitude
         size = self.size(x.shape[-1])
@@ -262,7 +271,7 @@ class Rotary:
     def _angles(self, x: Array, positions: Any, dtype: Any) -> Float[Array, "*B L pairs"]:
         """Return the angles of every token's pairs, those of one axis after the other."""
         if not isinstance(positions, (jax.Array, np.ndarray)):
-            positions = np.asarray(positions)
+            positions = as_array("positions", positions, "integers [*B, L]")
         lead, rank = x.shape[:-2], positions.ndim
         coordinates = self.axes is not None and rank == len(lead) + 1
         shape = positions.shape[:-1] if coordinates else positions.shape

@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from mha_jax.attention.given import switch
 from mha_jax.errors import ShapeError
 from mha_jax.types import Float
 
@@ -35,9 +36,12 @@ class Scaling:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             x = getattr(self, field.name)
-            if field.type is bool or (x is None and field.default is None):
+            if field.type is bool:
+                switch(f"{field.name} of {type(self).__name__}", x)
                 continue
-            if not is_number(x) or not 0 < x < math.inf:
+            if x is None and field.default is None:
+                continue
+            if not is_number(x) or not 0 < x <= 1e15:
                 raise ShapeError(
                     f"{field.name} of {type(self).__name__} must be a positive number: got {x!r}. "
                     f"{type(self).__name__}({', '.join(f.name for f in dataclasses.fields(self))})."

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mha_jax.attention.call import Call
+from mha_jax.attention.check import check
 from mha_jax.attention.functions import attention_scores
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, Float, Int
@@ -77,6 +78,7 @@ def scores_top_k(
     >>> [a.shape for a in scores_top_k(Call(x, x, x), 3)]
     [(1, 2, 5, 3), (1, 2, 5, 3)]
     """
+    check(call)
     if not isinstance(k, numbers.Integral) or not 1 <= k <= call.k.shape[-3]:
         raise ShapeError(
             f"k={k!r} largest scores of {call.k.shape[-3]} keys cannot be had: expected an integer k from "
@@ -102,6 +104,7 @@ def _entropy(scores: Array) -> Array:
 
 def _by_rows(call: Call, lse: Array | None, reduce: Callable[[Array], Any], row_axis: int) -> Any:
     """Apply `reduce` to scores [*B, N, R, S], R rows at a time, and join the rows on `row_axis`."""
+    check(call)
     *lead, t, n, _ = call.q.shape
     at_once = max(1, _HELD // max(1, math.prod(lead) * n * call.k.shape[-3]))
     if at_once >= t:

@@ -51,6 +51,12 @@ def first(x: Float[Array, "*R T S"]) -> tuple[Array, Array, Array]:
     return p, m, jnp.sum(p, axis=-1, keepdims=True)
 
 
+def statistics(x: Float[Array, "*R T S"]) -> tuple[Array, Array]:
+    """Return (m, l) of whole rows of logits, without the last axis; m counts as a constant in derivatives."""
+    m = lax.stop_gradient(jnp.max(x, axis=-1, initial=-jnp.inf))
+    return m, jnp.sum(weights(x, m[..., None]), axis=-1)
+
+
 def scores(x: Float[Array, "*R T S"], near: Array | None = None) -> Float[Array, "*R T S"]:
     """Return the softmax of whole rows: they sum to 1, or are 0 where all logits are -inf.
 

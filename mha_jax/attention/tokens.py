@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mha_jax.attention.given import as_array
 from mha_jax.errors import ShapeError
 from mha_jax.types import ArrayLike, Bool, Int, Size
 
@@ -74,7 +75,7 @@ class Tokens:
         >>> Tokens.packed(np.array([[4, 4, 4, 7, 7, -1]])).positions.tolist()
         [[0, 1, 2, 0, 1, 0]]
         """
-        ids = ids if isinstance(ids, np.ndarray) else jnp.asarray(ids)
+        ids = as_array("ids of Tokens.packed", ids, "integers [*B, L]")
         if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.ndim == 0:
             raise ShapeError(
                 f"Tokens.packed takes one integer for every token, the number of its sequence: got "

@@ -32,9 +32,11 @@ from jax.custom_batching import custom_vmap
 
 from mha_jax.attention import softmax
 from mha_jax.attention.call import Moves, Output, Problem, State
+from mha_jax.attention.given import is_integer
 from mha_jax.attention.masks import And, Causal, Full, Mask, ValidKeys, ValidQueries, Window
 from mha_jax.attention.tokens import Tokens
 from mha_jax.backends.base import Backend
+from mha_jax.errors import ShapeError
 from mha_jax.types import Array
 
 _DTYPES = {jnp.dtype(jnp.bfloat16): "BF16", jnp.dtype(jnp.float16): "F16"}
@@ -57,6 +59,18 @@ class CuDNN(Backend):
 
     capability: tuple[int, int] | None = None
     cuda: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        for name in ("capability", "cuda"):
+            version = getattr(self, name)
+            pair = (
+                isinstance(version, tuple) and len(version) == 2 and all(map(is_integer, version))
+            )
+            if version is not None and not pair:
+                raise ShapeError(
+                    f"CuDNN({name}={version!r}) is no version: expected two integers, (9, 0) say, or None "
+                    "for that of this process."
+                )
 
     def why_not(self, problem: Problem, platform: str) -> str | None:
         if platform != "cuda":

@@ -44,8 +44,8 @@ def reasons(problem: Problem, platform: str | None) -> dict[str, str]:
     Raises:
       ShapeError: If the platform is unknown.
     """
-    platform = platform or default_platform()
-    if platform not in PLATFORMS:
+    platform = default_platform() if platform is None else platform
+    if not isinstance(platform, str) or platform not in PLATFORMS:
         raise ShapeError(
             f"unknown platform {platform!r}. Expected one of {', '.join(map(repr, PLATFORMS))}, "
             "or None for the platform of this process."

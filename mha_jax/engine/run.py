@@ -49,7 +49,8 @@ class Sharded:
     strategy: str | None = None
 
     def __post_init__(self):
-        if self.strategy is not None and self.strategy not in STRATEGIES:
+        known = isinstance(self.strategy, str) and self.strategy in STRATEGIES
+        if self.strategy is not None and not known:
             raise UnsupportedError(
                 f"there is no strategy {self.strategy!r}. Expected one of "
                 f"{', '.join(map(repr, STRATEGIES))}, or None to choose by bytes."

@@ -19,6 +19,7 @@ from typing import Any
 import flax.linen as nn  # type: ignore[import-not-found]
 
 from mha_jax.attention.functions import dot_product_attention
+from mha_jax.attention.given import of_kind
 from mha_jax.errors import WeightsError
 from mha_jax.interop import weights
 from mha_jax.layer import initializers
@@ -200,6 +201,7 @@ def export_nnx(module: MultiHeadAttention, variables: dict[str, Params], *, rngs
     also = {}
     if value_size != key_size:
         also["inputs of two widths"] = f"value has {value_size} features, key {key_size}"
+    of_kind("rngs", rngs, nnx.Rngs, "Pass rngs=nnx.Rngs(0).")
     weights.require_plain(module, "flax.nnx.MultiHeadAttention", also, num_kv_heads=grouped)
     weights.check_shapes(module, params, query_size, value_size, key_size)
     layer = nnx.MultiHeadAttention(

@@ -23,6 +23,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mha_jax.attention.given import as_array, integer, of_kind, text
 from mha_jax.errors import ShapeError, UnsupportedError, WeightsError
 from mha_jax.interop import weights
 from mha_jax.layer.linen import MultiHeadAttention
@@ -85,6 +86,8 @@ def import_state(
     >>> module.key_dim, module.use_bias, variables["params"]["query"]["kernel"].shape
     (8, False, (16, 2, 8))
     """
+    of_kind("state", state, Mapping, "Pass layer.state_dict(), arrays by name.")
+    text("prefix", prefix, "It is the start of the names, 'encoder.layers.0.self_attn.' say.")
     found = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
     weights.require_nothing(
         _TARGET, {_APPENDED[name]: f"the state holds {name}" for name in found if name in _APPENDED}
@@ -143,6 +146,7 @@ def export_state(module: MultiHeadAttention, variables: dict[str, Params]) -> di
     >>> {name: x.shape for name, x in sorted(state.items())}
     {'in_proj_bias': (48,), 'in_proj_weight': (48, 16), 'out_proj.bias': (16,), 'out_proj.weight': (16, 16)}
     """
+    of_kind("module", module, MultiHeadAttention, "It is made by mj.MultiHeadAttention(...).")
     params = weights.params_of(variables)
     query_size, value_size, key_size = weights.widths(params)
     also = {}
@@ -237,6 +241,9 @@ def import_masks(
     >>> import_masks(hidden, num_heads=2)["attention_mask"].astype(int).tolist()
     [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     """
+    integer("num_heads", num_heads, 1, 2**31 - 1, "It is num_heads of the layer.")
+    if batch is not None:
+        integer("batch", batch, 1, 2**31 - 1, "Pass None where key_padding_mask tells it.")
     result = {}
     axes = None if batch is None else (batch,)  # before the heads; () for an unbatched call
     if key_padding_mask is not None:
@@ -264,7 +271,7 @@ def import_masks(
 
 
 def _shown(name: str, mask: Any, ranks: tuple[int, ...]) -> np.ndarray:
-    mask = _numpy(mask)
+    mask = as_array(name, _numpy(mask), "an array of booleans, or of 0 and -inf")
     if mask.ndim not in ranks:
         raise ShapeError(
             f"{name} must have {ranks[0]} or {ranks[1]} axes, as torch takes it: got {mask.shape}."

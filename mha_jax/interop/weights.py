@@ -1,5 +1,6 @@
 """Checks that the modules of this package share: weights that fit, and what they are."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mha_jax.attention.given import of_kind
 from mha_jax.errors import UnsupportedError, WeightsError
 from mha_jax.layer import projections
 from mha_jax.layer.linen import MultiHeadAttention
@@ -29,13 +31,16 @@ def params_of(variables: dict[str, Params]) -> Params:
     Raises:
       WeightsError: If there are none.
     """
+    of_kind("variables", variables, Mapping, 'Pass {"params": ...}, as module.init returns them.')
     params = variables.get("params")
     if params is None:
         raise WeightsError(
             f'variables must be {{"params": ...}}, as module.init returns them: got the keys '
             f"{list(variables)}."
         )
-    return {name: dict(weights) for name, weights in nn.meta.unbox(params).items()}
+    params = nn.meta.unbox(params)
+    projections.check_trees(params)
+    return {name: dict(weights) for name, weights in params.items()}
 
 
 def array(what: str, weight: Any) -> Array:
@@ -117,6 +122,7 @@ def require_plain(
     Raises:
       UnsupportedError: Listing every argument that would be lost.
     """
+    of_kind("module", module, MultiHeadAttention, "It is made by mj.MultiHeadAttention(...).")
     why = dict(also) | ours(module)
     if module.value_dim not in (None, module.key_dim):
         why["value_dim"] = f"{module.value_dim} differs from key_dim={module.key_dim}"

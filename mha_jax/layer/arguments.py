@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mha_jax.attention.cache import Cache
+from mha_jax.attention.given import of_kind
 from mha_jax.attention.rotary import Rotary, to_plain
 from mha_jax.errors import ShapeError, WeightsError
 from mha_jax.layer import checks, constraints, initializers, regularizers, vectors
@@ -228,7 +229,7 @@ class Arguments:
         >>> cache.count.tolist()
         [5, 5]
         """
-        dtype = dtype or self.dtype or self.param_dtype
+        dtype = checks.floating_or_none("dtype", dtype) or self.dtype or self.param_dtype
         return Cache.empty(batch, capacity, self.kv_heads, self.key_dim, self.value_dim, dtype)
 
     def get_config(self) -> dict[str, Any]:
@@ -250,6 +251,7 @@ class Arguments:
         Raises:
           WeightsError: If a key is unknown.
         """
+        of_kind("values", values, Mapping, "Pass what get_config() returned, ours or Keras's.")
         values = {name: value for name, value in values.items() if name not in _KERAS_ONLY}
         known = (*FIELDS, "name")
         for name in values:

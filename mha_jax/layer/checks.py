@@ -5,18 +5,16 @@ says what was expected, and how to fix it.
 """
 
 import difflib
-import functools
 import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax
-import jax.core
-import jax.numpy as jnp
-import numpy as np
-
+from mha_jax.attention.given import floating as floating
+from mha_jax.attention.given import is_integer as is_integer
+from mha_jax.attention.given import precision as precision
+from mha_jax.attention.given import switch as switch
 from mha_jax.attention.rotary import Rotary, from_plain
 from mha_jax.errors import ArgumentError, ShapeError
 from mha_jax.layer import vectors
@@ -25,17 +23,13 @@ _WIDTH = "It is the width, x.shape[-1], of what the layer will be called with."
 _SIZE = "key_dim and value_dim are the sizes of one head; torch's embed_dim is num_heads * key_dim here."
 
 
-def is_integer(x: Any) -> bool:
-    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
-
-
 def positive(name: str, x: Any, wanted: str = "a positive integer") -> int:
     """Return a positive integer.
 
     Raises:
       ShapeError: If it is none.
     """
-    if not is_integer(x) or x <= 0:
+    if not is_integer(x) or not 0 < x < 2**31:
         hint = _WIDTH if name.endswith("_features") else _SIZE
         raise ShapeError(f"{name} must be {wanted}: got {x!r}. {hint}")
     return int(x)
@@ -48,26 +42,6 @@ def positive_or_none(name: str, x: Any) -> int | None:
       ShapeError: If it is neither.
     """
     return None if x is None else positive(name, x, "a positive integer or None")
-
-
-def switch(name: str, x: Any, wanted: str = "True or False") -> bool:
-    """Return a switch, which is part of the compiled program.
-
-    Raises:
-      ShapeError: If it is traced, or neither True nor False.
-    """
-    if isinstance(x, (bool, np.bool_)):
-        return bool(x)
-    if isinstance(x, jax.core.Tracer):
-        raise ShapeError(
-            f"{name} must be True or False while tracing: got a traced value. "
-            f"Mark it static (jax.jit(..., static_argnames='{name}'))."
-        )
-    got = f"an array of shape {x.shape}" if isinstance(x, (jax.Array, np.ndarray)) else repr(x)
-    raise ShapeError(
-        f"{name} must be {wanted}: got {got}. No text, number or array stands for a switch; an array that "
-        "says which query may attend to which key is attention_mask."
-    )
 
 
 def switch_or_none(name: str, x: Any) -> bool | None:
@@ -199,7 +173,7 @@ def sizes_or_none(name: str, x: Any) -> tuple[int, ...] | None:
     if sizes is None:
         return None
     listed = isinstance(sizes, (tuple, list)) and len(sizes) > 0
-    if not listed or not all(is_integer(size) and size > 0 for size in sizes):
+    if not listed or not all(is_integer(size) and 0 < size < 2**31 for size in sizes):
         raise ShapeError(
             f"{name} must be a positive integer, a tuple of them, or None: got {x!r}. "
             "It is the shape of the output's features, without batch and sequence axes."
@@ -224,23 +198,6 @@ def axes_or_none(name: str, x: Any) -> tuple[int, ...] | None:
     return tuple(int(axis) for axis in axes)
 
 
-def floating(name: str, x: Any, wanted: str = "a floating-point dtype") -> Any:
-    """Return a dtype, as it was given.
-
-    Raises:
-      ShapeError: If it is none of floating-point numbers.
-    """
-    try:
-        found = None if x is None else jnp.dtype(x)
-    except TypeError:
-        found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
-        raise ShapeError(
-            f"{name} must be {wanted}: got {x!r}. Pass jnp.bfloat16 or 'float32', say."
-        )
-    return x
-
-
 def floating_or_none(name: str, x: Any) -> Any:
     """Return a dtype, as it was given, or None.
 
@@ -248,29 +205,6 @@ def floating_or_none(name: str, x: Any) -> Any:
       ShapeError: If it is neither.
     """
     return None if x is None else floating(name, x, "a floating-point dtype or None")
-
-
-def precision(name: str, x: Any) -> Any:
-    """Return a precision of products, as it was given.
-
-    Raises:
-      ShapeError: If `jnp.einsum` does not take it.
-    """
-    try:
-        if x is not None:
-            _try_precision(x)
-    except (TypeError, ValueError) as error:
-        raise ShapeError(
-            f"{name} must be what jnp.einsum takes, or None for the platform's default: got {x!r}. "
-            "Pass 'default', 'high', 'highest' or a jax.lax.Precision."
-        ) from error
-    return x
-
-
-@functools.cache
-def _try_precision(x: Any) -> None:
-    a = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    jax.eval_shape(functools.partial(jnp.matmul, precision=x), a, a)
 
 
 def merged(name: str, field: bool | None, argument: Any) -> bool:

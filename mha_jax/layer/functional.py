@@ -21,6 +21,7 @@ from mha_jax.attention.call import Call
 from mha_jax.attention.check import Names, check_mask, reads_segments
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.functions import after_sinks, attention_scores, checked
+from mha_jax.attention.given import random_key
 from mha_jax.attention.masks import Causal, Dense, Full, Mask, ValidKeys, ValidQueries, Window
 from mha_jax.attention.tokens import Tokens, zero_invalid
 from mha_jax.backends.sequence import Shards
@@ -73,6 +74,7 @@ def init_params(
     """
     if not arguments.keys() <= FIELDS.keys():
         checks.refuse_unknown(init_params, arguments, Inputs._fields, IN_A_CALL)
+    random_key("rng", rng)
     layer = Arguments(num_heads, key_dim, **arguments)
     shapes = layer.shapes(*axes.widths(query, value, key))
     keys = jax.random.split(rng, len(shapes))
@@ -148,6 +150,11 @@ def multi_head_attention(
     >>> multi_head_attention(params, x, x, use_causal_mask=True).shape
     (2, 5, 16)
     """
+    if on_projection is not None and not callable(on_projection):
+        raise ShapeError(
+            f"on_projection must be a function of a name and an array, or None: got {on_projection!r}. It "
+            "returns the array that is used."
+        )
     if not arguments.keys() <= OF_CALL.keys():
         checks.refuse_unknown(multi_head_attention, arguments, FIELDS, IN_THE_PARAMETERS)
     params = nn.meta.unbox(params)

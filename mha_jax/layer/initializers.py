@@ -40,8 +40,12 @@ class Initializer(Settings):
         ("value gain mean minval maxval", "a finite number", is_number),
         ("stddev", "a finite number of at least 0", lambda v: is_number(v, 0)),
         ("scale", "a finite number above 0", lambda v: is_number(v) and v > 0),
-        ("mode", f"one of {_MODES}", _MODES.__contains__),
-        ("distribution", f"one of {_DISTRIBUTIONS}", _DISTRIBUTIONS.__contains__),
+        ("mode", f"one of {_MODES}", lambda v: isinstance(v, str) and v in _MODES),
+        (
+            "distribution",
+            f"one of {_DISTRIBUTIONS}",
+            lambda v: isinstance(v, str) and v in _DISTRIBUTIONS,
+        ),
         ("seed", "None, an integer or a config", lambda v: v is None or isinstance(v, (int, dict))),
         ("input_axes output_axes", "None or a list", lambda v: v is None or isinstance(v, tuple)),
     )

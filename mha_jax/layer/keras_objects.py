@@ -12,6 +12,7 @@ from mha_jax.errors import ShapeError, WeightsError
 
 Rule: TypeAlias = tuple[str, str, Callable[[Any], bool]]  # names of settings, in words, as a test
 _LARGEST = sys.float_info.max
+_WORD = 2**31  # larger integers are no integers of JAX's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +31,14 @@ class Settings:
                 if name in names.split() and not holds(value):
                     got = f"{type(self).__name__} got {name}={value!r}"
                     raise ShapeError(f"{got}. Expected {expected}.")
-            value = float(value) if self.floats and isinstance(value, int) else value
+            if isinstance(value, int) and name != "seed" and (self.floats or abs(value) >= _WORD):
+                value = float(value)
             object.__setattr__(self, name, value)
 
 
 def is_number(value: Any, least: float = -_LARGEST, most: float = _LARGEST) -> bool:
-    return isinstance(value, (int, float)) and least <= value <= most
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and least <= value <= most
 
 
 @dataclasses.dataclass(frozen=True)

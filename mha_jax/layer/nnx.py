@@ -7,6 +7,7 @@ is its `variables["params"]`, and `nnx.update(layer, variables["params"])` goes 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Never
 
 import flax.core
@@ -18,6 +19,7 @@ from flax import nnx
 from mha_jax.attention.biases import Bias
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.dropout import Dropout
+from mha_jax.attention.given import of_kind
 from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError, UnsupportedError
@@ -314,6 +316,8 @@ class MultiHeadAttention(Arguments, nnx.Module):
         >>> bool((layer(x, x) == module.apply(variables, x, x)).all())
         True
         """
+        of_kind("module", module, LinenAttention, "It is made by mj.MultiHeadAttention(...).")
+        of_kind("variables", variables, Mapping, 'Pass {"params": ...}, what module.init returns.')
         params = nn.meta.unbox(variables.get("params", {}))
         projections.check_names(params, module.has_bias, module.use_gate)
         widths = (params[name]["kernel"].shape[0] for name in ("query", "value", "key"))

@@ -7,7 +7,7 @@ Kernels are three-dimensional, as in Keras: query (D, N, H), key (D, K, H), valu
 (D, N, V), output (N, V, *output_shape); biases (N, H), (K, H), (K, V), (N, V), output_shape.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +53,20 @@ def init(
     return params
 
 
+def check_trees(params: Params) -> None:
+    """Refuse what is no tree of parameters.
+
+    Raises:
+      WeightsError: Saying what is.
+    """
+    trees = isinstance(params, Mapping) and all(isinstance(x, Mapping) for x in params.values())
+    if not trees:
+        raise WeightsError(
+            f"the parameters must be {{'query': {{'kernel': ..., 'bias': ...}}, ...}}: got "
+            f'{type(params).__name__}. Pass variables["params"] of the layer, or what init_params returns.'
+        )
+
+
 def check_names(
     params: Params, has_bias: Callable[[str], bool] | None = None, use_gate: bool = False
 ) -> None:
@@ -65,6 +79,7 @@ def check_names(
     Raises:
       WeightsError: Naming what is missing, or too many.
     """
+    check_trees(params)
     names = ("query", "key", "value", *(["gate"] if use_gate else []), "attention_output")
     missing = [name for name in names if name not in params or "kernel" not in params[name]]
     if missing:

@@ -23,7 +23,7 @@ class Regularizer(Settings):
 
     rules = (
         ("l1 l2 factor", _FACTOR, lambda value: is_number(value, 0)),
-        ("mode", "'rows' or 'columns'", ("rows", "columns").__contains__),
+        ("mode", "'rows' or 'columns'", lambda v: isinstance(v, str) and v in ("rows", "columns")),
     )
     floats = True
 

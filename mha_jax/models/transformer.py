@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mha_jax.attention.cache import Cache
+from mha_jax.attention.given import as_array, integer
 from mha_jax.errors import ShapeError
 from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.models.sizes import check_config
@@ -91,6 +92,8 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
     >>> sinusoids(jnp.arange(5), 8).shape
     (5, 8)
     """
+    integer("width", width, 0, 2**31 - 1, "It counts the features of a token.")
+    positions = jnp.asarray(as_array("positions", positions, "integers"))
     if width % 2:
         raise ShapeError(
             f"positions are half sines, half cosines, which need an even number of features: got {width}. "

@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from mha_jax.attention.given import as_array, text
 from mha_jax.errors import ShapeError
 from mha_jax.types import Float
 
@@ -17,7 +18,10 @@ def numbers(name: str, array: Any, *forms: str) -> np.ndarray:
     Raises:
       ShapeError: If it is of another rank, empty, or holds NaN, Inf or negative numbers.
     """
-    array = np.asarray(array, np.float32)
+    array = np.asarray(as_array(name, array, f"{' or '.join(forms)}, numbers"))
+    if np.iscomplexobj(array):
+        raise ShapeError(f"{name} must be real numbers: got {array.dtype}. Pass weights.")
+    array = array.astype(np.float32)
     if array.ndim not in [_rank(form) for form in forms]:
         raise ShapeError(
             f"{name} must be {' or '.join(forms)}: got shape {array.shape}. Pictures are of one example: "
@@ -60,6 +64,29 @@ def each_layer(name: str, arrays: Any, *forms: str) -> list[np.ndarray]:
     return checked
 
 
+def sequence(name: str, labels: Any) -> None:
+    """Refuse what is neither None nor labels in their order.
+
+    Raises:
+      ShapeError: Saying what is.
+    """
+    flat = isinstance(labels, (str, list, tuple)) or np.ndim(labels) == 1
+    if labels is not None and not (flat and hasattr(labels, "__len__")):
+        raise ShapeError(
+            f"{name} must be labels, one for each, or None: got {type(labels).__name__}. Pass a list."
+        )
+
+
+def texts(**given: Any) -> None:
+    """Refuse titles and names that are no texts.
+
+    Raises:
+      ShapeError: Naming the argument.
+    """
+    for name, x in given.items():
+        text(name, x, "It is written into the picture; pass '' for none.")
+
+
 def check_labels(
     scores: Float[np.ndarray, "*N T S"], queries: Labels, keys: Labels
 ) -> tuple[list[str] | None, list[str] | None]:
@@ -68,6 +95,8 @@ def check_labels(
     Raises:
       ShapeError: If their number is not that of the rows or columns.
     """
+    for side, labels in (("queries", queries), ("keys", keys)):
+        sequence(side, labels)
     rows, columns = scores.shape[-2:]
     counts = (
         len(queries) if queries is not None else rows,

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from mha_jax.attention.masks import Mask
+from mha_jax.attention.given import as_array, of_kind
+from mha_jax.attention.masks import Mask, check_mask
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
-from mha_jax.visualize.inputs import Labels, check_labels, each_layer, numbers
+from mha_jax.visualize.inputs import Labels, check_labels, each_layer, numbers, sequence, texts
 
 # Inches of a whole picture, about the width of a page.
 _PAGE = 11.0
@@ -40,9 +41,12 @@ def heads(
 
     >>> figure = heads(np.full((2, 3, 3), 1 / 3), queries="abc", keys="abc")
     """
+    texts(query_name=query_name, key_name=key_name, title=title)
+    scores = as_array("scores", scores, "weights [N, T, S], or their mean over the heads [T, S]")
     if np.ndim(scores) == 2:
         scores, names = np.asarray(scores)[None], ["mean over heads"]
     else:
+        scores = numbers("scores", scores, "[N, T, S]")
         names = [f"head {n}" for n in range(len(scores))]
     scores = numbers("scores", scores, "[N, T, S]")
     rows, columns = check_labels(scores, queries, keys)
@@ -147,6 +151,7 @@ def layers(
 
     >>> figure = layers([np.eye(3)[None], np.eye(3)[None]])
     """
+    texts(title=title)
     every = each_layer("scores", scores, "[N, T, S]")
     names = layer_names(names, len(every))
     from mha_jax.visualize.pictures import Panel, Picture, draw_map, draw_scale, finish, plain
@@ -200,6 +205,10 @@ def masks(
     >>> from mha_jax import Causal, Window
     >>> figure = masks({"Causal()": Causal(), "Window(1, 1)": Window(1, 1)}, Tokens(5))
     """
+    of_kind("rules", rules, Mapping, "Pass masks by name, {'causal': mj.Causal()}.")
+    texts(title=title, **{f"name {name!r}": name for name in rules})
+    for name, rule in rules.items():
+        check_mask(f"rules[{name!r}]", rule)
     if not rules:
         raise ShapeError("there is no mask to draw: got {}. Expected masks by name.")
     keys = queries if keys is None else keys
@@ -217,6 +226,7 @@ def layer_names(names: Sequence[str] | None, count: int) -> Sequence[str]:
     Raises:
       ShapeError: If there are too few or too many.
     """
+    sequence("names", names)
     if names is None:
         return [f"layer {i}" for i in range(count)]
     if len(names) != count:

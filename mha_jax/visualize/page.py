@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mha_jax.errors import ShapeError
-from mha_jax.visualize.inputs import Labels, check_labels, numbers
+from mha_jax.visualize.inputs import Labels, check_labels, numbers, texts
 
 # Weights that a page may carry, a byte each: a notebook with more opens slowly.
 _MOST = 2**21
@@ -56,6 +56,7 @@ def html(
     >>> "<script>" in page.text and "http" not in page.text
     True
     """
+    texts(query_name=query_name, key_name=key_name)
     scores = numbers("scores", scores, "[N, T, S]")
     if scores.size > _MOST:
         raise ShapeError(

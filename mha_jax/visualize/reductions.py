@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mha_jax.errors import ShapeError
-from mha_jax.visualize.inputs import each_layer, numbers
+from mha_jax.visualize.inputs import each_layer, numbers, texts
 from mha_jax.visualize.maps import layer_names
 
 
@@ -33,6 +33,7 @@ def entropy(
 
     >>> figure = entropy([np.full((2, 3, 4), 1 / 4)])
     """
+    texts(title=title)
     every = each_layer("layers", layers, "[N, T, S]", "[N, T]")
     names = layer_names(names, len(every))
     values = np.stack([_entropies(layer).mean(axis=1) for layer in every])

@@ -4,6 +4,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from mha_jax.attention.given import of_kind
 from mha_jax.errors import ShapeError
 
 
@@ -24,6 +27,14 @@ def curves(
     """
     from mha_jax.visualize.pictures import INK, Picture, finish
 
+    hint = "Pass steps and values by name, {'loss': ([0, 50], [4.0, 1.2])}."
+    of_kind("series", series, Mapping, hint)
+    for name, pair in series.items():
+        fits = isinstance(pair, (tuple, list)) and len(pair) == 2
+        if not fits or np.ndim(pair[0]) != 1 or np.shape(pair[0]) != np.shape(pair[1]):
+            raise ShapeError(
+                f"series[{name!r}] must be steps and as many values: got {pair!r}. {hint}"
+            )
     if not series:
         raise ShapeError("series holds no figures to draw. Expected steps and values by name.")
     picture = Picture(figsize=(3.6 * len(series), 2.8), layout="constrained")

@@ -9,6 +9,7 @@ import numpy as np
 
 from mha_jax.attention import hidden
 from mha_jax.attention.call import Moves, Output, Problem, State
+from mha_jax.attention.given import of_kind
 from mha_jax.backends.base import Backend
 from mha_jax.backends.blockwise import few_rows, passes
 from mha_jax.backends.blockwise.layout import Apart, Grouped
@@ -77,6 +78,13 @@ class Blockwise(Backend):
                     f"Blockwise({name}={size!r}) is no size of a tile: expected a positive integer, or None "
                     "to choose one."
                 )
+        if self.tuning is not None:
+            of_kind(
+                "tuning of Blockwise",
+                self.tuning,
+                Tuning,
+                "Pass blockwise.CPU or GPU, say, or None.",
+            )
         for name in ("exhaustive", "apart"):
             if not isinstance(getattr(self, name), bool):
                 raise ShapeError(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import io_callback
 
 from mha_jax.attention.call import Moves, Output, Problem, State
+from mha_jax.attention.given import of_kind
 from mha_jax.backends.base import Backend
 from mha_jax.backends.pallas_tpu import rules
 
@@ -34,6 +35,22 @@ class PallasTPU(Backend):
 
     sizes: Any = None
     interpret: Any = False
+
+    def __post_init__(self):
+        if self.sizes is not None:
+            from mha_jax.backends.pallas_tpu.sizes import Sizes
+
+            of_kind(
+                "sizes of PallasTPU",
+                self.sizes,
+                Sizes,
+                "Pass one of pallas_tpu.sizes.SIZES.values().",
+            )
+        if not isinstance(self.interpret, bool):
+            from jax.experimental.pallas import tpu as pltpu
+
+            hint = "Pass False, True, or pltpu.InterpretParams()."
+            of_kind("interpret of PallasTPU", self.interpret, pltpu.InterpretParams, hint)
 
     def why_not(self, problem: Problem, platform: str) -> str | None:
         if platform != "tpu" and not self.interpret:

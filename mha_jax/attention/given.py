@@ -1,0 +1,181 @@
+"""What a caller gave, told apart at every door in the same words: arrays, integers, switches, dtypes, keys.
+
+(name, value) -> the value as it is used. What cannot be meant is a `ShapeError` that names the argument, says
+what was expected, and how to fix it.
+"""
+
+import functools
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from mha_jax.errors import ShapeError
+from mha_jax.types import Array, ArrayLike
+
+
+def is_integer(x: Any) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def integer(name: str, x: Any, least: int, most: int, hint: str) -> int:
+    """Return an integer from `least` to `most`.
+
+    Raises:
+      ShapeError: If it is none.
+    """
+    if not is_integer(x) or not least <= x <= most:
+        raise ShapeError(f"{name} must be an integer from {least} to {most}: got {x!r}. {hint}")
+    return int(x)
+
+
+def as_array(name: str, x: Any, wanted: str) -> ArrayLike:
+    """Return an array of numbers or truth values, of a nested list too.
+
+    Raises:
+      ShapeError: If it is none.
+    """
+    a = x
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        try:
+            a = jnp.asarray(x)
+        except (OverflowError, TypeError, ValueError):
+            a = None
+    kinds = jnp.number, jnp.bool_
+    if a is None or not any(jnp.issubdtype(a.dtype, kind) for kind in kinds):
+        got = type(x).__name__ if not hasattr(x, "dtype") else f"{x.dtype}{list(np.shape(x))}"
+        raise ShapeError(f"{name} must be {wanted}: got {got}. Convert it with np.asarray first.")
+    return a
+
+
+def integers(
+    name: str, x: Any, forms: Sequence[tuple[int | None, ...]], least: int, most: int, hint: str
+) -> Array:
+    """Return 32-bit integers of one of the shapes `forms`, None for any size; known ones are in their range.
+
+    Raises:
+      ShapeError: If they are none.
+    """
+    a = as_array(name, x, "integers")
+    fits = any(
+        len(form) == len(a.shape) and all(n in (None, m) for n, m in zip(form, a.shape))
+        for form in forms
+    )
+    known = not isinstance(a, jax.core.Tracer)
+    got = f"{a.dtype}{list(a.shape)}"
+    if fits and known and jnp.issubdtype(a.dtype, jnp.integer) and a.size:
+        low, high = int(np.min(a)), int(np.max(a))
+        fits, got = least <= low and high <= most, f"values from {low} to {high}"
+    if not fits or not jnp.issubdtype(a.dtype, jnp.integer):
+        shapes = " or ".join(str(list(form)).replace("None", "R") for form in forms)
+        raise ShapeError(
+            f"{name} must be integers from {least} to {most} of shape {shapes}: got {got}. {hint}"
+        )
+    return jnp.asarray(a).astype(jnp.int32)
+
+
+def of_kind(name: str, x: Any, kind: type, hint: str) -> Any:
+    """Return a value that is of a class.
+
+    Raises:
+      ShapeError: If it is not.
+    """
+    if not isinstance(x, kind):
+        got = x.__name__ + " itself" if isinstance(x, type) else type(x).__name__
+        raise ShapeError(f"{name} must be of class {kind.__name__}: got {got}. {hint}")
+    return x
+
+
+def text(name: str, x: Any, hint: str) -> str:
+    """Return a text.
+
+    Raises:
+      ShapeError: If it is none.
+    """
+    if not isinstance(x, str):
+        raise ShapeError(f"{name} must be a text: got {type(x).__name__}. {hint}")
+    return x
+
+
+def random_key(name: str, key: Any) -> Any:
+    """Return the words of one JAX key, two or four of them.
+
+    Raises:
+      ShapeError: If it is not one key.
+    """
+    kind = getattr(key, "dtype", None)
+    typed = kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key)
+    words = jax.random.key_data(key) if typed else key
+    shape = jnp.shape(words) if kind is not None else None
+    if (typed and key.ndim) or shape not in ((2,), (4,)) or words.dtype != jnp.uint32:
+        got = f"{kind}{list(jnp.shape(key))}" if kind is not None else repr(key)
+        raise ShapeError(
+            f"{name} must be one JAX key: got {got}. Pass jax.random.key(0), or one of those that "
+            "jax.random.split returns."
+        )
+    return words
+
+
+def switch(name: str, x: Any, wanted: str = "True or False") -> bool:
+    """Return a switch, which is part of the compiled program.
+
+    Raises:
+      ShapeError: If it is traced, or neither True nor False.
+    """
+    if isinstance(x, (bool, np.bool_)):
+        return bool(x)
+    if isinstance(x, jax.core.Tracer):
+        raise ShapeError(
+            f"{name} must be True or False while tracing: got a traced value. "
+            f"Mark it static (jax.jit(..., static_argnames='{name}'))."
+        )
+    got = f"an array of shape {x.shape}" if isinstance(x, (jax.Array, np.ndarray)) else repr(x)
+    raise ShapeError(
+        f"{name} must be {wanted}: got {got}. No text, number or array stands for a switch; an array that "
+        "says which query may attend to which key is attention_mask."
+    )
+
+
+def floating(name: str, x: Any, wanted: str = "a floating-point dtype") -> Any:
+    """Return a dtype, as it was given.
+
+    Raises:
+      ShapeError: If it is none of floating-point numbers.
+    """
+    try:
+        array = x is None or isinstance(x, (jax.Array, np.ndarray))
+        found = None if array else jnp.dtype(x)
+    except (TypeError, ValueError):
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ShapeError(
+            f"{name} must be {wanted}: got {x!r}. Pass jnp.bfloat16 or 'float32', say."
+        )
+    return x
+
+
+def precision(name: str, x: Any) -> Any:
+    """Return a precision of products, as it was given.
+
+    Raises:
+      ShapeError: If `jnp.einsum` does not take it.
+    """
+    try:
+        if x is not None:
+            _try_precision(x)
+    except (TypeError, ValueError) as error:
+        raise ShapeError(
+            f"{name} must be what jnp.einsum takes, or None for the platform's default: got {x!r}. "
+            "Pass 'default', 'high', 'highest' or a jax.lax.Precision."
+        ) from error
+    return x
+
+
+@functools.cache
+def _try_precision(x: Any) -> None:
+    a = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    jax.eval_shape(functools.partial(jnp.matmul, precision=x), a, a)
