@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import mha_jax as mj
 from mha_jax.backends.blockwise import Blockwise
 from tests.backends import backends, counting, tiles
+from tests.programs import NAMES, disabled, hvp, loss, program, under
 
 BACKENDS = {"automatic": None} | backends(
     small_tiles=tiles(4, 4), apart=Blockwise(block_q=4, block_k=4, apart=True)
@@ -35,30 +36,6 @@ def arrays(length=T):
 
 def attend(backend, options):
     return lambda q, k, v: mj.dot_product_attention(q, k, v, backend=backend, **options)
-
-
-def loss(f):
-    return lambda *args: jnp.sum(jnp.sin(f(*args)))
-
-
-def hvp(f):
-    return lambda *args: jax.jvp(jax.grad(loss(f), (0, 1, 2)), args, args)[1]
-
-
-def disabled(f):
-    def run(*args):
-        with jax.disable_jit():
-            return f(*args)
-
-    return run
-
-
-def under(switch, f):
-    def run(*args):
-        with switch:
-            return f(*args)
-
-    return run
 
 
 def mapped(f):
@@ -103,6 +80,29 @@ def test_a_program_gives_what_the_formula_gives(program, backend, options):
 
 
 PLAIN: dict = {}
+
+
+@pytest.fixture
+def quickly_compiled():
+    """Compile without what makes programs fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_program_of_the_list_runs_on_every_backend(name):
+    options = {"mask": mj.Causal()}
+    args = tuple(a[:2, :, :2, :2] for a in arrays(length=3))
+    want = program(name)(attend("reference", options))(*args)
+    for backend in BACKENDS.keys() - {"reference", "blockwise"}:
+        got = program(name)(attend(BACKENDS[backend], options))(*args)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, want)
+
+
+def test_the_list_has_a_hundred_programs():
+    assert len({*PROGRAMS, *NAMES}) >= 100
 
 
 @pytest.mark.parametrize("backend", ["blockwise", "apart", "reference"])
