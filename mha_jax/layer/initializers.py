@@ -301,7 +301,11 @@ def serialize(initializer: Any) -> dict[str, Any]:
 
 
 def initialize(
-    initializer: Any, key: PRNGKey, shape: Shape, dtype: DType = jnp.float32, in_axes: int = 1
+    initializer: Any,
+    key: PRNGKey | None,
+    shape: Shape,
+    dtype: DType = jnp.float32,
+    in_axes: int = 1,
 ) -> Any:
     """Draw a kernel or a bias.
 

@@ -65,7 +65,7 @@ class Digits:
     def batch(self, step: int) -> Batch:
         return cast(Batch, self.batches[step])
 
-    def inputs(self, batch: Batch) -> tuple[jax.Array, ...]:
+    def inputs(self, batch: Batch) -> tuple[jax.typing.ArrayLike, ...]:
         return (batch["images"],)
 
     def loss(self, outputs: jax.Array, batch: Batch) -> jax.Array:

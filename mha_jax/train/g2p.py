@@ -199,7 +199,7 @@ class Spelling:
     def batch(self, step: int) -> Batch:
         return cast(Batch, self.batches[step])
 
-    def inputs(self, batch: Batch) -> tuple[jax.Array, ...]:
+    def inputs(self, batch: Batch) -> tuple[jax.typing.ArrayLike, ...]:
         return batch["source"], batch["target"][:, :-1], batch["source"] != PAD
 
     def loss(self, outputs: jax.Array, batch: Batch) -> jax.Array:

@@ -81,7 +81,7 @@ class Characters:
     def batch(self, step: int) -> Batch:
         return cast(Batch, self.batches[step])
 
-    def inputs(self, batch: Batch) -> tuple[jax.Array, ...]:
+    def inputs(self, batch: Batch) -> tuple[jax.typing.ArrayLike, ...]:
         return (batch["text"][:, :-1],)
 
     def loss(self, outputs: jax.Array, batch: Batch) -> jax.Array:

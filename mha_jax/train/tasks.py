@@ -40,7 +40,7 @@ class Task(Protocol):
 
     def __init__(self, config: Any): ...
 
-    def inputs(self, batch: Batch) -> tuple[jax.Array, ...]:
+    def inputs(self, batch: Batch) -> tuple[jax.typing.ArrayLike, ...]:
         """The model's positional arguments."""
         ...
 
