@@ -32,6 +32,10 @@ LONG = (
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=300, help="calls of tests/test_fuzz.py")
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 

@@ -1,0 +1,55 @@
+"""Random calls against the formula in float64: hundreds here, as many as are asked for with `--fuzz N`.
+
+A call that falls is printed as Python that makes it again; those that once fell are kept below.
+"""
+
+import pytest
+
+from tests.fuzz_calls import FunctionCall, draw_function_call
+
+SEED = 2
+TOGETHER = 4  # calls of one program
+KEPT = [
+    # Gradients of returned scores beside sinks: the largest logit counted twice.
+    FunctionCall(seed=1, lead=(2,), lengths=(5, 4), heads=(3, 1), sinks=True, scores=True),
+    FunctionCall(seed=2, lengths=(3, 0), sinks=True, scores=True),
+    # A prefix that is a Python integer, where integers have 64 bits.
+    FunctionCall(seed=3, mask="PrefixLM(3)", dtype="float64"),
+    # Two biases of 32 bits, whose sum was rounded to 32 bits beside logits of 64.
+    FunctionCall(
+        seed=4,
+        backend="tiles_4_4",
+        dtype="float64",
+        bias="Array(either(5, -1e9, 5, 7)) + Array(either(6, 1e6, 5, 7))",
+    ),
+]
+
+
+def pytest_generate_tests(metafunc):
+    if "first" in metafunc.fixturenames:
+        metafunc.parametrize("first", range(0, metafunc.config.getoption("--fuzz"), TOGETHER))
+
+
+def check(call):
+    try:
+        call.check()
+    except Exception as error:
+        lines = f"{error}\n\nfrom tests.fuzz_calls import *\n{call!r}.check()"
+        raise AssertionError(lines) from error
+
+
+def test_random_calls_give_what_the_formula_gives(first):
+    for index in range(first, first + TOGETHER):
+        check(draw_function_call(SEED, index))
+
+
+@pytest.mark.parametrize("call", KEPT, ids=lambda call: str(call.seed))
+def test_calls_that_fell(call):
+    check(call)
+
+
+def test_a_call_is_printed_as_python_that_makes_it_again():
+    words = {"FunctionCall": FunctionCall, "nan": float("nan"), "inf": float("inf")}
+    for index in range(64):
+        call = draw_function_call(SEED, index)
+        assert repr(eval(repr(call), words)) == repr(call)
