@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -338,7 +338,7 @@ def initialize(
     wanted = (math.prod(shape[:in_axes]), math.prod(shape[in_axes:]))
     if in_axes == 0 or named or isinstance(initializer, Unflattened):
         wanted = shape
-    drawn = initializer(key, wanted, dtype)
+    drawn = cast(Any, initializer)(key, wanted, dtype)  # of one's own, it may need no key
     got = [getattr(leaf, "shape", type(leaf).__name__) for leaf in jax.tree.leaves(drawn)]
     if got != [wanted]:
         raise ShapeError(
