@@ -37,7 +37,7 @@ from mha_jax.engine import mesh as meshes
 from mha_jax.engine.choose import PLATFORMS, complete, default_platform
 from mha_jax.engine.cuts import Cut, pad, padded, plan, without_padded_keys
 from mha_jax.engine.mesh import Place, Wanted
-from mha_jax.types import Array
+from mha_jax.types import Array, ArrayLike
 
 
 class Level(NamedTuple):
@@ -309,7 +309,7 @@ def _cut_program(
     return jax.jit(function)
 
 
-def _run(*leaves: Array, this: Pass, types: Any, asks: Any) -> list[Array]:
+def _run(*leaves: ArrayLike, this: Pass, types: Any, asks: Any) -> list[Array]:
     leaves = tuple(map(jnp.asarray, leaves))  # numbers stand here for arrays of one
     place = meshes.place_of_arrays(leaves)
     program = _program(this, leaves, types, default_platform(), place)

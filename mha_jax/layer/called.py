@@ -4,7 +4,17 @@ A signature for each of the three doors, linen, nnx and the function; at run tim
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeAlias, TypedDict, Unpack, cast, overload
+from typing import (
+    Any,
+    Literal,
+    Protocol,
+    TypeAlias,
+    TypedDict,
+    Unpack,
+    cast,
+    overload,
+    runtime_checkable,
+)
 
 from mha_jax.attention.biases import Bias
 from mha_jax.attention.cache import Cache
@@ -50,6 +60,7 @@ class _OfFunction(_Options, total=False):
     logit_cap: float | None
 
 
+@runtime_checkable
 class OfLinen(Protocol):
     """The call of `mj.MultiHeadAttention`."""
 
@@ -114,6 +125,7 @@ class OfLinen(Protocol):
     ) -> Any: ...
 
 
+@runtime_checkable
 class OfNnx(Protocol):
     """The call of `mj.nnx.MultiHeadAttention`."""
 
@@ -178,6 +190,7 @@ class OfNnx(Protocol):
     ) -> Any: ...
 
 
+@runtime_checkable
 class OfFunction(Protocol):
     """`mj.multi_head_attention`."""
 

@@ -3,7 +3,7 @@
 All else in the kernels, barriers, copies and masks, is what both run.
 """
 
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from mha_jax.types import Array
 TILE = plgpu.Layout.WGMMA
 
 
+@runtime_checkable
 class Products(Protocol):
     """Products of operands in shared memory, summed in float32."""
 
