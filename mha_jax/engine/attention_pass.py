@@ -310,10 +310,10 @@ def _cut_program(
 
 
 def _run(*leaves: ArrayLike, this: Pass, types: Any, asks: Any) -> list[Array]:
-    leaves = tuple(map(jnp.asarray, leaves))  # numbers stand here for arrays of one
-    place = meshes.place_of_arrays(leaves)
-    program = _program(this, leaves, types, default_platform(), place)
-    return meshes.run_at_once(program, leaves, types)
+    arrays = tuple(map(jnp.asarray, leaves))  # numbers stand here for arrays of one
+    place = meshes.place_of_arrays(arrays)
+    program = _program(this, arrays, types, default_platform(), place)
+    return meshes.run_at_once(program, arrays, types)
 
 
 def _lower(ctx: Any, *values: Any, this: Pass, types: Any, asks: Any, platform: str) -> Any:
