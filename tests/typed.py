@@ -9,13 +9,19 @@ What makes an instance is left out: settings take names and NumPy's numbers for 
 remakes pytrees with anything in the place of arrays.
 """
 
+import functools
 import inspect
+import operator
 import re
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Never
 
+import jax
+import numpy as np
 from beartype import BeartypeConf, beartype
-from jaxtyping import install_import_hook
+from jaxtyping import AbstractArray, install_import_hook
 
 _typed = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as for pyright
 
@@ -26,9 +32,23 @@ def checked(function: Callable) -> Callable:
     if function.__name__ == "__init__" or not any(re.fullmatch(r"ret\d+", x) for x in arguments):
         return function
     for name, kind in function.__annotations__.items():
-        if kind is Never:  # no such argument, which the package refuses by name
-            function.__annotations__[name] = Any
+        # Never is an argument that there is not, which the package refuses by name.
+        function.__annotations__[name] = Any if kind is Never else widened(kind)
     return _typed(function)
+
+
+def widened(kind: Any) -> Any:
+    """Let NumPy's arrays stand for JAX's: as such it hands on the constants of what it transforms."""
+    if kind is jax.Array:
+        return jax.Array | np.ndarray
+    if isinstance(kind, type) and issubclass(kind, AbstractArray):
+        return kind.dtype[widened(kind.array_type), kind.dim_str]
+    origin, inner = typing.get_origin(kind), tuple(map(widened, typing.get_args(kind)))
+    if origin in (typing.Union, types.UnionType):
+        return functools.reduce(operator.or_, inner)
+    if origin in (tuple, list, dict, Sequence, Mapping):
+        return origin[inner]
+    return kind
 
 
 def install() -> None:

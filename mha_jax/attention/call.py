@@ -96,7 +96,7 @@ class Logits:
         cap = jnp.asarray(self.cap, x.dtype)
         return cap * jnp.tanh(x / cap)
 
-    def slope(self, capped: Float[Array, "*R"]) -> Float[Array, "*R"]:
+    def slope(self, capped: Float[Array, "*R"]) -> Float[Array, "..."]:
         """Return the derivative of the cap, given its value; 1 without a cap."""
         if self.cap is None:
             return jnp.ones((), capped.dtype)
