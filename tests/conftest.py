@@ -14,7 +14,7 @@ os.environ.setdefault("TPU_WORKER_ID", "0")
 
 from tests.typed import install
 
-install()
+install(everything=bool(os.environ.get("MHA_JAX_TYPED")))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -1,4 +1,4 @@
-"""Annotations of the whole package, checked while the tests run.
+"""Annotations, checked while the tests run; of the whole package with MHA_JAX_TYPED=1 in the environment.
 
 jaxtyping makes two functions of every function's annotations: one of the arguments, called before it runs,
 and one of the arguments and the result, called once it has returned. Only the second is checked: what a
@@ -51,6 +51,10 @@ def widened(kind: Any) -> Any:
     return kind
 
 
-def install() -> None:
-    """Check everything in the package that is imported from now on."""
-    install_import_hook("mha_jax", f"{__name__}.{checked.__name__}")
+def install(everything: bool) -> None:
+    """Check what is imported from now on: the whole package, or where shapes meet most."""
+    if everything:
+        install_import_hook("mha_jax", f"{__name__}.{checked.__name__}")
+    else:
+        core = ("attention.softmax", "backends.reference", "backends.blockwise")
+        install_import_hook([f"mha_jax.{name}" for name in core], "beartype.beartype")

@@ -108,11 +108,11 @@ def reciprocal(l: Float[Array, "*R"]) -> Float[Array, "*R"]:
 
 
 def inverse(l: Float[Array, "*R"]) -> Float[Array, "*R"]:
-    """Return 1 / l of sums relative to their own maximum: at least 1, or 0 for rows that saw no key.
+    """Return 1 / l, or a large finite number for rows that saw no key: what these have summed up is 0.
 
-    Of those it returns 1, for what such a row has summed up is 0. One operation, which merges with the sum.
+    One operation, which merges with the sum.
     """
-    return 1 / jnp.maximum(l, jnp.ones_like(l))
+    return 1 / jnp.maximum(l, jnp.asarray(4 * jnp.finfo(l.dtype).tiny, l.dtype))
 
 
 def logsumexp(m: Float[Array, "*R"], l: Float[Array, "*R"]) -> Float[Array, "*R"]:

@@ -235,14 +235,14 @@ def types_say_nothing() -> Iterator[None]:
         yield
 
 
-def varying(x: Array) -> frozenset[str]:
+def varying(x: Any) -> frozenset[str]:
     """Return the manual mesh axes, those of a `jax.shard_map`, over which a value varies."""
     kind = jax.typeof(x)
     manual = getattr(kind, "manual_axis_type", None)  # jax 0.9 and later
     return kind.vma if manual is None else manual.varying
 
 
-def vary_alike(leaves: Sequence[Array]) -> list[Array]:
+def vary_alike(leaves: Sequence[Any]) -> list[Any]:
     """Let values vary over every manual mesh axis that one of them does.
 
     The cotangent of a value that is the same on all devices is then summed over them.
@@ -252,7 +252,7 @@ def vary_alike(leaves: Sequence[Array]) -> list[Array]:
     return [x if mine == names else _vary(x, names - mine) for x, mine in zip(leaves, own)]
 
 
-def _vary(x: Array, names: frozenset[str]) -> Array:
+def _vary(x: Any, names: frozenset[str]) -> Any:
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(x, tuple(names), to="varying")
     return jax.lax.pvary(x, tuple(names))  # type: ignore[attr-defined]  # before jax 0.9
@@ -274,7 +274,7 @@ class Place:
         return {name: self.mesh.shape[name] for name in self.free}
 
 
-def traced_mesh(x: Array) -> AbstractMesh | None:
+def traced_mesh(x: Any) -> AbstractMesh | None:
     """Return the mesh of the context, or that of a value's type; None where neither has one."""
     for mesh in (jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh):
         if not mesh.empty:
@@ -282,7 +282,7 @@ def traced_mesh(x: Array) -> AbstractMesh | None:
     return None
 
 
-def place_of_trace(x: Array) -> Place:
+def place_of_trace(x: Any) -> Place:
     """Return the place of a program that is traced, as far as it is known then."""
     mesh = traced_mesh(x)
     if mesh is None or mesh.size == 1:

@@ -6,7 +6,7 @@ import hashlib
 import html as escaping
 import json
 import pathlib
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -101,9 +101,10 @@ def _tokens(labels: list[str], weights: Any, scale: float, chosen: int = -1) -> 
     return "".join(_token(i == chosen, *pair, scale) for i, pair in enumerate(zip(labels, weights)))
 
 
-def _token(chosen: bool, label: str, weight: float | None, scale: float) -> str:
+def _token(chosen: bool, label: str, weight: SupportsFloat | None, scale: float) -> str:
     """Return a token in the colour of its weight, as the script draws it too."""
-    share, percent = (0.0, "") if weight is None else (weight / scale, f"{100 * weight:.0f}")
+    of_all = 0.0 if weight is None else float(weight)
+    share, percent = of_all / scale, "" if weight is None else f"{100 * of_all:.0f}"
     mark = ' class="chosen"' if chosen else ""
     return (
         f'<span tabindex="0"{mark} style="--share:{share:.3f}">{escaping.escape(label)}'

@@ -45,10 +45,10 @@ def forward(tiles: Tiles) -> State:
 
         start = softmax.start(q_row.shape[:-1], tiles.v.shape[-1], tiles.dtype)
         end = tiles.over(order, g, i, block, None if order.single else start)
-        share = softmax.inverse(end.l)
+        out = end.acc * softmax.inverse(end.l)
         if dropout is not None:
-            share = share * jnp.asarray(dropout.factor, tiles.dtype)
-        return None, ((end.acc * share).astype(problem.v.dtype), end.m, end.l)
+            out = out * jnp.asarray(dropout.factor, tiles.dtype)
+        return None, (out.astype(problem.v.dtype), end.m, end.l)
 
     _, (out, m, l) = scan(row, None, tiles.layout.groups, tiles.q_blocks)
     return State(tiles.queries_back(out), tiles.statistics_back(m), tiles.statistics_back(l))

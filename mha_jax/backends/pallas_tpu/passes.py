@@ -5,7 +5,7 @@ H query-key head size   V value head size
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -298,7 +298,7 @@ class _Kernel:
         outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
         scratch: dict[str, tuple[tuple[int, ...], Any]],
         chunk: Array | int,
-    ) -> list[Array]:
+    ) -> Sequence[Array]:
         """Run the kernel from column chunk `chunk` on."""
         g, order = self.plan.geometry, self.plan.order
         columns = {
