@@ -20,6 +20,7 @@ from mha_jax.attention.patterns import ChunkedCausal, Dilated, PrefixLM
 from mha_jax.attention.rotary import Rotary
 from mha_jax.attention.scores import scores_entropy, scores_max, scores_mean, scores_top_k
 from mha_jax.attention.tokens import Tokens
+from mha_jax.engine.remat import remat_policy
 from mha_jax.errors import MhaError, ShapeError, UnsupportedError, WeightsError
 from mha_jax.layer.functional import init_params, multi_head_attention
 from mha_jax.layer.linen import MultiHeadAttention
@@ -55,6 +56,7 @@ __all__ = [
     "explain",
     "init_params",
     "multi_head_attention",
+    "remat_policy",
     "scores_entropy",
     "scores_max",
     "scores_mean",

@@ -131,6 +131,7 @@ def blockwise(**options):
 CALL = mj.Call(Q, K, K)
 ARRAYS = {"query": Q, "key": K, "value": K}
 CACHE = mj.Cache.empty(batch=B, capacity=4, num_kv_heads=N, key_dim=H)
+LAYERS = mj.Cache.empty(batch=B, capacity=4, num_kv_heads=N, key_dim=H, layers=2)
 TABLE = np.ones((8, N), np.float32)
 SCORES = np.full((N, T, S), 1 / S, np.float32)
 SIZES = {"num_heads": N, "key_dim": H}
@@ -140,6 +141,10 @@ ON_NNX = mj.nnx.MultiHeadAttention(**SIZES, in_features=D, rngs=nnx.Rngs(0))
 DOORS = {
     # Functions.
     "dot_product_attention": Door(mj.dot_product_attention, ARRAYS),
+    "dot_product_attention with a cache": Door(
+        mj.dot_product_attention, {**ARRAYS, "query": K, "cache": CACHE}
+    ),
+    "remat_policy": Door(mj.remat_policy, {}),
     "attend": Door(mj.attend, {"call": CALL}),
     "attention_scores": Door(mj.attention_scores, {"call": CALL}),
     "explain": Door(mj.explain, {"call": CALL}),
@@ -173,6 +178,7 @@ DOORS = {
     "Cache.empty": Door(
         mj.Cache.empty, {"batch": 1, "capacity": 2, "num_kv_heads": 1, "key_dim": 3}
     ),
+    "Cache.of_layer": Door(LAYERS.of_layer, {"layer": 1}),
     "Cache.append": Door(CACHE.append, {"keys": K, "values": K}),
     "Cache.truncated": Door(CACHE.truncated, {"count": 1}),
     "Cache.reorder": Door(CACHE.reorder, {"rows": np.array([0])}),

@@ -1,7 +1,7 @@
 """The key-value cache: projected keys and values of the tokens so far, to decode without redoing
 them.
 
-B batch   C capacity   L tokens of a chunk   K key-value heads   H query-key head size
+Y layers   B batch   C capacity   L tokens of a chunk   K key-value heads   H query-key head size
 V value head size
 
 Heads come before slots, so that the products of a step read a head's tokens in one piece. A row
@@ -9,58 +9,28 @@ stores its real tokens one after the other from slot 0, so that a token's slot i
 may stand at different counts. Nothing is ever overwritten: a token past the
 capacity is not stored, yet counted, so that an overflow shows in the count for good. Masks do not
 know the cache: cached keys bring their `Tokens`.
+
+A rolling cache holds the last C tokens: a token's slot is its position modulo C, and masks know how
+far back they look, less than C. Where a chunk would overwrite what its first tokens still see, they
+attend to the slots as they were and to the chunk behind them.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import checkify
 
+from mha_jax.attention import cache_checks as checks
 from mha_jax.attention.brief import brief
 from mha_jax.attention.call import Call
-from mha_jax.attention.given import floating, integer, integers, is_integer
-from mha_jax.attention.masks import Mask, ValidKeys, pytree
+from mha_jax.attention.given import integer, integers
+from mha_jax.attention.masks import ValidKeys
+from mha_jax.attention.slots import Held, as_stored, lying, put, rounded, with_fresh
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int, Size
-
-_OVERFLOW = (
-    "the cache overflowed: row {row} was given {count} tokens and holds at most {capacity}. "
-    "Nothing was overwritten, the tokens past the end are missing. Make it larger, "
-    "empty_cache(batch, capacity), or stop before."
-)
-
-
-@pytree
-class Held(Mask):
-    """A slot that holds no token is not seen: `ValidKeys` for buffers that are zero elsewhere.
-
-    It does not say that it hides invalid keys, so that nobody zeroes, and thereby copies, them.
-    """
-
-    def visible(self, q, k):
-        return ValidKeys().visible(q, k)
-
-    def reach(self, q, k):
-        return ValidKeys().reach(q, k)
-
-
-def _put(buffer: Array, slots: Array, tokens: ArrayLike) -> Array:
-    """Write tokens [B, L, K, H] into the slots [B, L] of their rows; those past the end are dropped."""
-    tokens = jnp.asarray(tokens)
-    if slots.size == 1:
-        # Of one token alone XLA makes a slice, which it writes for each reader, on a copy of the buffer.
-        last = np.iinfo(np.int32).max
-        slots = jnp.pad(slots, ((0, 0), (0, 1)), constant_values=last)
-        tokens = jnp.pad(tokens, ((0, 0), (0, 1), (0, 0), (0, 0)))
-
-    def put(row, slots, tokens):
-        return row.at[:, slots].set(tokens.swapaxes(0, 1), mode="drop", unique_indices=True)
-
-    return jax.vmap(put)(buffer, slots, tokens)
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +44,10 @@ class Cache:
     Args:
       keys: Projected keys; zero where no token is.
       values: Projected values; zero where no token is.
-      count: Tokens that every row was given; more than the capacity where a row overflowed.
+      count: Tokens that every row was given; more than the capacity where a row overflowed, or rolls.
+      oldest: Position of the first token that a row still holds; None in a cache that does not roll.
+      key_scales, value_scales: What int8 keys and values are multiplied by; None where they are floats.
+      layer: Which of Y layers this cache is, whose buffers lie in one array, or None; see `of_layer`.
 
     >>> cache = Cache.empty(batch=2, capacity=7, num_kv_heads=3, key_dim=4)
     >>> chunk = jnp.ones((2, 5, 3, 4))
@@ -83,9 +56,13 @@ class Cache:
     [5, 2]
     """
 
-    keys: Float[Array, "B K C H"]
-    values: Float[Array, "B K C V"]
-    count: Int[Array, "B"]
+    keys: Any  # [B, K, C, H], of several layers [Y, B, K, C, H]
+    values: Any
+    count: Any  # [B] or [Y, B]
+    oldest: Any = None
+    key_scales: Any = None
+    value_scales: Any = None
+    layer: Any = None
 
     def __repr__(self) -> str:
         return brief(self)
@@ -99,6 +76,9 @@ class Cache:
         key_dim: int,
         value_dim: int | None = None,
         dtype: DType = jnp.float32,
+        *,
+        rolling: bool = False,
+        layers: int | None = None,
     ) -> "Cache":
         """Return a cache that holds nothing; `MultiHeadAttention.empty_cache` knows the sizes.
 
@@ -107,57 +87,102 @@ class Cache:
           capacity: Tokens C that a row can hold.
           num_kv_heads: Key-value heads K.
           key_dim, value_dim: Sizes of a head; `value_dim` is `key_dim` if None.
-          dtype: Of keys and values: that of the computation.
+          dtype: Of keys and values: that of the computation, or "int8", rounded with a scale for every
+            token and head.
+          rolling: Hold the last C tokens only, of a sequence without end.
+          layers: Layers Y whose buffers are one array, for `of_layer`; None for a cache of one layer.
 
         Raises:
-          ShapeError: If a size is no positive integer.
+          ShapeError: If a size is no positive integer, or the dtype is neither floating-point nor int8.
 
-        Cost: B C K (H + V) numbers.
+        Cost: Y B C K (H + V) numbers; of int8, a byte each and 8 Y B C K for the scales.
 
         >>> Cache.empty(2, 7, num_kv_heads=3, key_dim=4, value_dim=5).values.shape
         (2, 3, 7, 5)
         """
         value_dim = key_dim if value_dim is None else value_dim
-        sizes = {
-            "batch": batch,
-            "capacity": capacity,
-            "num_kv_heads": num_kv_heads,
-            "key_dim": key_dim,
-            "value_dim": value_dim,
-        }
-        for name, size in sizes.items():
-            if not is_integer(size) or not 0 < size < 2**31:
-                raise ShapeError(
-                    f"{name} of a cache must be a positive integer: got {size!r}. It is part of "
-                    "the buffers' shape, which no step changes."
-                )
-        floating("dtype", dtype)
-        heads = (batch, num_kv_heads, capacity)
+        more = {} if layers is None else {"layers": layers}
+        own = {"batch": batch, "capacity": capacity, "num_kv_heads": num_kv_heads}
+        checks.sizes(**own, key_dim=key_dim, value_dim=value_dim, **more)
+        dtype, outer = checks.stored(dtype, rolling), () if layers is None else (layers,)
+        heads = (*outer, batch, num_kv_heads, capacity)
+        scales = [jnp.zeros(heads, jnp.float32) if dtype == jnp.int8 else None for _ in range(2)]
         return cls(
             jnp.zeros((*heads, key_dim), dtype),
             jnp.zeros((*heads, value_dim), dtype),
-            jnp.zeros((batch,), jnp.int32),
+            jnp.zeros((*outer, batch), jnp.int32),
+            jnp.zeros((*outer, batch), jnp.int32) if rolling else None,
+            *scales,
         )
+
+    def of_layer(self, layer: int | Int[ArrayLike, ""]) -> "Cache":
+        """Return the cache of one layer, whose steps read and write the buffers of all layers in place.
+
+        So `lax.scan` over layers carries all their caches without copying any. `all_layers` goes back.
+
+        Args:
+          layer: A number from 0, traced or not.
+
+        Raises:
+          ShapeError: If the cache is that of one layer alone, or there is no such layer.
+
+        >>> caches = Cache.empty(2, 7, num_kv_heads=1, key_dim=1, layers=3)
+        >>> chunk = jnp.ones((2, 5, 1, 1))
+        >>> caches.of_layer(1).append(chunk, chunk).all_layers().count.tolist()
+        [[0, 0], [5, 5], [0, 0]]
+        """
+        return dataclasses.replace(self, layer=checks.layer(self, layer))
+
+    def all_layers(self) -> "Cache":
+        """Return the caches of all layers that `of_layer` chose one of."""
+        return dataclasses.replace(self, layer=None)
 
     @property
     def capacity(self) -> int:
         """Tokens that a row can hold, C."""
-        return self.keys.shape[2]
+        return self.keys.shape[-2]
 
     @property
-    def overflowed(self) -> Bool[Array, "B"]:
+    def rolling(self) -> bool:
+        """Whether it holds the last tokens only."""
+        return self.oldest is not None
+
+    def of_this_layer(self, numbers: Array) -> Int[Array, "B"]:
+        """Return the counts of this layer.
+
+        Raises:
+          ShapeError: If these are the caches of several layers.
+        """
+        checks.one_layer(self)
+        return numbers if self.layer is None else numbers[self.layer]
+
+    @property
+    def positions_of_slots(self) -> Int[Array, "B C"]:
+        """Positions of the tokens in all slots; below `oldest`, or past the count, where none is."""
+        slots = jnp.arange(self.capacity, dtype=jnp.int32)[None]
+        last = self.of_this_layer(self.count)[:, None] - 1
+        if not self.rolling:
+            return jnp.broadcast_to(slots, (last.shape[0], self.capacity))
+        return last - (last - slots) % self.capacity
+
+    @property
+    def overflowed(self) -> Bool[Array, "*Y B"]:
         """True for rows that were given more tokens than they can hold; never False again."""
-        return self.count > self.capacity
+        return (self.count > self.capacity) & (not self.rolling)
 
     @property
     def held(self) -> Bool[Array, "B C"]:
         """True for the slots that hold a token."""
-        return jnp.arange(self.capacity, dtype=jnp.int32)[None] < self.count[:, None]
+        positions = self.positions_of_slots
+        if self.rolling:
+            return positions >= self.of_this_layer(self.oldest)[:, None]
+        return positions < self.of_this_layer(self.count)[:, None]
 
     @property
     def tokens(self) -> Tokens:
         """The tokens of all slots, as masks read them: valid where the row holds one."""
-        return Tokens(self.capacity, valid=self.held)
+        index = self.positions_of_slots if self.rolling else None
+        return Tokens(self.capacity, index=index, valid=self.held)
 
     def next_positions(
         self, length: int, valid: Bool[ArrayLike, "#B L"] | None = None
@@ -172,24 +197,8 @@ class Cache:
         if valid is None:
             steps = jnp.arange(length, dtype=jnp.int32)[None]
         else:
-            steps = jnp.cumsum(self._flags(valid, length), axis=1, dtype=jnp.int32) - 1
-        return self.count[:, None] + steps
-
-    def _flags(self, valid: ArrayLike, length: int) -> Bool[Array, "#B L"]:
-        """Return what says which tokens of a chunk are real.
-
-        Raises:
-          ShapeError: If they are no booleans, or not as many as there are tokens.
-        """
-        kind, shape = getattr(valid, "dtype", None), np.shape(valid)
-        batch = self.count.shape[0]
-        if kind != jnp.bool_ or shape not in ((batch, length), (1, length)):
-            got = f"{kind}{list(shape)}" if kind is not None else type(valid).__name__
-            raise ShapeError(
-                f"valid must hold a boolean for every token, [B, L] = {[batch, length]} or {[1, length]}: "
-                f"got {got}. Of lengths, pass jnp.arange(L)[None] < lengths[:, None]; of numbers, valid != 0."
-            )
-        return jnp.asarray(valid)
+            steps = jnp.cumsum(checks.flags(self, valid, length), axis=1, dtype=jnp.int32) - 1
+        return self.of_this_layer(self.count)[:, None] + steps
 
     def append(
         self,
@@ -203,6 +212,7 @@ class Cache:
           keys, values: Projected keys and values, in the cache's dtype.
           valid: True for real tokens, all if None: only these are stored, without gaps, wherever
             in the chunk they stand. `jnp.arange(L)[None] < lengths[:, None]` for ragged lengths.
+            A rolling cache keeps the last `capacity` of them.
 
         Raises:
           ShapeError: If sizes or dtypes differ from the cache's, or, where the counts are known
@@ -211,29 +221,47 @@ class Cache:
 
         Cost: O(B L) slots written; in place inside a compiled program that owns the cache.
         """
-        if np.ndim(keys) != 4 or np.shape(keys)[:3] != np.shape(values)[:3]:
-            raise ShapeError(
-                f"a cache is given keys [B, L, K, H] and values [B, L, K, V]: got {np.shape(keys)} and "
-                f"{np.shape(values)}. Project them first; layer.apply(..., cache=cache) does."
-            )
-        self._check_counts()
-        batch, length, heads, key_dim = keys.shape
-        self.check_fits(batch, heads, key_dim, values.shape[-1], keys.dtype)
-        self.check_fits(batch, heads, key_dim, values.shape[-1], values.dtype)
+        checks.chunk(self, keys, values)
+        length = keys.shape[1]
         if length == 0:
             return self
         slots = self.next_positions(length, valid)
         if valid is None:
-            if length > self.capacity:
-                raise ShapeError(_OVERFLOW.format(row=0, count=length, capacity=self.capacity))
-            count = self.count + length
+            if length > self.capacity and not self.rolling:
+                raise ShapeError(
+                    checks.OVERFLOW.format(row=0, count=length, capacity=self.capacity)
+                )
+            count, stored = self.of_this_layer(self.count) + length, None
         else:
-            count = slots[:, -1] + 1
+            count, stored = slots[:, -1] + 1, checks.flags(self, valid, length)
+        if self.rolling:
+            last = slots >= count[:, None] - self.capacity
+            stored = last if stored is None else stored & last
+            slots = slots % self.capacity
+        if stored is not None:
             # Slots that do not exist, one for each token: what is written there is dropped.
             nowhere = self.capacity + jnp.arange(length, dtype=jnp.int32)
-            slots = jnp.where(self._flags(valid, length), slots, nowhere[None])
-        cache = Cache(_put(self.keys, slots, keys), _put(self.values, slots, values), count)
-        return cache if isinstance(count, jax.core.Tracer) else cache.check()
+            slots = jnp.where(stored, slots, nowhere[None])
+        cache = self._with(slots, keys, values, count)
+        return cache.check() if checks.known(count) else cache
+
+    def _with(self, slots: Array, keys: ArrayLike, values: ArrayLike, count: Array) -> "Cache":
+        """Return the cache with tokens written into slots, and new counts."""
+        found: dict[str, Any] = {}
+        for name, scales, x in (
+            ("keys", "key_scales", jnp.asarray(keys)),
+            ("values", "value_scales", jnp.asarray(values)),
+        ):
+            if getattr(self, scales) is not None:
+                x, scale = rounded(x)
+                found[scales] = put(getattr(self, scales), self.layer, slots, scale)
+            found[name] = put(getattr(self, name), self.layer, slots, x)
+        counts = {"count": count}
+        if self.rolling:
+            counts["oldest"] = jnp.maximum(self.of_this_layer(self.oldest), count - self.capacity)
+        if self.layer is not None:
+            counts = {n: getattr(self, n).at[self.layer].set(x) for n, x in counts.items()}
+        return dataclasses.replace(self, **found, **counts)
 
     def extend(
         self, call: Call, query_tokens: Tokens | None = None, key_tokens: Tokens | None = None
@@ -248,16 +276,26 @@ class Cache:
         """
         chunk = call.k_tokens
         q_tokens, rule = call.q_tokens, call.mask & Held()
+        if self.rolling:
+            checks.rolling(self, call, key_tokens)
         if query_tokens is None:
             q_tokens = dataclasses.replace(q_tokens, index=self._rows(q_tokens, chunk))
         cache = self.append(call.k, call.v, chunk.valid)
-        k_tokens = cache.tokens
+        seen, k_tokens, fresh = cache, cache.tokens, {}
+        if self.rolling and call.mask.behind + chunk.length > self.capacity:  # type: ignore[operator]
+            # The chunk overwrites what its own tokens see: they see the slots before, and then the chunk.
+            seen, fresh = self, {"k": call.k, "v": call.v}
+            if self.key_scales is not None:  # as they will be stored, however the chunks are cut
+                fresh = {name: as_stored(x) for name, x in fresh.items()}
+            k_tokens = with_fresh(
+                self.tokens, self.next_positions(chunk.length, chunk.valid), chunk
+            )
         if key_tokens is not None and key_tokens.valid is not None:
             valid = jnp.logical_and(key_tokens.valid, cache.held)
             k_tokens, rule = dataclasses.replace(key_tokens, valid=valid), rule & ValidKeys()
         elif key_tokens is not None:
             k_tokens = dataclasses.replace(key_tokens, valid=cache.held)
-        k, v = cache.keys.swapaxes(1, 2), cache.values.swapaxes(1, 2)
+        k, v = lying(seen, call.q.dtype, **fresh)
         tokens = {"q_tokens": q_tokens, "k_tokens": k_tokens}
         return dataclasses.replace(call, k=k, v=v, **tokens, mask=rule, heads_first=True), cache
 
@@ -265,26 +303,32 @@ class Cache:
         """Return the cache with the first `count` tokens of every row only: after a draft was rejected.
 
         Args:
-          count: Tokens to keep, for all rows or for each; rows that hold fewer keep what they hold.
+          count: Tokens to keep, for all rows or for each, in all layers that share the buffers; rows that
+            hold fewer keep what they hold.
+
+        Raises:
+          ShapeError: If they are no counts, or a rolling cache holds none of the tokens to keep.
 
         >>> cache = Cache.empty(batch=2, capacity=7, num_kv_heads=1, key_dim=1)
         >>> chunk = jnp.ones((2, 5, 1, 1))
         >>> cache.append(chunk, chunk).truncated(np.array([3, 6])).count.tolist()
         [3, 5]
         """
-        forms = ((), (1,), self.count.shape)
+        forms = tuple(dict.fromkeys(((), (1,), self.count.shape[-1:], self.count.shape)))
         counts = integers(
             "count", count, forms, 0, 2**31 - 1, "It is how many tokens every row keeps."
         )
         # Traced counts cannot be looked at: one below 0 keeps nothing.
-        kept = jnp.minimum(self.count, jnp.maximum(counts, 0))
+        kept = jnp.broadcast_to(jnp.maximum(counts, 0), self.count.shape)
+        kept = jnp.minimum(self.count, kept)
+        checks.kept(self, kept)
         return dataclasses.replace(self, count=kept)
 
     def reorder(self, rows: Int[ArrayLike, "R"]) -> "Cache":
         """Return the cache of chosen rows, which may repeat: of the beams that survive a step.
 
         Args:
-          rows: Indices of rows.
+          rows: Indices of rows, in all layers that share the buffers.
 
         Cost: a copy of the buffers.
 
@@ -292,8 +336,10 @@ class Cache:
         (3, 1, 7, 1)
         """
         hint = "They are the rows of the beams that survive; one that is not there would be another one."
-        chosen = integers("rows", rows, ((None,),), 0, self.count.shape[0] - 1, hint)
-        return jax.tree.map(lambda a: a[chosen], self)
+        batch = self.count.ndim - 1  # their axis, behind that of the layers
+        chosen = integers("rows", rows, ((None,),), 0, self.count.shape[batch] - 1, hint)
+        chosen = jax.tree.map(lambda a: a[(slice(None),) * batch + (chosen,)], self.all_layers())
+        return dataclasses.replace(chosen, layer=self.layer)
 
     def _rows(self, queries: Tokens, chunk: Tokens) -> Int[Array, "B T"]:
         """Return the rows of queries: in self-attention those of their own tokens, else the next ones."""
@@ -335,43 +381,16 @@ class Cache:
         >>> Cache.empty(batch=1, capacity=7, num_kv_heads=1, key_dim=1).check().capacity
         7
         """
-        self._check_counts()
-        row = jnp.argmax(self.count)
-        count, capacity = self.count[row], jnp.asarray(self.capacity)
-        if isinstance(self.count, jax.core.Tracer):
+        checks.counts(self)
+        if self.rolling:
+            return self
+        counts = self.count.reshape(-1)
+        largest = jnp.argmax(counts)
+        row = largest % self.count.shape[-1]
+        count, capacity = counts[largest], jnp.asarray(self.capacity)
+        if not checks.known(self.count):
             fits = ~self.overflowed.any()
-            checkify.check(fits, _OVERFLOW, row=row, count=count, capacity=capacity)
+            checkify.check(fits, checks.OVERFLOW, row=row, count=count, capacity=capacity)
         elif self.overflowed.any():
-            raise ShapeError(_OVERFLOW.format(row=row, count=count, capacity=capacity))
+            raise ShapeError(checks.OVERFLOW.format(row=row, count=count, capacity=capacity))
         return self
-
-    def _check_counts(self) -> None:
-        """Refuse counts below 0, where they are known."""
-        if not isinstance(self.count, jax.core.Tracer) and (self.count < 0).any():
-            raise ShapeError(
-                "the counts of a cache are tokens that its rows were given, 0 or more: got "
-                f"{np.asarray(self.count).tolist()}. Take what empty_cache or the call before returned."
-            )
-
-    def check_fits(
-        self, batch: int, heads: int, key_dim: int, value_dim: int, dtype: DType
-    ) -> None:
-        """Refuse keys and values of other sizes or another dtype than the cache's.
-
-        Raises:
-          ShapeError: Naming both.
-        """
-        own = (*self.keys.shape[:2], self.keys.shape[3], self.values.shape[3])
-        given = (batch, heads, key_dim, value_dim)
-        if given != own:
-            raise ShapeError(
-                "the cache does not fit: keys and values have (batch, heads, key_dim, value_dim) = "
-                f"{given}, the cache {own}. Make it by layer.empty_cache(batch, capacity) of the "
-                "layer that fills it; the batch is all axes that are not attended."
-            )
-        if self.keys.dtype != dtype or self.values.dtype != dtype:
-            raise ShapeError(
-                f"the cache holds {self.keys.dtype}, keys and values are {jnp.dtype(dtype)}. "
-                f"Make it with dtype={jnp.dtype(dtype).name!r}, or give the layer dtype="
-                f"{self.keys.dtype.name!r}; nothing is cast in silence."
-            )

@@ -111,8 +111,8 @@ class Problem:
 
     Args:
       q: Queries [B, T, N, H].
-      k: Keys [B, S, K, H].
-      v: Values [B, S, K, V].
+      k: Keys [B, S, K, H]; `Slots` of a cache are cut into blocks before any backend runs.
+      v: Values [B, S, K, V], or `Slots`.
       q_tokens, k_tokens: The tokens of both sides, arrays [#B, length].
       mask: A rule; its arrays are [#B, #N, #T, #S] booleans.
       bias: Added to the capped logits, or None.
@@ -123,8 +123,8 @@ class Problem:
     """
 
     q: Queries
-    k: Keys
-    v: Values
+    k: Any  # Keys, or Slots
+    v: Any  # Values, or Slots
     q_tokens: Tokens
     k_tokens: Tokens
     mask: Mask

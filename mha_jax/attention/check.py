@@ -18,7 +18,8 @@ from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.fitted import fitted_bias, fitted_mask, fold_batch, int32
 from mha_jax.attention.given import of_kind, precision
 from mha_jax.attention.masks import And, Mask, Not, Or, SameSegment, check_mask
-from mha_jax.attention.tokens import Tokens
+from mha_jax.attention.slots import Slots
+from mha_jax.attention.tokens import Tokens, real_numbers
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, Size
 
@@ -90,9 +91,9 @@ def check_static(call: Any) -> None:
         precision("precision", call.precision)
 
 
-def _arrays(call: Call, names: Names) -> tuple[Array, Array, Array]:
+def _arrays(call: Call, names: Names) -> tuple[Array, Array | Slots, Array | Slots]:
     """Return q, k and v, which fit each other."""
-    q, k, v = (_floats(name, x) for name, x in zip(names, (call.q, call.k, call.v)))
+    q, k, v = (floats(name, x) for name, x in zip(names, (call.q, call.k, call.v)))
     got = ", ".join(f"{name}.shape={x.shape}" for name, x in zip(names, (q, k, v)))
     if min(q.ndim, k.ndim, v.ndim) < 3 or not q.ndim == k.ndim == v.ndim:
         raise ShapeError(
@@ -130,7 +131,7 @@ def _arrays(call: Call, names: Names) -> tuple[Array, Array, Array]:
     return q, k, v
 
 
-def _folded(x: Array) -> Array:
+def _folded(x: Any) -> Any:
     """Fold the batch axes of [*B, L, N, H] into one."""
     return x if x.ndim == 4 else x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
 
@@ -168,7 +169,14 @@ def _of(array) -> str:
     return "None" if array is None else f"{array.dtype}{list(array.shape)}"
 
 
-def _floats(name: str, x) -> Array:
+def floats(name: str, x: Any) -> Any:
+    """Return queries, keys or values as an array, those of a cache as they lie.
+
+    Raises:
+      ShapeError: If they are no floating-point numbers.
+    """
+    if isinstance(x, Slots):
+        return x
     if not isinstance(x, (jax.Array, np.ndarray)):
         raise ShapeError(
             f"{name} must be a NumPy or JAX array: got {type(x).__name__}. "
@@ -176,8 +184,7 @@ def _floats(name: str, x) -> Array:
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ShapeError(
-            f"{name} must hold floating-point numbers: got dtype {x.dtype}. "
-            "Embed or cast it first, for example x.astype(jnp.float32)."
+            f"{name} must hold floating-point numbers: got dtype {x.dtype}. {real_numbers(x.dtype)}"
         )
     return jnp.asarray(x)
 

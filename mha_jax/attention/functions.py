@@ -15,11 +15,15 @@ from typing_extensions import Unpack
 
 from mha_jax.attention import attention_fn, softmax
 from mha_jax.attention.biases import Bias, OfHeads
+from mha_jax.attention.by_hand import extended
+from mha_jax.attention.cache import Cache
 from mha_jax.attention.call import Call, Output, Problem, State, logits
 from mha_jax.attention.check import Names, check, check_static, checked_sinks
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Dense, Full, Mask
+from mha_jax.attention.slots import Slots
 from mha_jax.attention.tokens import Tokens, zero_invalid
+from mha_jax.engine import by_blocks
 from mha_jax.engine.run import explain as explain_problem
 from mha_jax.engine.run import run
 from mha_jax.errors import ShapeError
@@ -62,7 +66,7 @@ def checked(call: Call, names: Names = Names()) -> Problem:  # noqa: B008
     if call.sinks is not None:
         checked_sinks(call.sinks, problem.q.shape[2])
     q, k, v = problem.q, problem.k, problem.v
-    if problem.mask.hides_invalid_keys:
+    if problem.mask.hides_invalid_keys and not isinstance(k, Slots):
         k, v = (zero_invalid(x, problem.k_tokens) for x in (k, v))
     if problem.mask.hides_invalid_queries:
         q = zero_invalid(q, problem.q_tokens)
@@ -86,8 +90,8 @@ def _unfolded(x: Array, lead: tuple[int, ...]) -> Array:
 @attention_fn.shows_flax_arguments
 def dot_product_attention(
     query: Float[ArrayLike, "*B T N H"],
-    key: Float[ArrayLike, "*B S K H"],
-    value: Float[ArrayLike, "*B S K V"],
+    key: Float[ArrayLike, "*B S K H"] | None,
+    value: Float[ArrayLike, "*B S K V"] | None,
     *,
     mask: Mask | ArrayLike | None = None,
     bias: Bias | ArrayLike | None = None,
@@ -98,9 +102,10 @@ def dot_product_attention(
     scale: float | None = None,
     logit_cap: float | None = None,
     precision: Precision = None,
+    cache: Cache | None = None,
     backend: Any = None,
     **flax: Unpack[attention_fn.FlaxArguments],
-) -> Float[Array, "*B T N V"]:
+) -> Any:
     """Attend with projected queries, keys and values.
 
     It is also an `attention_fn` for `flax.linen.MultiHeadDotProductAttention` and
@@ -119,12 +124,17 @@ def dot_product_attention(
       scale: Factor on the logits; 1 / sqrt(H) if None.
       logit_cap: Soft cap on the logits, or None.
       precision: As for `jnp.einsum`.
+      cache: Keys and values of the tokens before, or None. `key` and `value` [B, L, K, H] are appended, those
+        that `key_tokens` call invalid are not, and the queries attend to all that it holds, where it lies;
+        `key=None, value=None` appends nothing. A query stands at the position of its own token where there
+        are as many queries as keys, at `cache.count` and after otherwise, or where `query_tokens` says. With
+        `key=None`, `key_tokens` are those of the slots, as mask arrays and bias arrays always are.
       backend: As for `attend`.
       **flax: What Flax's layers pass, with Flax's meaning: see `attention_fn.FlaxArguments`. With any
         of these, the axes of a mask array and of `bias` are aligned at the last one, as in Flax.
 
     Returns:
-      The attended values, in the dtype of `value`.
+      The attended values [*B, T, N, V], in the dtype of `value`; with a cache, (values, cache).
 
     Raises:
       ShapeError, UnsupportedError: As `attend`; and if an argument of Flax's cannot be honoured.
@@ -149,12 +159,20 @@ def dot_product_attention(
         precision=precision,
     )
     if flax:
+        if cache is not None:
+            raise ShapeError(
+                f"a cache and what Flax's layers pass do not go together: got cache= and {', '.join(flax)}. "
+                "Write mask=mj.Causal(), dropout=mj.Dropout(key, rate)."
+            )
         call = attention_fn.with_flax_arguments(call, flax)
+    if cache is not None:
+        call, cache = extended(call, cache)
     # Without the lse, whose few operations cost an eager call much.
     state = after_sinks(call, run(checked(call, _ARGUMENTS), backend))
     if (module := flax.get("module")) is not None:
         attention_fn.sow(module, attention_scores(call))
-    return _unfolded(state.out, call.q.shape[:-3])
+    out = _unfolded(state.out, call.q.shape[:-3])
+    return out if cache is None else (out, cache)
 
 
 _ARGUMENTS = Names("query", "key", "value", "query_tokens", "key_tokens")
@@ -206,7 +224,7 @@ def attention_scores(
     if rows is not None:
         rows = _chosen("rows", rows, t)
         problem, near = _of_rows(problem, rows), None if near is None else near[:, :, rows]
-    x = logits(problem)
+    x = by_blocks.logits(problem) if isinstance(problem.k, Slots) else logits(problem)
     scores = softmax.scores(x, near)
     if sinks is not None:
         scores = scores * softmax.share(*softmax.statistics(x), sinks)[..., None]
@@ -288,9 +306,13 @@ def _of_heads(problem: Problem, heads: Int[ArrayLike, "M"]) -> Problem:
     return dataclasses.replace(
         problem,
         q=problem.q[:, :, heads],
-        k=problem.k[:, :, shared],
-        v=problem.v[:, :, shared],
+        k=_taken(problem.k, shared),
+        v=_taken(problem.v, shared),
         mask=jax.tree.map(take, problem.mask),
         bias=None if problem.bias is None else take(problem.bias),
         bias_rule=None if rule is None else OfHeads(rule, heads),
     )
+
+
+def _taken(x: Array | Slots, heads: Int[ArrayLike, "M"]) -> Array | Slots:
+    return x.of_heads(heads) if isinstance(x, Slots) else x[:, :, heads]

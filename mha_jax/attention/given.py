@@ -140,8 +140,13 @@ def switch(name: str, x: Any, wanted: str = "True or False") -> bool:
     )
 
 
-def floating(name: str, x: Any, wanted: str = "a floating-point dtype") -> Any:
+def floating(
+    name: str, x: Any, wanted: str = "a floating-point dtype", also: Sequence[Any] = ()
+) -> Any:
     """Return a dtype, as it was given.
+
+    Args:
+      also: Dtypes that are meant as well.
 
     Raises:
       ShapeError: If it is none of floating-point numbers.
@@ -151,7 +156,7 @@ def floating(name: str, x: Any, wanted: str = "a floating-point dtype") -> Any:
         found = None if array else jnp.dtype(x)
     except (TypeError, ValueError):
         found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
+    if found is None or not (jnp.issubdtype(found, jnp.floating) or found in also):
         raise ShapeError(
             f"{name} must be {wanted}: got {x!r}. Pass jnp.bfloat16 or 'float32', say."
         )

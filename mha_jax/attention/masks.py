@@ -111,6 +111,11 @@ class Mask:
         return ANYTHING
 
     @property
+    def behind(self) -> int | None:
+        """How many positions before its own a query may look at most; None without a known limit."""
+        return None
+
+    @property
     def hides_invalid_keys(self) -> bool:
         """Whether keys with `valid` False can surely not be seen by any query."""
         return False
@@ -234,6 +239,10 @@ class Window(Mask):
                 )
             object.__setattr__(self, name, int(size))
 
+    @property
+    def behind(self):
+        return max(self.left, 0)
+
     def visible(self, q, k):
         return self._after(q.positions, k.positions) & self._before(q.positions, k.positions)
 
@@ -330,6 +339,11 @@ class And(Mask):
         return self.a.reach(q, k) & self.b.reach(q, k)
 
     @property
+    def behind(self):
+        known = [mask.behind for mask in (self.a, self.b) if mask.behind is not None]
+        return min(known, default=None)
+
+    @property
     def hides_invalid_keys(self):
         return self.a.hides_invalid_keys or self.b.hides_invalid_keys
 
@@ -350,6 +364,11 @@ class Or(Mask):
 
     def reach(self, q, k):
         return self.a.reach(q, k) | self.b.reach(q, k)
+
+    @property
+    def behind(self):
+        a, b = self.a.behind, self.b.behind
+        return None if a is None or b is None else max(a, b)
 
     @property
     def hides_invalid_keys(self):

@@ -27,6 +27,10 @@ class ChunkedCausal(Mask):
         hint = "It counts the positions of a chunk, 8192 for Llama 4; one without end is Causal()."
         integer("size of ChunkedCausal", self.size, 1, _MOST, hint)
 
+    @property
+    def behind(self):
+        return self.size - 1
+
     def visible(self, q, k):
         return (q.positions >= k.positions) & (self._start(q.positions) == self._start(k.positions))
 

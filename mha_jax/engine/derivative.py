@@ -47,6 +47,8 @@ def attend(runner: Runner, problem: Problem) -> State:
 
 def _attend_jvp(runner: Runner, primals: tuple, tangents: tuple) -> tuple[State, State]:
     (problem,), (direction,) = primals, tangents
+    named = {x: checkpoint_name(getattr(problem, x), f"attention_{x}") for x in "qkv"}
+    problem = dataclasses.replace(problem, **named)
     # Itself, not its forward pass: out and l are residuals with derivatives of their own.
     out, m, l = attend(runner, problem)
     # What a policy of jax.checkpoint may keep: the output, and what rebuilds the weights.

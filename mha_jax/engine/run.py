@@ -1,12 +1,15 @@
 """`run`: a checked problem on the backend that was asked for, or on the best one, shard by shard; and why."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mha_jax.attention.call import Problem, State
+from mha_jax.attention.slots import Slots
+from mha_jax.engine import by_blocks
 from mha_jax.engine import mesh as meshes
 from mha_jax.engine.attention_pass import Runner
 from mha_jax.engine.choose import STRATEGIES, complete, default_platform, named, reasons
@@ -75,6 +78,8 @@ def run(problem: Problem, backend: Any = None) -> State:
     Raises:
       UnsupportedError: If the backend cannot run it.
     """
+    if isinstance(problem.k, Slots):
+        return by_blocks.attend(problem, partial(run, backend=backend))
     sharded = backend if isinstance(backend, Sharded) else Sharded(backend)
     chosen = None if sharded.backend is None else named(problem, sharded.backend)
     b, t, n, h = problem.q.shape
@@ -95,6 +100,7 @@ def explain(problem: Problem, platform: str | None, backend: Any = None) -> dict
       ShapeError: If the platform is unknown.
       UnsupportedError: If the tokens cannot be cut as the caller wants.
     """
+    problem = by_blocks.first(problem) if isinstance(problem.k, Slots) else problem
     found = reasons(problem, platform)
     sharded = backend if isinstance(backend, Sharded) else Sharded(backend)
     place = meshes.place_of_trace(problem.q)

@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from mha_jax.attention import cache_checks
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.given import of_kind
 from mha_jax.attention.rotary import Rotary, to_plain
 from mha_jax.errors import ShapeError, WeightsError
-from mha_jax.layer import checks, constraints, initializers, regularizers, vectors
+from mha_jax.layer import checks, constraints, initializers, regularizers, saved, vectors
 from mha_jax.layer.projections import KernelShape
 from mha_jax.types import DType, Params, Precision
 
@@ -210,16 +211,28 @@ class Arguments:
             "attention_output": KernelShape((n, v, *output), 2),
         }
 
-    def empty_cache(self, batch: int, capacity: int, dtype: DType = None) -> Cache:
+    def empty_cache(
+        self,
+        batch: int,
+        capacity: int,
+        dtype: DType = None,
+        *,
+        rolling: bool = False,
+        layers: int | None = None,
+    ) -> Cache:
         """Return a cache for calls of this layer that holds nothing yet.
 
         Args:
           batch: Rows; all axes folded that are not attended.
           capacity: Tokens that a row can hold.
-          dtype: Of the computation; the layer's `dtype` or else `param_dtype` if None.
+          dtype: Of the computation; the layer's `dtype` or else `param_dtype` if None. "int8" rounds what is
+            stored, with a scale for every token and head.
+          rolling: Hold the last `capacity` tokens only: of a layer that sees no more, without end.
+          layers: How many such layers share the buffers, for `Cache.of_layer`; None for one by itself.
 
         Raises:
-          ShapeError: If a size is no positive integer.
+          ShapeError: If a size is no positive integer, `sliding_window` is more than a rolling cache's
+            capacity, or the dtype holds no keys of the layer.
 
         >>> layer = mj.MultiHeadAttention(num_heads=4, key_dim=8)
         >>> x = jnp.ones((2, 5, 16))
@@ -229,8 +242,15 @@ class Arguments:
         >>> cache.count.tolist()
         [5, 5]
         """
-        dtype = checks.floating_or_none("dtype", dtype) or self.dtype or self.param_dtype
-        return Cache.empty(batch, capacity, self.kv_heads, self.key_dim, self.value_dim, dtype)
+        dtype = self.dtype or self.param_dtype if dtype is None else dtype
+        sizes = batch, capacity, self.kv_heads, self.key_dim, self.value_dim
+        cache = Cache.empty(*sizes, dtype, rolling=rolling, layers=layers)
+        own = jnp.dtype(self.dtype or self.param_dtype)
+        if cache.key_scales is not None and own == jnp.float64:
+            cache_checks.no_float64()
+        if rolling and self.sliding_window is not None:
+            cache_checks.window(self.sliding_window - 1, capacity)
+        return cache
 
     def get_config(self) -> dict[str, Any]:
         """Return every argument as plain JSON values; `from_config` reads them back.
@@ -265,6 +285,7 @@ class Arguments:
         return cls(**values, **more)
 
 
+saved.register()
 FIELDS = {one.name: one for one in dataclasses.fields(Arguments)}
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     name: one.metadata["check"] for name, one in FIELDS.items()

@@ -242,6 +242,7 @@ def as_input(name: str, x: Any) -> Array:
         kind = f"dtype {x.dtype}" if known else f"{type(x).__module__}.{type(x).__name__}"
         raise ShapeError(
             f"{name} must be an array of floating-point numbers: got {kind}. Expected [B, length, features] "
-            "of NumPy or JAX; embed token ids first, cast or convert anything else."
+            "of NumPy or JAX; embed token ids first, cast or convert anything else. Of complex numbers pass "
+            "real and imaginary parts as features, jnp.concatenate([x.real, x.imag], -1)."
         )
     return x if isinstance(x, jax.Array) else jnp.asarray(x)

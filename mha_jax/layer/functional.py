@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mha_jax.attention import softmax
+from mha_jax.attention import cache_checks, softmax
 from mha_jax.attention.biases import Bias
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.call import Call
@@ -263,6 +263,8 @@ def attend_layer(
     )
     if cache is not None:
         call, cache = cache.extend(call, given.query_tokens, given.key_tokens)
+        if given.return_attention_scores:
+            cache_checks.scores(cache, call)
     out, m, l = after_sinks(call, run(checked(call, _NAMES), layer.backend))
     if layer.use_gate:
         out = out * project("gate", x_q)
