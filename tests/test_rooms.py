@@ -22,8 +22,8 @@ ROOMS = {
     "mha_jax.interop": "flax keras torch",
     "mha_jax.models": "bert decoder gpt layouts llama minilm rxnmapper sizes smiles t5 torch_file "
     "transformer vit weights wordpiece",
-    "mha_jax.train": "checkpoints cmudict command configs data decoding digits g2p lm loop losses "
-    "optimizer predict progress scoring settings tasks translation workdir",
+    "mha_jax.train": "checkpoints cmudict command configs data decoding digits g2p layout lm loop losses "
+    "optimizer predict processes progress scoring settings tasks translation workdir",
 }
 
 
