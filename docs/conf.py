@@ -38,7 +38,8 @@ _FOREIGN = (
     "Any|Callable|Mapping|Sequence|NamedTuple|TypedDict|None|os|pathlib|collections|typing|abc"
     "|jax|jnp|np|numpy|nn|nnx|flax|optax|keras|torch|argparse"
     "|Array|ArrayLike|Bool|Float|Int|UInt32|Shaped|DType|Params|PRNGKey|Precision|Initializer"
-    "|Queries|Keys|Values|Labels|Shape|Tiling|LinenAttention|Words|FlaxArguments|attention_fn|jaxtyping|jaxlib"
+    "|Queries|Keys|Values|Labels|Shape|Size|Caches|Tiling|LinenAttention"
+    "|Words|FlaxArguments|attention_fn|jaxtyping|jaxlib"
 )
 nitpick_ignore_regex = [("py:.*", rf"({_FOREIGN})([.\[].*)?")]
 
