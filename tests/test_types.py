@@ -34,6 +34,7 @@ def function(params: Any, x: jax.Array, cache: mj.Cache, scores: bool) -> None:
     call(params, x, x, x, None, return_attention_scores=scores)
     call(params, x, x, is_causal=True)  # wrong
     assert_type(mj.dot_product_attention(x, x, x, mask=mj.Causal() & mj.Window(2, 0)), jax.Array)
+    assert_type(mj.dot_product_attention(x, None, None, cache=cache), tuple[jax.Array, mj.Cache])
 
 
 def layers(x: jax.Array, cache: mj.Cache) -> None:

@@ -5,7 +5,7 @@ H query-key head size   V value head size
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.core
@@ -85,6 +85,41 @@ def after_sinks(call: Call, state: State) -> State:
 def _unfolded(x: Array, lead: tuple[int, ...]) -> Array:
     """Unfold the batch axis of an array into those of the call."""
     return x if len(lead) == 1 else x.reshape(*lead, *x.shape[1:])
+
+
+class _Options(attention_fn.FlaxArguments, total=False):
+    mask: Mask | ArrayLike | None
+    bias: Bias | ArrayLike | None
+    sinks: ArrayLike | None
+    dropout: Dropout | None
+    query_tokens: Tokens | None
+    key_tokens: Tokens | None
+    scale: float | None
+    logit_cap: float | None
+    precision: Precision
+    backend: Any
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    cache: None = None,
+    **options: Unpack[_Options],
+) -> Array: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike | None,
+    value: ArrayLike | None,
+    *,
+    cache: Cache,
+    **options: Unpack[_Options],
+) -> tuple[Array, Cache]: ...
 
 
 @attention_fn.shows_flax_arguments
