@@ -11,6 +11,8 @@ import inspect
 import re
 import textwrap
 
+from sphinx.pycode import ModuleAnalyzer
+
 project = "mha_jax"
 copyright = "the mha_jax authors"
 release = version = importlib.metadata.version("mha_jax")
@@ -142,6 +144,14 @@ def find_ours(app, env, node, contnode):
 
 
 def setup(app):
+    analyze = ModuleAnalyzer.analyze
+
+    def without_overloads(self):
+        """Show one signature, that of the function itself, which names every argument."""
+        analyze(self)
+        self.overloads = {}
+
+    ModuleAnalyzer.analyze = without_overloads
     app.connect("autodoc-process-docstring", write_sections, priority=400)  # Before napoleon.
     app.connect("autodoc-process-signature", write_signature)
     app.connect("missing-reference", find_ours)
