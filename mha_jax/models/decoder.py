@@ -11,12 +11,14 @@ arXiv:2408.00118 (norms after the sub-layers, caps); OpenAI 2025, arXiv:2508.109
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.dtypes import promote_dtype
 
 from mha_jax.attention.cache import Cache
@@ -25,7 +27,8 @@ from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.models.sizes import check_config
-from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int
+from mha_jax.models.weights import fill
+from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int, Params
 
 ACTIVATIONS = {
     "relu": nn.relu,
@@ -145,19 +148,31 @@ class Config:
 class FeedForward(nn.Module):
     """Two projections with an activation between, or three with a gate.
 
+    Args:
+      hidden: Inner width, F.
+      width: Of the output, D.
+      activation: One of `ACTIVATIONS`.
+      gated: Whether the activation multiplies a second projection.
+      use_bias: Whether projections have biases.
+      dtype: Of the computation; that of the parameters if None.
+
     Source: Shazeer 2020, arXiv:2002.05202.
     """
 
-    config: Config
+    hidden: int
+    width: int
+    activation: str = "silu"
+    gated: bool = False
+    use_bias: bool = True
+    dtype: DType = None
 
     @nn.compact
     def __call__(self, x):
-        config = self.config
-        dense = partial(nn.Dense, use_bias=config.hidden_bias, dtype=config.dtype)
-        act = ACTIVATIONS[config.activation]
-        up = dense(config.hidden, name="up")(x)
-        inner = act(dense(config.hidden, name="gate")(x)) * up if config.gated else act(up)
-        return dense(config.width, name="down")(inner)
+        dense = partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype)
+        act = ACTIVATIONS[self.activation]
+        up = dense(self.hidden, name="up")(x)
+        inner = act(dense(self.hidden, name="gate")(x)) * up if self.gated else act(up)
+        return dense(self.width, name="down")(inner)
 
 
 class Mixture(nn.Module):
@@ -203,6 +218,13 @@ def _norm(config: Config, name: str) -> nn.Module:
     return nn.LayerNorm(config.epsilon, dtype=config.dtype, use_fast_variance=False, name=name)
 
 
+def _feed_forward(config: Config) -> nn.Module:
+    if config.experts is not None:
+        return Mixture(config, name="feed_forward")
+    sizes = config.hidden, config.width, config.activation, config.gated
+    return FeedForward(*sizes, config.hidden_bias, config.dtype, name="feed_forward")
+
+
 class Block(nn.Module):
     """Attention, then feed-forward, each in a residual connection with its norm first."""
 
@@ -233,8 +255,7 @@ class Block(nn.Module):
         if config.norm_after:
             attended = _norm(config, "attention_norm_after")(attended)
         normed = _norm(config, "hidden_norm")(x if config.parallel else x + attended)
-        feed_forward = FeedForward if config.experts is None else Mixture
-        out = feed_forward(config, name="feed_forward")(normed)
+        out = _feed_forward(config)(normed)
         if config.norm_after:
             out = _norm(config, "hidden_norm_after")(out)
         return x + attended + out, cache
@@ -348,3 +369,17 @@ def _positions(tokens, mask, caches):
     if mask is None:
         return jnp.arange(length, dtype=jnp.int32)[None]
     return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def filled(
+    config: Config, names: Mapping[str, str], tensors: Mapping[str, np.ndarray]
+) -> tuple[CausalLM, dict[str, Params]]:
+    """Return the model of a config, and its parameters from PyTorch's tensors; see `weights.fill`.
+
+    Raises:
+      WeightsError: A tensor is missing or has another shape.
+    """
+    model = CausalLM(config)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    return model, {"params": fill(shapes, names, tensors)}

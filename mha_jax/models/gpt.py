@@ -11,15 +11,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mha_jax.attention.rotary import Rotary
 from mha_jax.errors import UnsupportedError
-from mha_jax.models.decoder import CausalLM, Config, Local
+from mha_jax.models.decoder import CausalLM, Config, Local, filled
 from mha_jax.models.layouts import separated
-from mha_jax.models.weights import fill
 from mha_jax.types import Params
 
 _GPT2 = {
@@ -114,16 +111,12 @@ def read(
     Cost: A copy of the tensors.
     """
     ours = dataclasses.replace(config_of(config), dtype=dtype)
-    model = CausalLM(ours)
     if config["model_type"] == "gpt2":
         # Its Conv1D keeps matrices as (in, out), unlike Linear.
         tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
-        turned = {name: x.T for name, x in tensors.items() if ".c_" in name}
-        tensors, names = {**tensors, **turned}, _GPT2
+        tensors = {name: x.T if ".c_" in name else x for name, x in tensors.items()}
+        names = _GPT2
     else:
-        renamed = {"embed_out.weight": tensors.get("lm_head.weight")}
-        tensors, names = {**{k: x for k, x in renamed.items() if x is not None}, **tensors}, _NEOX
-    tensors = separated(tensors, ours.num_heads)
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    return model, {"params": fill(shapes, names, tensors)}
+        tensors = {name.replace("lm_head.", "embed_out."): x for name, x in tensors.items()}
+        names = _NEOX
+    return filled(ours, names, separated(tensors, ours.num_heads))

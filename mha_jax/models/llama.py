@@ -12,14 +12,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mha_jax.attention.rotary import Rotary
 from mha_jax.errors import UnsupportedError
-from mha_jax.models.decoder import CausalLM, Config, Experts, Local
-from mha_jax.models.weights import fill
+from mha_jax.models.decoder import CausalLM, Config, Experts, Local, filled
 from mha_jax.types import Params
 
 _SELF, _MLP = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
@@ -181,7 +178,6 @@ def read(
     Cost: A copy of the tensors.
     """
     ours = dataclasses.replace(config_of(config), dtype=dtype)
-    model = CausalLM(ours)
     tensors = dict(_plain(name, x) for name, x in tensors.items())
     if ours.norm_after:  # Gemma's norms multiply by 1 + weight.
         tensors = {
@@ -190,9 +186,7 @@ def read(
     names = _NAMES | (_NORMED_AFTER if ours.norm_after else {})
     if ours.experts is not None:
         names |= {"layer_{i}/feed_forward/down": _MLP + "experts.down_proj"}
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    return model, {"params": fill(shapes, names, tensors)}
+    return filled(ours, names, tensors)
 
 
 def _plain(name: str, x: np.ndarray) -> tuple[str, np.ndarray]:

@@ -9,7 +9,6 @@ Source: Raffel et al. 2019, arXiv:1910.10683, section 2.1; Shazeer 2020, arXiv:2
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +20,7 @@ from mha_jax.attention.biases import Buckets
 from mha_jax.attention.cache import Cache
 from mha_jax.errors import UnsupportedError
 from mha_jax.layer.linen import MultiHeadAttention
-from mha_jax.models.decoder import ACTIVATIONS
+from mha_jax.models.decoder import FeedForward
 from mha_jax.models.sizes import check_config
 from mha_jax.models.weights import fill
 from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int, Params
@@ -85,20 +84,6 @@ def _attention(config: Config, name: str) -> MultiHeadAttention:
     )
 
 
-class FeedForward(nn.Module):
-    """Two projections without biases, or three with a gate."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x):
-        dense, act = partial(nn.Dense, use_bias=False), ACTIVATIONS[self.config.activation]
-        inner = act(dense(self.config.hidden, name="inner")(x))
-        if self.config.gated:
-            inner = inner * dense(self.config.hidden, name="linear")(x)
-        return dense(self.config.width, name="outer")(inner)
-
-
 class Layer(nn.Module):
     """Self-attention, attention to the memory where there is one, feed-forward; each with its norm first."""
 
@@ -119,8 +104,9 @@ class Layer(nn.Module):
             y = _attention(config, "memory")(y, memory, value_mask=memory_mask, cache=across)
             y, across = (y, None) if across is None else y
             x = x + y
-        y = FeedForward(config, name="feed_forward")(_norm(config, "hidden_norm")(x))
-        return x + y, (own, across)
+        sizes = config.hidden, config.width, config.activation, config.gated
+        feed_forward = FeedForward(*sizes, use_bias=False, name="feed_forward")
+        return x + feed_forward(_norm(config, "hidden_norm")(x)), (own, across)
 
 
 class Stack(nn.Module):
@@ -264,9 +250,9 @@ def _names(stack: str, causal: bool) -> dict[str, str]:
         stack: f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias",
         f"{stack}/norm": f"{stack}.final_layer_norm",
         f"{stack}/layer_{{i}}/hidden_norm": f"{block}{last}.layer_norm",
-        f"{stack}/layer_{{i}}/feed_forward/inner": dense + "wi",
-        f"{stack}/layer_{{i}}/feed_forward/linear": dense + "wi_1",
-        f"{stack}/layer_{{i}}/feed_forward/outer": dense + "wo",
+        f"{stack}/layer_{{i}}/feed_forward/gate": dense + "wi_0",
+        f"{stack}/layer_{{i}}/feed_forward/up": dense + "wi_1",
+        f"{stack}/layer_{{i}}/feed_forward/down": dense + "wo",
     }
     for name, (place, theirs) in kinds.items():
         names[f"{stack}/layer_{{i}}/{name}_norm"] = f"{block}{place}.layer_norm"
@@ -287,7 +273,8 @@ def read(
     model = T5(config_of(config))
     names = {"embedding": "shared", "logits": "lm_head"}
     names |= _names("encoder", causal=False) | _names("decoder", causal=True)
-    tensors = {name.replace(".wi_0.", ".wi."): x for name, x in tensors.items()}
+    # Without a gate the projection that is activated has no number.
+    tensors = {name.replace(".wi.", ".wi_1."): x for name, x in tensors.items()}
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]
     return model, {"params": fill(shapes, names, tensors)}

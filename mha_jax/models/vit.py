@@ -17,7 +17,7 @@ import numpy as np
 
 from mha_jax.errors import ShapeError, UnsupportedError
 from mha_jax.layer.linen import MultiHeadAttention
-from mha_jax.models.decoder import ACTIVATIONS
+from mha_jax.models.decoder import ACTIVATIONS, FeedForward
 from mha_jax.models.sizes import check_config
 from mha_jax.models.weights import fill
 from mha_jax.types import Array, ArrayLike, Float, Params
@@ -77,8 +77,8 @@ class Layer(nn.Module):
         )
         y = norm(name="attention_norm")(x)
         x = x + attend(y, y)
-        y = nn.Dense(config.hidden, name="inner")(norm(name="hidden_norm")(x))
-        return x + nn.Dense(config.width, name="outer")(ACTIVATIONS[config.activation](y))
+        feed_forward = FeedForward(config.hidden, config.width, config.activation, name="mlp")
+        return x + feed_forward(norm(name="hidden_norm")(x))
 
 
 class ViT(nn.Module):
@@ -132,8 +132,8 @@ _NAMES = {
     "layer_{i}/attention/key": _LAYER + "attention.attention.key",
     "layer_{i}/attention/value": _LAYER + "attention.attention.value",
     "layer_{i}/attention/attention_output": _LAYER + "attention.output.dense",
-    "layer_{i}/inner": _LAYER + "intermediate.dense",
-    "layer_{i}/outer": _LAYER + "output.dense",
+    "layer_{i}/mlp/up": _LAYER + "intermediate.dense",
+    "layer_{i}/mlp/down": _LAYER + "output.dense",
 }
 # What transformers 5 calls the same.
 _RENAMED = {
