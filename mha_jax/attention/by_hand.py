@@ -12,7 +12,7 @@ import numpy as np
 
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.call import Call
-from mha_jax.attention.check import floats
+from mha_jax.attention.check import check_tokens, floats
 from mha_jax.attention.tokens import Tokens, zero_invalid
 from mha_jax.errors import ShapeError
 
@@ -38,12 +38,8 @@ def extended(call: Call, cache: Cache) -> tuple[Call, Cache]:
             "key and value are appended together: got one of them as None. Pass both, or neither to read "
             "what the cache holds."
         )
-    for name, tokens in (("query_tokens", call.q_tokens), ("key_tokens", call.k_tokens)):
-        if not isinstance(tokens, (Tokens, type(None))):
-            raise ShapeError(
-                f"{name} must be Tokens or None: got {type(tokens).__name__}. Pass Tokens(length, pos=..., "
-                "segment=..., valid=...)."
-            )
+    check_tokens("query_tokens", call.q_tokens)
+    check_tokens("key_tokens", call.k_tokens)
     batch, length = call.q.shape[:2]
     of_slots, chunk = call.k_tokens, Tokens(0)
     if call.k is None:

@@ -189,15 +189,24 @@ def floats(name: str, x: Any) -> Any:
     return jnp.asarray(x)
 
 
-def _tokens(name: str, tokens: Tokens | None, length: Size, lead: tuple[int, ...]) -> Tokens:
-    """Return tokens whose arrays are [1 or B, length], integers as int32."""
-    if tokens is None:
-        return Tokens(length)
-    if not isinstance(tokens, Tokens):
+def check_tokens(name: str, tokens: Any, length: Any = "length") -> None:
+    """Refuse what is neither tokens nor None.
+
+    Raises:
+      ShapeError: Naming it.
+    """
+    if tokens is not None and not isinstance(tokens, Tokens):
         raise ShapeError(
             f"{name} must be Tokens or None: got {type(tokens).__name__}. "
             f"Pass Tokens({length}, pos=..., segment=..., valid=...)."
         )
+
+
+def _tokens(name: str, tokens: Tokens | None, length: Size, lead: tuple[int, ...]) -> Tokens:
+    """Return tokens whose arrays are [1 or B, length], integers as int32."""
+    if tokens is None:
+        return Tokens(length)
+    check_tokens(name, tokens, length)
     if isinstance(tokens.length, (jax.Array, np.ndarray)) or tokens.length != length:
         raise ShapeError(
             f"{name} must describe every token: got Tokens(length={tokens.length}) for {length} "

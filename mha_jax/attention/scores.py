@@ -84,8 +84,7 @@ def scores_top_k(
             f"k={k!r} largest scores of {call.k.shape[-3]} keys cannot be had: expected an integer k from "
             "1 to S."
         )
-    largest, keys = _by_rows(call, lse, partial(_top_k, k=int(k)), -2)
-    return largest, keys
+    return _by_rows(call, lse, partial(_top_k, k=int(k)), -2)
 
 
 def _top_k(scores: Array, k: int) -> tuple[Array, Array]:

@@ -18,7 +18,7 @@ from mha_jax.attention import cache_checks, softmax
 from mha_jax.attention.biases import Bias
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.call import Call
-from mha_jax.attention.check import Names, check_mask, reads_segments
+from mha_jax.attention.check import Names, check_mask, check_tokens, reads_segments
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.functions import after_sinks, attention_scores, checked
 from mha_jax.attention.given import random_key
@@ -286,11 +286,7 @@ def _checked(layer: Arguments, weights: Weights, inputs: Inputs) -> Inputs:
     for name in ("use_causal_mask", "return_attention_scores"):
         checks.switch(name, getattr(inputs, name))
     for name in ("query_tokens", "key_tokens"):
-        if not isinstance(tokens := getattr(inputs, name), (Tokens, type(None))):
-            raise ShapeError(
-                f"{name} must be Tokens or None: got {type(tokens).__name__}. Pass Tokens(length, pos=..., "
-                "segment=..., valid=...)."
-            )
+        check_tokens(name, getattr(inputs, name))
     query, value, key, cache = inputs.query, inputs.value, inputs.key, inputs.cache
     if cache is not None and not isinstance(cache, Cache):
         raise ShapeError(
