@@ -1,5 +1,6 @@
 """A backend that is added to the product's table is run by every test file, and a wrong one fails in each."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -23,10 +24,13 @@ FAILING = {
 
 def test_a_wrong_backend_in_the_table_fails_everywhere():
     ids = [str(HERE / name) for name in sorted(FAILING)]
-    options = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-p", "tests.wrong_backend"]
+    options = ["-q", "-rf", "-p", "no:xdist", "-p", "no:cacheprovider", "-p", "tests.wrong_backend"]
+    # What the run around this one reports, and where to, is its own.
+    environment = {name: x for name, x in os.environ.items() if name != "PYTEST_ADDOPTS"}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *ids],
         cwd=HERE.parent,
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
