@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 from jax.experimental import checkify, io_callback
+from jax.experimental.jet import jet
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -242,6 +243,16 @@ def third(f):
     return lambda *args: jax.grad(jax.grad(jax.grad(first)))(jnp.float32(1), *args)
 
 
+def series(g):
+    """The Taylor series of a program along its own arguments, to the second order."""
+
+    def run(*args):
+        flat = lambda *args: jax.tree.leaves(g(*args))  # noqa: E731
+        return jet(flat, args, [[a, 0.5 * a] for a in args])
+
+    return run
+
+
 # What is computed of attention, and the programs around it. Each is run once, by every backend.
 DERIVED = {
     "forward": lambda f: f,
@@ -260,6 +271,7 @@ DERIVED = {
     "remat_of_scan": remat_of_scan,
     "value_and_grad": value_and_grad,
     "third": third,
+    "jet": series,
 }
 AROUND = {
     "scan": scanned,

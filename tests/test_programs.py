@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import export
+from jax.experimental.jet import jet
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -109,6 +111,35 @@ def test_the_list_has_a_hundred_programs():
 def test_vmap_gives_what_the_batch_gives(backend):
     f = attend(BACKENDS[backend], {"mask": mj.Causal()})
     np.testing.assert_allclose(mapped(f)(*arrays()), f(*arrays()), rtol=2e-5, atol=2e-5)
+
+
+def test_the_series_of_the_function_and_of_the_layer_are_those_of_plain_jax():
+    def plain(q, k, v):
+        x = jnp.einsum("btnh,bsnh->bnts", q, k) * H**-0.5
+        x = jnp.where(np.tri(T, S, dtype=bool)[None, None], x, -jnp.inf)
+        return jnp.einsum("bnts,bsnv->btnv", jax.nn.softmax(x), v)
+
+    q, k, v = arrays()
+    k, v = (jnp.repeat(x, N // K, 2) for x in (k, v))
+    terms = [[jnp.sin(x), jnp.cos(x), x] for x in (q, k, v)]
+    for f in (attend(None, {"mask": mj.Causal()}), mapped(attend(None, {"mask": mj.Causal()}))):
+        got, want = (jet(g, (q, k, v), terms) for g in (jax.jit(f), plain))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, want)
+
+    x = q.reshape(B, T, -1)
+    module = mj.MultiHeadAttention(num_heads=2, key_dim=3, dropout=0.5)
+    variables = module.init(jax.random.key(0), x, x)
+    layer = mj.nnx.MultiHeadAttention.from_linen(module, variables, rngs=nnx.Rngs(0))
+    seen = np.arange(B * T).reshape(B, T) % 3 > 0
+    functions = {
+        "linen": lambda x: module.apply(variables, x, x, query_mask=seen, use_causal_mask=True),
+        "nnx": lambda x: layer(x, x, query_mask=seen, use_causal_mask=True, training=False),
+    }
+    for f in functions.values():
+        along = lambda t: f(x + t * jnp.sin(x))  # noqa: B023, E731
+        second = jax.jacfwd(jax.jacfwd(along))(0.0)
+        _, found = jet(f, (x,), [[jnp.sin(x), jnp.zeros_like(x)]])
+        np.testing.assert_allclose(found[1], second, rtol=2e-4, atol=2e-4)
 
 
 # ---- meshes --------------------------------------------------------------------------------------

@@ -12,20 +12,23 @@ differentiate the passes of `Backend.differentiable()` as they are written, by l
 steps are recomputed, so that they stay O(T + S) too.
 
 m moves nothing: it is a constant that l, the sum of exp(x - m), refers to. So l moves by l times lse's move.
+
+`jax.experimental.jet` makes its series of the same rule, order by order.
 """
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import SymbolicZero
+from jax.experimental.jet import jet_rules
+from jax.interpreters import ad
 
 from mha_jax.attention.call import Moves, Output, Problem, State
-from mha_jax.engine.attention_pass import Runner
+from mha_jax.engine.attention_pass import Pass, Runner, attention_pass_p, forward
 from mha_jax.engine.linear_map import linear_map
 
 
@@ -39,67 +42,89 @@ class Saved:
     runner: Runner = dataclasses.field(metadata={"static": True})
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def attend(runner: Runner, problem: Problem) -> State:
     """Run a problem, differentiable to any order."""
     return runner.forward(problem)
 
 
-def _attend_jvp(runner: Runner, primals: tuple, tangents: tuple) -> tuple[State, State]:
-    (problem,), (direction,) = primals, tangents
+def _jvp(primals: Sequence, tangents: Sequence, *, this: Pass, **_: Any) -> tuple[list, list]:
+    """Return the results of a pass and their tangents."""
+
+    def moved(primals, directions):
+        return (_moved if this.run is forward else _moved_as_written)(this, primals, directions)
+
+    for level in reversed(this.levels):
+        axes = [0 if there else None for there in level.mapped]
+        moved = jax.vmap(moved, (axes, axes), axis_size=level.size)
+    directions = [None if type(t) is ad.Zero else t for t in tangents]
+    results, moves = moved(list(primals), directions)
+    zeros = (ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results)
+    return results, [zero if t is None else t for t, zero in zip(moves, zeros, strict=True)]
+
+
+def _moved(this: Pass, primals: list, directions: list) -> tuple[list, list]:
+    """Return the results of a forward pass and their tangents, None for what does not move."""
+    runner = Runner(this.backend, this.wanted)
+    (problem,), (direction,) = (jax.tree.unflatten(this.tree, x) for x in (primals, directions))
     named = {x: checkpoint_name(getattr(problem, x), f"attention_{x}") for x in "qkv"}
     problem = dataclasses.replace(problem, **named)
-    # Itself, not its forward pass: out and l are residuals with derivatives of their own.
     out, m, l = attend(runner, problem)
     # What a policy of jax.checkpoint may keep: the output, and what rebuilds the weights.
     statistics = (checkpoint_name(x, "attention_lse") for x in (m, l))
     state = State(checkpoint_name(out, "attention_out"), *statistics)
-    moves = Moves(*(jax.tree.map(_moving, getattr(direction, name)) for name in Moves._fields))
-    if not jax.tree.leaves(moves):
-        return state, State(*map(jnp.zeros_like, state))
+    moves = Moves(*(getattr(direction, name) for name in Moves._fields))
     types = Output(jax.typeof(state.out), jax.typeof(state.l))
     moved = linear_map(_tangent, _cotangent, Saved(problem, state, runner), moves, types)
     per_lse = jnp.where(jnp.isnan(state.l), 1, state.l)  # as in `softmax.logsumexp`
-    return state, State(moved.out, jnp.zeros_like(state.m), per_lse * moved.lse)
+    return list(state), [moved.out, None, per_lse * moved.lse]
 
 
-attend.defjvp(_attend_jvp, symbolic_zeros=True)
-
-
-def _moving(tangent: Any) -> Any:
-    if isinstance(tangent, SymbolicZero):
-        return None
-    return None if tangent.dtype == jax.dtypes.float0 else tangent
-
-
-def _differentiated_as(slow: Callable) -> Callable:
-    """Use `fast` for values, and `slow`, which computes the same, for derivatives."""
-
-    def decorate(fast: Callable) -> Callable:
-        function = jax.custom_jvp(fast)
-
-        @function.defjvp
-        def _jvp(primals, tangents):
-            return jax.jvp(slow, primals, tangents)
-
-        return function
-
-    return decorate
-
-
-def _differentiable_tangent(saved: Saved, direction: Moves) -> Output:
-    return saved.runner.differentiable().tangent(saved.problem, saved.state, direction)
-
-
-def _differentiable_cotangent(saved: Saved, cotangent: Output) -> Moves:
-    return saved.runner.differentiable().cotangent(saved.problem, saved.state, cotangent)
-
-
-@_differentiated_as(_differentiable_tangent)
 def _tangent(saved: Saved, direction: Moves) -> Output:
     return saved.runner.tangent(saved.problem, saved.state, direction)
 
 
-@_differentiated_as(_differentiable_cotangent)
 def _cotangent(saved: Saved, cotangent: Output) -> Moves:
     return saved.runner.cotangent(saved.problem, saved.state, cotangent)
+
+
+def _moved_as_written(this: Pass, primals: list, directions: list) -> tuple[list, list]:
+    """Return the results of another pass and their tangents, by differentiating how it is computed."""
+    backend = Runner(this.backend).differentiable()
+    moving = [i for i, t in enumerate(directions) if t is not None]
+
+    def function(*values):
+        leaves = list(primals)
+        for i, value in zip(moving, values):
+            leaves[i] = value
+        return jax.tree.leaves(this.run(backend, *jax.tree.unflatten(this.tree, leaves)))
+
+    return jax.jvp(function, [primals[i] for i in moving], [directions[i] for i in moving])
+
+
+def _series(primals: Sequence, series: Sequence, **params: Any) -> tuple[list, list]:
+    """Return the results of a pass and the coefficients of their series in t, given its arguments'."""
+
+    def along(t):
+        def at(x, terms):
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                return x
+            return sum((c * t.astype(x.dtype) ** n for n, c in enumerate(terms, 1)), x)
+
+        return [attention_pass_p.bind(*map(at, primals, series), **params)]
+
+    def with_next(orders):
+        def function(t):
+            found, (*_, highest) = jax.jvp(orders, (t,), (jnp.ones_like(t),))
+            return [*found, highest]
+
+        return function
+
+    for _ in series[0]:
+        along = with_next(along)
+    results, *orders = along(jnp.float32(0))
+    scaled = ([d / math.factorial(n) for d in found] for n, found in enumerate(orders, 1))
+    return results, list(map(list, zip(*scaled)))
+
+
+ad.primitive_jvps[attention_pass_p] = _jvp
+jet_rules[attention_pass_p] = _series
