@@ -24,6 +24,7 @@ from mha_jax import (
     init_params,
     multi_head_attention,
 )
+from mha_jax.backends.reference import Reference
 from mha_jax.sharding import Sharded, logical_axes, partition_specs, with_logical_names
 
 P = PartitionSpec
@@ -199,6 +200,33 @@ def test_explicit_axes_are_read_off_the_types():
     gathered = {"all-gather"} if jax.__version_info__ < (0, 10) else set()
     assert set(exchanges(program)) == {"all-reduce"} | gathered
     assert_equal_to_rounding(actual, jit(both_passes(options))(given))
+
+
+@pytest.mark.parametrize("names", [("x", "model"), ("data", "y")])
+def test_a_kernel_is_cut_along_auto_axes_beside_explicit_ones(names):
+    shapes = []
+
+    class Kernel(Reference):
+        """What XLA cannot cut."""
+
+        def forward(self, problem):
+            shapes.append(problem.q.shape)
+            return super().forward(problem)
+
+        def partitionable(self):
+            return None
+
+    kinds = (AxisType.Explicit if len(name) == 1 else AxisType.Auto for name in names)
+    mesh = jax.make_mesh((2, 4), names, axis_types=tuple(kinds))
+    place = P("x") if "x" in names else P(None, None, "y")
+    given = arrays()
+    there = {name: jax.device_put(a, NamedSharding(mesh, place)) for name, a in given.items()}
+    known = {"batch": ("data",), "heads": ("model",)}
+    for backend in (Kernel(), Sharded(Kernel(), **known)):
+        actual = jit(lambda given: attend(Call(**given), backend).out)(there)  # noqa: B023
+        assert shapes[-1] == (B // 2, T, N // 4, H)
+        assert tuple(jax.typeof(actual).sharding.spec)[: len(place)] == tuple(place)
+        assert_equal_to_rounding(actual, attend(Call(**given)).out)
 
 
 @pytest.mark.parametrize(

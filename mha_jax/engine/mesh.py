@@ -151,6 +151,16 @@ class Wanted(NamedTuple):
     everywhere: bool = False  # whether every device shall have all queries
     typed: tuple[str, ...] = ()  # axes that types speak of: no common name is looked for there
 
+    def beside(self, batch: tuple[str, ...], heads: tuple[str, ...]) -> "Wanted":
+        """Return this behind explicit axes that cut batch and heads, without what else types speak of."""
+
+        def free(given, common):
+            return (x for x in (common if given is None else given) if x not in self.typed)
+
+        batch = (*batch, *free(self.batch, BATCH_AXES))
+        heads = (*heads, *free(self.heads, HEAD_AXES))
+        return self._replace(batch=batch, heads=heads)
+
     def on(self, mesh: Any) -> Axes:
         """Return what the axes of a mesh cut: of names without a known meaning nothing."""
 

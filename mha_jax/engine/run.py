@@ -131,14 +131,16 @@ def _wanted(problem: Problem, sharded: Sharded) -> Wanted:
     """Return the mesh axes that a problem is cut along: explicit ones, given ones, or common names."""
     letters = zip(meshes.MOVES, (problem.q, problem.k))
     cut = meshes.cut_by_letter(letters, problem.groups)
-    batch, heads, sequence = sharded.batch, sharded.heads, sharded.sequence
     typed = meshes.explicit_axes(jax.typeof(problem.q).sharding.mesh)
+    wanted = Wanted(
+        *(sharded.batch, sharded.heads, sharded.sequence, sharded.strategy), typed=typed
+    )
     if not any(cut.values()):
-        return Wanted(batch, heads, sequence, sharded.strategy, typed=typed)
-    heads, rows, keys = cut.get("N") or cut.get("K", ()), cut.get("T", ()), cut.get("S", ())
+        return wanted
+    wanted = wanted.beside(cut.get("B", ()), cut.get("N") or cut.get("K", ()))
+    rows, keys = cut.get("T", ()), cut.get("S", ())
     everywhere = bool(keys) and not rows
-    sequence = rows or keys or sequence
-    return Wanted(cut.get("B", ()), heads, sequence, sharded.strategy, everywhere, typed)
+    return wanted._replace(sequence=rows or keys or wanted.sequence, everywhere=everywhere)
 
 
 def _padded(x: Any) -> Any:
