@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mha_jax.errors import ShapeError
 from mha_jax.layer.keras_objects import Family, Settings, is_number
@@ -166,10 +167,10 @@ def constrain(params: Params, *, kernel: Any = None, bias: Any = None) -> Params
         if rule is None:
             return leaf
         result = reduce(lambda f, _: jax.vmap(f), range(stacked), rule)(leaf)
-        if jnp.shape(result) != jnp.shape(leaf):
+        if np.shape(result) != np.shape(leaf):
             raise ShapeError(
-                f"the constraint {rule!r} turned {keys[-1]} of shape {jnp.shape(leaf)} into shape "
-                f"{jnp.shape(result)}. Expected a function array -> array of the same shape."
+                f"the constraint {rule!r} turned {keys[-1]} of shape {np.shape(leaf)} into shape "
+                f"{np.shape(result)}. Expected a function array -> array of the same shape."
             )
         return result
 
