@@ -7,6 +7,7 @@ Kernels are three-dimensional, as in Keras: query (D, N, H), key (D, K, H), valu
 (D, N, V), output (N, V, *output_shape); biases (N, H), (K, H), (K, V), (N, V), output_shape.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mha_jax.errors import WeightsError
 from mha_jax.layer import initializers
 from mha_jax.types import Array, Params, Precision, PRNGKey
+
+# JAX's own product. Qwix for one puts other code into the same function.
+_OWN_PRODUCT = jax.lax.dot_general, jax.lax.dot_general.__code__
 
 
 class KernelShape(NamedTuple):
@@ -103,8 +107,9 @@ def check_names(
 def product(name: str, kernel: Any, bias: Any, x: Array, precision: Precision = None) -> Array:
     """Multiply the last axes of `x` by a kernel, as it is stored, and add the bias, in the dtype of `x`.
 
-    What replaces products (quantization, adapters) sees `jax.lax.dot_general` with the kernel itself. On
-    explicit mesh axes the result is cut as the batch of `x` and the features of the kernel are.
+    What replaces products (quantization, adapters) sees `jax.lax.dot_general` with the kernel itself; where
+    nothing does, it is a product of matrices, whose gradients XLA need not transpose and copy. On explicit
+    mesh axes the result is cut as the batch of `x` and the features of the kernel are.
 
     Args:
       name: Of the projection, for errors.
@@ -123,12 +128,21 @@ def product(name: str, kernel: Any, bias: Any, x: Array, precision: Precision = 
             "The arguments of the layer are query, value, key, in this order; if the inputs have changed "
             "width, initialise the layer again."
         )
-    outer = x.ndim - in_axes
-    contracted = tuple(range(outer, x.ndim)), tuple(range(in_axes))
     kernel = kernel if kernel.dtype == x.dtype else kernel.astype(x.dtype)
+    outer = x.ndim - in_axes
     out = _explicit(x, kernel, outer, in_axes)
-    options: dict[str, Any] = {} if out is None else {"out_sharding": out}
-    y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), precision=precision, **options)
+    replaced = (jax.lax.dot_general, jax.lax.dot_general.__code__) != _OWN_PRODUCT
+    if out is None and isinstance(kernel, jax.Array) and not replaced:
+        lead, inputs, features = x.shape[:outer], kernel.shape[:in_axes], kernel.shape[in_axes:]
+        matrix = kernel.reshape(math.prod(inputs), math.prod(features))
+        x = x.reshape(*lead, matrix.shape[0])
+        dimensions = ((outer,), (0,)), ((), ())
+        y = jax.lax.dot_general(x, matrix, dimensions, precision=precision)
+        y = y.reshape(*lead, *features)
+    else:
+        contracted = tuple(range(outer, x.ndim)), tuple(range(in_axes))
+        options: dict[str, Any] = {} if out is None else {"out_sharding": out}
+        y = jax.lax.dot_general(x, kernel, (contracted, ((), ())), precision=precision, **options)
     if bias is None:
         return y
     bias = bias if bias.dtype == x.dtype else bias.astype(x.dtype)
