@@ -9,6 +9,7 @@ from jax.ad_checkpoint import print_saved_residuals
 
 import mha_jax as mj
 from mha_jax.errors import ArgumentError, ShapeError
+from mha_jax.models import transformer
 from tests.drawn import draw, draw_variables
 
 B, T, N, H, D = 2, 7, 3, 4, 5
@@ -66,6 +67,8 @@ def test_complex_numbers_are_refused_in_words():
         lambda: mj.attend(mj.Call(q, q, q)),
         lambda: mj.attention_scores(mj.Call(q, q, q)),
         lambda: LAYER.init(jax.random.key(0), z, z),
+        lambda: mj.dot_product_attention(*[q.real] * 3, bias=mj.biases.Alibi(np.ones(N, complex))),
+        lambda: transformer.sinusoids(z, 4),
     ):
-        with pytest.raises(ShapeError, match=r"complex64.*real and imaginary parts as features"):
+        with pytest.raises(ShapeError, match=r"complex.*real and imaginary parts as features"):
             door()

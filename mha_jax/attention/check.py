@@ -16,10 +16,10 @@ import numpy as np
 from mha_jax.attention.call import Call, Logits, Problem
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.fitted import fitted_bias, fitted_mask, fold_batch, int32
-from mha_jax.attention.given import of_kind, precision
+from mha_jax.attention.given import of_kind, precision, real_numbers
 from mha_jax.attention.masks import And, Mask, Not, Or, SameSegment, check_mask
 from mha_jax.attention.slots import Slots
-from mha_jax.attention.tokens import Tokens, real_numbers
+from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, Size
 

@@ -34,22 +34,36 @@ def integer(name: str, x: Any, least: int, most: int, hint: str) -> int:
 
 
 def as_array(name: str, x: Any, wanted: str) -> ArrayLike:
-    """Return an array of numbers or truth values, of a nested list too.
+    """Return an array of real numbers or truth values, of a nested list too.
 
     Raises:
       ShapeError: If it is none.
     """
     a = x
     if not isinstance(x, (jax.Array, np.ndarray)):
+        text = any(isinstance(leaf, str) for leaf in jax.tree.leaves(x))  # a dtype, for JAX
         try:
-            a = jnp.asarray(x)
+            a = None if text else jnp.asarray(x)
         except (OverflowError, TypeError, ValueError):
             a = None
-    kinds = jnp.number, jnp.bool_
+    kinds = jnp.floating, jnp.integer, jnp.bool_
     if a is None or not any(jnp.issubdtype(a.dtype, kind) for kind in kinds):
         got = type(x).__name__ if not hasattr(x, "dtype") else f"{x.dtype}{list(np.shape(x))}"
-        raise ShapeError(f"{name} must be {wanted}: got {got}. Convert it with np.asarray first.")
+        fix = "Convert it with np.asarray first."
+        if a is not None and jnp.issubdtype(a.dtype, jnp.complexfloating):
+            fix = real_numbers(a.dtype)
+        raise ShapeError(f"{name} must be {wanted}: got {got}. {fix}")
     return a
+
+
+def real_numbers(dtype: Any) -> str:
+    """Return how to make floating-point numbers of numbers of another dtype."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return (
+            "Attention is of real numbers: pass real and imaginary parts as features, "
+            "jnp.concatenate([x.real, x.imag], -1)."
+        )
+    return "Embed or cast it first, for example x.astype(jnp.float32)."
 
 
 def integers(

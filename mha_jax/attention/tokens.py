@@ -154,16 +154,6 @@ def zero_invalid(x: jax.Array, tokens: Tokens) -> jax.Array:
     return jnp.where(valid, x, jnp.zeros((), x.dtype))
 
 
-def real_numbers(dtype: Any) -> str:
-    """Return how to make floating-point numbers of numbers of another dtype."""
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return (
-            "Attention is of real numbers: pass real and imaginary parts as features, "
-            "jnp.concatenate([x.real, x.imag], -1)."
-        )
-    return "Embed or cast it first, for example x.astype(jnp.float32)."
-
-
 def finite(x: jax.Array) -> jax.Array:
     """Return which tokens of data [..., H] hold finite numbers only, [..., 1]."""
     # A sum of numbers: that of booleans takes XLA seconds to compile where x is a constant.
