@@ -120,6 +120,7 @@ class Problem:
       dropout: Dropout whose key is key data, two 32-bit words, or None.
       logits: How q . k becomes a logit.
       heads_first: As in `Call`.
+      constants: Which of "bias" and "bias_rule" nobody asks a gradient of; see `moving`.
     """
 
     q: Queries
@@ -133,6 +134,7 @@ class Problem:
     dropout: Dropout | None
     logits: Logits = static()
     heads_first: bool = static(default=False)
+    constants: tuple[str, ...] = static(default=())
 
     @property
     def groups(self) -> int:
@@ -171,6 +173,23 @@ class Moves(NamedTuple):
     v: Values | None
     bias: Array | None
     bias_rule: Any = None  # a rule with None where it has no floats
+
+
+def moving(problem: Problem) -> Moves:
+    """Return what a problem is differentiated in, None for arrays that are constants or not there."""
+    found = Moves(*(getattr(problem, name) for name in Moves._fields))
+    found = found._replace(bias_rule=biases.floats(problem.bias_rule))
+    still = {name: jax.tree.map(lambda _: None, getattr(found, name)) for name in problem.constants}
+    return found._replace(**still)
+
+
+def without_constants(problem: Problem, moves: Moves) -> Moves:
+    """Return cotangents of a problem without those of its constants, which a backend may compute, too."""
+    return jax.tree.map(
+        lambda asked, move: None if asked is None else move,
+        *(moving(problem), moves),
+        is_leaf=lambda x: x is None,
+    )
 
 
 def logits(problem: Problem) -> Float[Array, "B N T S"]:

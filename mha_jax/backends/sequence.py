@@ -32,8 +32,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from mha_jax.attention import softmax
-from mha_jax.attention.biases import OfHeads, floats
-from mha_jax.attention.call import Moves, Output, Problem, State
+from mha_jax.attention.biases import OfHeads
+from mha_jax.attention.call import Moves, Output, Problem, State, moving, without_constants
 from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Tokens, extents
 from mha_jax.backends.base import Backend
@@ -347,7 +347,8 @@ class Ring(Shards):
 
             def attend(stay):
                 dq, bias, rule = stay
-                own = _cast(self.device.cotangent(here, state, cotangent), dtype)
+                own = self.device.cotangent(here, state, cotangent)
+                own = _cast(without_constants(here, own), dtype)
                 bias = None if bias is None else shard.add(bias, own.bias, number)
                 return (dq + own.q, bias, jax.tree.map(jnp.add, rule, own.bias_rule)), own[1:3]
 
@@ -364,14 +365,15 @@ class Ring(Shards):
             dk, dv = (shard.put(x, part, c) for x, part in zip(whole[1:3], home))
             return sums._replace(k=dk, v=dv)
 
-        moving = _moving(problem)
-        start = _zeros(moving._replace(k=None, v=None, bias=shard.problem.bias), dtype)
+        asked = moving(problem)
+        over = moving(shard.problem).bias
+        start = _zeros(asked._replace(k=None, v=None, bias=over), dtype)
         start = start._replace(k=jnp.zeros_like(problem.k), v=jnp.zeros_like(problem.v))
         moves = _for_all(shard.pieces, piece, start)
         bias = moves.bias
-        if bias is not None and bias.shape != moving.bias.shape:
+        if bias is not None and bias.shape != asked.bias.shape:
             bias = lax.psum_scatter(bias, self.axis, scatter_dimension=3, tiled=True)
-        return _cast_like(moves._replace(bias=bias), moving)
+        return _cast_like(moves._replace(bias=bias), asked)
 
     @_unchecked
     def tangent(self, problem: Problem, state: State, direction: Moves) -> Output:
@@ -437,12 +439,6 @@ def _for_all(count: int, function: Callable, x: Any) -> Any:
     return lax.scan(lambda x, c: (function(x, c), None), x, numbers)[0]
 
 
-def _moving(problem: Problem) -> Any:
-    """Return the arrays of a problem that gradients are of."""
-    moving = Moves(*(getattr(problem, name) for name in Moves._fields))
-    return moving._replace(bias_rule=floats(problem.bias_rule))
-
-
 def _same(x: Any) -> Any:
     return x
 
@@ -483,7 +479,8 @@ class Whole(Shards):
         return x
 
     def problem_there(self, shard: Shard) -> Problem:
-        q, k, v, bias, _ = self.there(shard, _moving(shard.problem))
+        arrays = dataclasses.replace(shard.problem, constants=())
+        q, k, v, bias, _ = self.there(shard, moving(arrays))
         return dataclasses.replace(shard.problem, k_tokens=shard.keys, q=q, k=k, v=v, bias=bias)
 
     @_unchecked
@@ -494,16 +491,16 @@ class Whole(Shards):
     @_unchecked
     def cotangent(self, problem: Problem, state: State, cotangent: Output) -> Moves:
         shard, dtype = Shard(self.axis, problem), problem.accumulator
-        whole, moving = self.problem_there(shard), _moving(problem)
+        whole, asked = self.problem_there(shard), moving(problem)
         rows = self.rows_there(shard, state), self.rows_there(shard, cotangent)
-        moves = _cast(self.device.cotangent(whole, *rows), dtype)
+        moves = without_constants(whole, self.device.cotangent(whole, *rows))
 
         def there(x):
             over = jax.tree.map(shard.over_all_keys, x.bias)
             return self.there(shard, x._replace(bias=over))
 
-        (moves,) = jax.linear_transpose(there, _zeros(moving, dtype))(moves)
-        return _cast_like(moves, moving)
+        (moves,) = jax.linear_transpose(there, _zeros(asked, dtype))(_cast(moves, dtype))
+        return _cast_like(moves, asked)
 
     @_unchecked
     def tangent(self, problem: Problem, state: State, direction: Moves) -> Output:

@@ -30,8 +30,8 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from mha_jax.attention.biases import OfHeads, floats
-from mha_jax.attention.call import Moves, Output, Problem, State
+from mha_jax.attention.biases import OfHeads
+from mha_jax.attention.call import Moves, Output, Problem, State, moving, without_constants
 from mha_jax.backends.base import Backend
 from mha_jax.engine import mesh as meshes
 from mha_jax.engine.choose import PLATFORMS, complete, default_platform
@@ -105,7 +105,7 @@ def forward(backend: Backend, problem: Problem) -> State:
 
 
 def cotangent(backend: Backend, problem: Problem, state: State, cotangent: Output) -> Moves:
-    return backend.cotangent(problem, state, cotangent)
+    return without_constants(problem, backend.cotangent(problem, state, cotangent))
 
 
 def tangent(backend: Backend, problem: Problem, state: State, direction: Moves) -> Output:
@@ -126,11 +126,10 @@ class Runner:
         return State(*self._bind(forward, meshes.STATE, shapes, problem))
 
     def cotangent(self, problem: Problem, state: State, ct: Output) -> Moves:
-        moving = Moves(*(getattr(problem, name) for name in Moves._fields))
-        moving = moving._replace(bias_rule=floats(problem.bias_rule))
-        leaves, tree = jax.tree.flatten(moving)
+        asked = moving(problem)
+        leaves, tree = jax.tree.flatten(asked)
         shapes = [(jnp.shape(x), jnp.result_type(x)) for x in leaves]
-        found = self._bind(cotangent, _letters(moving), shapes, problem, state, ct)
+        found = self._bind(cotangent, _letters(asked), shapes, problem, state, ct)
         return jax.tree.unflatten(tree, found)
 
     def tangent(self, problem: Problem, state: State, direction: Moves) -> Output:
@@ -350,6 +349,7 @@ def _transpose(cotangents: Any, *leaves: Any, this: Pass, **_: Any) -> list[Any]
 
     def pull(ct, *leaves):
         (problem,) = jax.tree.unflatten(this.tree, leaves)
+        problem = dataclasses.replace(problem, constants=("bias", "bias_rule"))
         _, m, l = runner.forward(problem)
         state = State(jnp.zeros_like(ct), m, l)
         return jnp.asarray(runner.cotangent(problem, state, Output(ct, jnp.zeros_like(l))).v)

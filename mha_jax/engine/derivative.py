@@ -74,7 +74,9 @@ def _moved(this: Pass, primals: list, directions: list) -> tuple[list, list]:
     state = State(checkpoint_name(out, "attention_out"), *statistics)
     moves = Moves(*(getattr(direction, name) for name in Moves._fields))
     types = Output(jax.typeof(state.out), jax.typeof(state.l))
-    moved = linear_map(_tangent, _cotangent, Saved(problem, state, runner), moves, types)
+    still = tuple(x for x in ("bias", "bias_rule") if not jax.tree.leaves(getattr(moves, x)))
+    saved = Saved(dataclasses.replace(problem, constants=still), state, runner)
+    moved = linear_map(_tangent, _cotangent, saved, moves, types)
     per_lse = jnp.where(jnp.isnan(state.l), 1, state.l)  # as in `softmax.logsumexp`
     return list(state), [moved.out, None, per_lse * moved.lse]
 

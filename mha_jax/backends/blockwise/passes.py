@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mha_jax.attention import hidden, softmax
-from mha_jax.attention.biases import floats
-from mha_jax.attention.call import Moves, Output, State
+from mha_jax.attention.call import Moves, Output, State, moving
 from mha_jax.attention.hidden import Rows
 from mha_jax.backends.blockwise.tiles import ByKeys, ByQueries, Place, Tiles, scan
 
@@ -89,7 +88,7 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
             dx = p * (dp - delta[..., None, :])
             if d_bias is not None:
                 d_bias = tiles.add_dense(d_bias, dx.swapaxes(-1, -2), at)
-            if tiles.rule is not None:
+            if d_rule is not None:
                 _, pull = jax.vjp(by.ruled(dx.shape, at), tiles.rule_floats)
                 d_rule = jax.tree.map(jnp.add, d_rule, *pull(dx))
             q = q.astype(dtype)
@@ -106,14 +105,16 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
         *carry, dk, dv = tiles.over(order, g, j, block, (*carry, *zeros))
         return tuple(carry), (dk, dv)
 
-    d_bias = None if tiles.bias is None else jnp.zeros(tiles.bias.shape, dtype)
+    asked = moving(problem)
+    d_bias = None if asked.bias is None else jnp.zeros(tiles.bias.shape, dtype)  # type: ignore[union-attr]
     *lead, length, size = tiles.q.shape
-    d_rule = jax.tree.map(jnp.zeros_like, tiles.rule_floats)
+    ruled = bool(jax.tree.leaves(asked.bias_rule))
+    d_rule = jax.tree.map(jnp.zeros_like, tiles.rule_floats) if ruled else None
     carry = (d_bias, d_rule, jnp.zeros((*lead, size, length), dtype))
     (d_bias, d_rule, dq), (dk, dv) = scan(column, carry, tiles.layout.groups, tiles.k_blocks)
     dk = tiles.keys_back(dk) * jnp.asarray(rules.scale, dtype)
     dq = tiles.transposed_back(dq) * jnp.asarray(tiles.scale, dtype)
-    bias = problem.bias
+    bias = asked.bias
     if bias is not None and d_bias is not None:
         d_bias = d_bias[tuple(slice(n) for n in bias.shape)].astype(bias.dtype)
     return Moves(
@@ -121,7 +122,9 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
         dk.astype(problem.k.dtype),
         tiles.keys_back(dv).astype(problem.v.dtype),
         d_bias,
-        jax.tree.map(lambda d, a: d.astype(jnp.result_type(a)), d_rule, floats(problem.bias_rule)),
+        jax.tree.map(lambda a, d: d.astype(jnp.result_type(a)), asked.bias_rule, d_rule)
+        if ruled
+        else asked.bias_rule,
     )
 
 

@@ -153,14 +153,14 @@ def without_nan(x: Array) -> Array:
 def backward(view: View, precision: Any) -> None:
     """Add what blocks of keys give to dq, dk and dv; rows are keys, tiles are transposed."""
     refs = view.refs
-    bias_of_queries = view.plan.vectors.get("bias") == "q"
+    bias_of_queries = "d_bias" in refs and view.plan.vectors["bias"] == "q"
 
     @view.at_first_rows
     def _():
         refs["dq_sum"][...] = jnp.zeros_like(refs["dq_sum"])
         if bias_of_queries:
             refs["d_bias"][...] = jnp.zeros_like(refs["d_bias"])
-        if view.plan.by_distance:
+        if "d_distances" in refs:
             refs["d_distances"][...] = jnp.zeros_like(refs["d_distances"])
 
     view.each_block(lambda view: _backward_block(view, precision), lambda: _clear(view))
@@ -181,7 +181,7 @@ def _backward_block(view: View, precision: Any) -> None:
     refs, plan, rows = view.refs, view.plan, view.rows
     q, k, v, d_out = (refs[name] for name in ("q", "k", "v", "d_out"))
     dq_sum, dk_sum, dv_sum = refs["dq_sum"], refs["dk_sum"], refs["dv_sum"]
-    bias_side = plan.vectors.get("bias")
+    bias_side = plan.vectors.get("bias") if "d_bias" in refs else None
     last = "dk_before" not in refs
     if not last:
         dk_sum[...], dv_sum[...] = refs["dk_before"][rows], refs["dv_before"][rows]
@@ -203,7 +203,7 @@ def _backward_block(view: View, precision: Any) -> None:
             refs["d_bias_sum"][part.rows] += by_lane(ds)
         if bias_side == "q":
             refs["d_bias"][:, here] += jnp.sum(ds, axis=0, keepdims=True)
-        if plan.by_distance:
+        if "d_distances" in refs:
             refs["d_distances"][:, view.distances(part)] += diagonals.summed(ds)
         if slope is not None:
             # Where a part hides something, slopes may be NaN there.

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mha_jax.attention import hidden, softmax
 from mha_jax.attention.biases import floats
-from mha_jax.attention.call import Moves, Output, Problem, State
+from mha_jax.attention.call import Moves, Output, Problem, State, moving, without_constants
 from mha_jax.attention.hidden import Rows
 from mha_jax.backends.pallas_tpu import kernels, rules
 from mha_jax.backends.pallas_tpu import operands as ops
@@ -100,7 +100,7 @@ def cotangent(tuning: Tuning, problem: Problem, state: State, cotangent: Output)
     """Return the cotangents of q, k, v, bias and the floats of its rule."""
     if problem.bias_rule is not None and rules.is_line(problem):
         return _with_line(tuning, problem, state, cotangent)
-    given, problem = problem, _computable(problem)
+    asked, problem = moving(problem), _computable(problem)
     d_out, out = (x.astype(jnp.float32).swapaxes(1, 2) for x in (cotangent.out, state.out))
     shift, ratio = _shift(problem, state)
     rows = Rows(problem.q.swapaxes(1, 2), d_out, shift, cotangent.lse)
@@ -109,17 +109,17 @@ def cotangent(tuning: Tuning, problem: Problem, state: State, cotangent: Output)
     d_out = rows.d_out.swapaxes(1, 2).astype(problem.v.dtype)
     seen = hidden.cleaned(problem) if contains(problem) else problem
     problem = dataclasses.replace(seen, q=rows.q.swapaxes(1, 2))
-    dq, dk, dv, d_bias, d_rule = _backward(tuning, problem, given.q.dtype, d_out, extra)
-    if given.bias is not None:
+    dq, dk, dv, d_bias, d_rule = _backward(tuning, problem, asked.q.dtype, d_out, extra)
+    if asked.bias is not None:
         if d_bias is None:
             d_bias = _dense_bias_gradient(tuning, problem, d_out, extra)
-        d_bias = d_bias.astype(given.bias.dtype)
+        d_bias = d_bias.astype(asked.bias.dtype)
     return Moves(
-        dq.astype(given.q.dtype),
-        dk.astype(given.k.dtype),
-        dv.astype(given.v.dtype),
+        dq.astype(asked.q.dtype),
+        dk.astype(asked.k.dtype),
+        dv.astype(asked.v.dtype),
         d_bias,
-        _like(floats(given.bias_rule), d_rule),
+        _like(asked.bias_rule, d_rule),
     )
 
 
@@ -127,9 +127,11 @@ def _with_line(tuning: Tuning, problem: Problem, state: State, ct: Output) -> Mo
     """Return the cotangents where a bias by rule is written out."""
     numbers = rules.numbers(problem.bias_rule)
     line, pull = jax.vjp(rules.written_out(problem), problem.bias, numbers)
-    moves = cotangent(tuning, dataclasses.replace(problem, bias=line, bias_rule=None), state, ct)
+    whole = dataclasses.replace(problem, bias=line, bias_rule=None, constants=())
+    moves = cotangent(tuning, whole, state, ct)
     d_bias, d_rule = pull(moves.bias)
-    return moves._replace(bias=d_bias, bias_rule=_like(floats(problem.bias_rule), d_rule))
+    moves = moves._replace(bias=d_bias, bias_rule=_like(floats(problem.bias_rule), d_rule))
+    return without_constants(problem, moves)
 
 
 def _like(given: Any, moved: Any) -> Any:
@@ -177,12 +179,14 @@ def _backward(
         "dk_sum": ((g.rows, size_h), jnp.float32),
         "dv_sum": ((g.rows, size_v), jnp.float32),
     }
-    bias_side = plan.vectors.get("bias")
+    asked = moving(problem)
+    bias_side = plan.vectors.get("bias") if asked.bias is not None else None
     if bias_side is not None:
         outputs["d_bias"] = ops.vector_output(g) if bias_side == "k" else ops.resident_vector(g)
     if bias_side == "k":
         scratch["d_bias_sum"] = ((g.rows, LANES), jnp.float32)
-    if plan.by_distance:
+    ruled = plan.by_distance and bool(jax.tree.leaves(asked.bias_rule))
+    if ruled:
         outputs["d_distances"] = ops.table_output(g)
     run = _Kernel("attention_backward", kernels.backward, plan, 1, _precision(problem))
     if g.chunks == 1:
@@ -192,8 +196,8 @@ def _backward(
     dq, dk, dv = (found[name] for name in ("dq", "dk", "dv"))
     if g.groups > 1:
         dk, dv = (x.reshape(g.batch, -1, g.groups, *x.shape[2:]).sum(2) for x in (dk, dv))
-    d_bias, d_rule = None, None
-    if plan.by_distance:
+    d_bias, d_rule = None, asked.bias_rule
+    if ruled:
         _, pull = jax.vjp(rules.table(problem, g), rules.numbers(problem.bias_rule))
         (d_rule,) = pull(found["d_distances"][:, :, 0].sum(0))
     if "d_bias" in found:
@@ -207,7 +211,9 @@ def _backward(
 
 def _by_chunk(run, tuning, problem, g, inputs, outputs, scratch):
     """Go through the queries chunk by chunk where not all of them fit into VMEM."""
-    by_query = {"dq": 2, "d_bias": 3} if run.plan.vectors.get("bias") == "q" else {"dq": 2}
+    by_query = {"dq": 2}
+    if "d_bias" in outputs and run.plan.vectors["bias"] == "q":
+        by_query["d_bias"] = 3
     summed = [name for name in outputs if name not in by_query]
     sums = {name: jnp.zeros(outputs[name][0].shape, jnp.float32) for name in summed}
 
@@ -319,8 +325,12 @@ class _Kernel:
             out_specs=[spec for _, spec in outputs.values()],
             scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch.values()],
         )
+        # Sums that go in and out, block by block, are added to where they lie.
+        places = {name: place for place, name in enumerate(inputs, spec.num_scalar_prefetch)}
+        sums = {place: name for place, name in enumerate(outputs) if f"{name}_before" in inputs}
         launch = pl.pallas_call(
             kernel,
+            input_output_aliases={places[f"{x}_before"]: place for place, x in sums.items()},
             out_shape=[shape for shape, _ in outputs.values()],
             grid_spec=spec,
             compiler_params=pltpu.CompilerParams(
