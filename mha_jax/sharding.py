@@ -7,6 +7,7 @@ caller's own, `Ring`, `Gather` and `Heads` are backends for shards of the tokens
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -68,8 +69,6 @@ def _named(params: Params) -> Any:
 
     def of(name: str, part: str, array: Any) -> tuple[str | None, ...]:
         known = names.get(name, ("embed", "heads", "kv"))
-        if part == "scale":  # of a norm
-            known = ("kv",)
         if part == "logits":  # of the sinks
             known = ("heads",)
         if part == "bias":
@@ -77,8 +76,17 @@ def _named(params: Params) -> Any:
         rest = len(array.shape) - stacked - len(known)
         return (*(None,) * stacked, *known, *(None,) * rest)
 
+    def of_norm(name: str, array: Any) -> tuple[str | None, ...]:
+        own = array.shape[stacked:]
+        heads, kernel = (keys[1], key) if name == "key_norm" else ("heads", query)
+        # Other axes than those of the heads are a module's own.
+        known = (heads, "kv")[-len(own) :] if own and own == kernel[-len(own) :] else ()
+        return (*(None,) * (len(array.shape) - len(known)), *known)
+
     return {
-        name: {part: of(name, part, array) for part, array in weights.items()}
+        name: jax.tree.map(partial(of_norm, name), weights)
+        if name.endswith("_norm")
+        else {part: of(name, part, array) for part, array in weights.items()}
         for name, weights in params.items()
     }
 

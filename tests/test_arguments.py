@@ -65,7 +65,7 @@ WRONG = {
     "param_dtype": (None, bool, "float33"),
     "precision": ("hi", 3, ["high"]),
     "rotary": (3, True, "rope", {"rope_theta": 1e4}),
-    "qk_norm": ("l2", True, 1),
+    "qk_norm": ("l3", True, 1),
     "use_sinks": ("yes", 1, None),
     "scale": ("1", True, float("inf"), 1j),
     "logit_cap": (0, -1.0, "30", float("nan")),

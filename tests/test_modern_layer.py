@@ -40,10 +40,11 @@ def drawn(arguments, seed=1):
     return layer, jax.tree.unflatten(tree, leaves)
 
 
-def normalized(kind, scale, x):
-    if kind == "layer":
-        x = x - x.mean(-1, keepdims=True)
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+def normalized(kind, own, x):
+    axes = (-2, -1) if kind == "rms_over_heads" else -1
+    if kind.startswith("layer"):
+        x = x - x.mean(axes, keepdims=True)
+    return x / np.sqrt((x**2).mean(axes, keepdims=True) + 1e-6) * own.get("scale", 1.0)
 
 
 def oracle(layer, params, positions=None, visible=CAUSAL, bias=0.0):
@@ -57,8 +58,8 @@ def oracle(layer, params, positions=None, visible=CAUSAL, bias=0.0):
 
     q, k, v = (project(name) for name in ("query", "key", "value"))
     if layer.qk_norm:
-        q = normalized(layer.qk_norm, params["query_norm"]["scale"], q)
-        k = normalized(layer.qk_norm, params["key_norm"]["scale"], k)
+        q = normalized(layer.qk_norm, params.get("query_norm", {}), q)
+        k = normalized(layer.qk_norm, params.get("key_norm", {}), k)
     if layer.rotary:
         frequencies = layer.rotary.frequencies(H)
         q, k = (
@@ -77,6 +78,9 @@ LAYERS = {
     "whole": WHOLE,
     "rotary": LEAST | {"rotary": Rotary(interleaved=True)},
     "layer_norm": LEAST | {"qk_norm": "layer", "use_bias": False},
+    "rms_over_heads": LEAST | {"qk_norm": "rms_over_heads", "rotary": Rotary()},
+    "layer_per_head": LEAST | {"qk_norm": "layer_per_head"},
+    "l2": LEAST | {"qk_norm": "l2", "rotary": Rotary()},
     "sinks": LEAST | {"use_sinks": True},
     "scale_and_cap": LEAST | {"scale": 1.0, "logit_cap": 2.0, "use_bias": ["attention_output"]},
 }

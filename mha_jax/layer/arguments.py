@@ -88,9 +88,14 @@ class Arguments:
       param_dtype: Of the parameters.
       precision: Of the products, as for `jnp.einsum`.
       rotary: Rotary positions, `mj.Rotary()`: queries and keys are turned at their tokens' positions.
-      qk_norm: Norm of every head of queries and keys, before `rotary`: "rms", "layer", or None.
+      qk_norm: Norm of queries and keys, before `rotary`: "rms" or "layer" of every head, with a weight [H];
+        "layer_per_head", with weights [N, H]; "rms_over_heads" of all heads together, with weights [N, H];
+        "l2", "rms" without a weight. Or a Flax module's class, whose modules see [B, L, N, H] and hold their
+        parameters as `query_norm` and `key_norm`: in linen it is called with `name=`, in nnx with `key_dim`
+        and `rngs=`.
       use_sinks: Whether every query head has a learned logit in the denominator of its softmax.
-      scale: Factor on queries times keys; 1 / sqrt(key_dim) if None.
+      scale: Factor on queries times keys; 1 / sqrt(key_dim) if None. Or a function of the queries' positions
+        [#B, T] that returns as many factors.
       logit_cap: Soft cap on the scaled logits, `logit_cap * tanh(x / logit_cap)`, or None.
 
     Raises:
@@ -129,9 +134,9 @@ class Arguments:
     param_dtype: DType = field(default=jnp.float32, metadata=_of_layer(checks.floating))
     precision: Precision = field(default=None, metadata=_of_call(checks.precision))
     rotary: Rotary | None = field(default=None, metadata=_of_call(checks.rotary_or_none))
-    qk_norm: str | None = field(default=None, metadata=_of_call(checks.norm_or_none))
+    qk_norm: Any = field(default=None, metadata=_of_call(checks.norm_or_none))
     use_sinks: bool = field(default=False, metadata=_of_layer(checks.switch))
-    scale: float | None = field(default=None, metadata=_of_call(checks.scale_or_none))
+    scale: Any = field(default=None, metadata=_of_call(checks.scale_or_none))
     logit_cap: float | None = field(default=None, metadata=_of_call(checks.cap_or_none))
 
     __signature__ = _Signature()
@@ -354,6 +359,11 @@ def _plain(name: str, value: Any) -> Any:
         return written.serialize(value)
     if name == "rotary":
         return None if value is None else to_plain(value)
+    if name in ("qk_norm", "scale") and callable(value):
+        raise WeightsError(
+            f"{name}={value!r} has no plain form: a configuration holds names and numbers. Leave it out, and "
+            f"pass {name}= again when the layer is made from it."
+        )
     if name in ("dtype", "param_dtype"):
         return None if value is None else jnp.dtype(value).name
     if name == "precision" and isinstance(value, jax.lax.Precision):

@@ -36,6 +36,7 @@ class _Options(TypedDict, total=False):
     query_tokens: Tokens | None
     key_tokens: Tokens | None
     bias: Bias | ArrayLike | None
+    on_projection: Callable[[str, Array], Array] | None
 
 
 class _OfLinen(_Options, total=False):
@@ -48,14 +49,13 @@ class _OfNnx(_OfLinen, total=False):
 
 class _OfFunction(_Options, total=False):
     dropout: Dropout | None
-    on_projection: Callable[[str, Array], Array] | None
     attention_axes: int | tuple[int, ...] | None
     sliding_window: int | None
     backend: Any
     dtype: DType
     precision: Precision
     rotary: Any
-    qk_norm: str | None
+    qk_norm: Any
     scale: Any
     logit_cap: float | None
 

@@ -89,32 +89,64 @@ def rotary_or_none(name: str, x: Any) -> Rotary | None:
     )
 
 
-def norm_or_none(name: str, x: Any) -> str | None:
-    """Return the name of a norm or None.
+def norm_or_none(name: str, x: Any) -> Any:
+    """Return the name of a norm, a class that makes one, or None.
 
     Raises:
       ShapeError: If it is neither.
     """
-    if x is None or (isinstance(x, str) and x in vectors.NORMS):
+    if x is None or (isinstance(x, str) and x in vectors.NORMS) or isinstance(_class(x), type):
         return x
     raise ShapeError(
-        f"{name} must be one of {', '.join(map(repr, vectors.NORMS))}, or None: got {x!r}. It is the norm of "
-        "every head of the projected queries and keys."
+        f"{name} must be one of {', '.join(map(repr, vectors.NORMS))}, a Flax module's class, or None: got "
+        f"{x!r}. It is the norm of the projected queries and keys; a class may be in a functools.partial."
     )
 
 
-def scale_or_none(name: str, x: Any) -> float | None:
-    """Return a finite number or None.
+def norm_made_by(library: str, module: type, norm: Any) -> None:
+    """Refuse a norm that is the class of another library's module.
+
+    Raises:
+      ShapeError: Naming it.
+    """
+    if norm is None or isinstance(norm, str) or issubclass(_class(norm), module):
+        return
+    raise ShapeError(
+        f"qk_norm must be the class of a {library} module here, or the name of a norm: got {norm!r}. Pass "
+        f"{library}.RMSNorm, say, or one of {', '.join(map(repr, vectors.NORMS))}, which any layer takes."
+    )
+
+
+def _class(x: Any) -> Any:
+    return getattr(x, "func", x)  # of a functools.partial
+
+
+def function_or_none(name: str, x: Any) -> Any:
+    """Return a function of a name and an array, or None.
 
     Raises:
       ShapeError: If it is neither.
     """
-    if x is None:
-        return None
+    if x is None or callable(x):
+        return x
+    raise ShapeError(
+        f"{name} must be a function of a name and an array, or None: got {x!r}. It returns the array that is "
+        "used."
+    )
+
+
+def scale_or_none(name: str, x: Any) -> Any:
+    """Return a finite number, a function of positions, or None.
+
+    Raises:
+      ShapeError: If it is neither.
+    """
+    if x is None or callable(x):
+        return x
     if isinstance(x, bool) or not isinstance(x, numbers.Real) or not math.isfinite(x):
         raise ShapeError(
-            f"{name} must be a finite number or None: got {x!r}. It multiplies queries times keys; None is "
-            "1 / sqrt(key_dim)."
+            f"{name} must be a finite number, a function of the queries' positions, or None: got {x!r}. It "
+            "multiplies queries times keys; None is 1 / sqrt(key_dim)."
         )
     return float(x)
 

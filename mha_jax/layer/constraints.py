@@ -18,6 +18,7 @@ import numpy as np
 
 from mha_jax.errors import ShapeError
 from mha_jax.layer.keras_objects import Family, Settings, is_number
+from mha_jax.layer.vectors import NORMALIZED
 from mha_jax.types import Array, ArrayLike, Params
 
 _EPSILON = 1e-7  # Keras's, added to a norm before dividing by it
@@ -163,7 +164,10 @@ def constrain(params: Params, *, kernel: Any = None, bias: Any = None) -> Params
             each = partial(project, stacked=kernel.ndim - 3)
             return jax.tree_util.tree_map_with_path(each, leaf)
         keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        rule = rules.get(keys[-1]) if keys else None
+        of_norm = any(
+            name in NORMALIZED for name in keys[:-1]
+        )  # a module's, which has its own bias
+        rule = rules.get(keys[-1]) if keys and not of_norm else None
         if rule is None:
             return leaf
         result = reduce(lambda f, _: jax.vmap(f), range(stacked), rule)(leaf)

@@ -27,7 +27,7 @@ from mha_jax.attention.tokens import Tokens, zero_invalid
 from mha_jax.backends.sequence import Shards
 from mha_jax.engine.run import run
 from mha_jax.errors import ShapeError
-from mha_jax.layer import axes, checks, projections, vectors
+from mha_jax.layer import axes, checks, prepared, projections, vectors
 from mha_jax.layer.arguments import (
     FIELDS,
     IN_A_CALL,
@@ -76,6 +76,7 @@ def init_params(
         checks.refuse_unknown(init_params, arguments, Inputs._fields, IN_A_CALL)
     random_key("rng", rng)
     layer = Arguments(num_heads, key_dim, **arguments)
+    checks.norm_made_by("flax.linen", nn.Module, layer.qk_norm)
     shapes = layer.shapes(*axes.widths(query, value, key))
     keys = jax.random.split(rng, len(shapes))
     params = {}
@@ -83,9 +84,7 @@ def init_params(
         bias = layer.bias_initializer if layer.has_bias(name) else None
         made = layer.kernel_initializer, bias, layer.param_dtype
         params[name] = projections.init(k, shape, *made)
-    for name, vector in vectors.of(layer).items():
-        params[name] = {vector.part: vector.init(layer.param_dtype)}
-    return params
+    return params | vectors.init(layer, rng)
 
 
 @as_function
@@ -150,16 +149,12 @@ def multi_head_attention(
     >>> multi_head_attention(params, x, x, use_causal_mask=True).shape
     (2, 5, 16)
     """
-    if on_projection is not None and not callable(on_projection):
-        raise ShapeError(
-            f"on_projection must be a function of a name and an array, or None: got {on_projection!r}. It "
-            "returns the array that is used."
-        )
     if not arguments.keys() <= OF_CALL.keys():
         checks.refuse_unknown(multi_head_attention, arguments, FIELDS, IN_THE_PARAMETERS)
     params = nn.meta.unbox(params)
     projections.check_names(params)
     layer = Arguments.of(params, arguments)
+    checks.norm_made_by("flax.linen", nn.Module, layer.qk_norm)
 
     def project(name: str, x: Array) -> Array:
         own = params[name]
@@ -168,10 +163,16 @@ def multi_head_attention(
     inputs = Inputs(
         *(query, value, key, query_mask, value_mask, key_mask, attention_mask),
         *(return_attention_scores, use_causal_mask, mask, query_tokens, key_tokens, cache, bias),
+        on_projection,
     )
     kinds = vectors.of(layer)
-    weights = Weights.of(params, project, lambda name: vectors.stored(params, name, kinds[name]))
-    return attend_layer(layer, weights, inputs, dropout, on_projection)
+
+    def beside(name: str, *x: Array) -> Any:
+        if name in kinds:
+            return vectors.stored(params, name, kinds[name])
+        return layer.qk_norm(parent=None).apply({"params": params.get(name, {})}, *x)
+
+    return attend_layer(layer, Weights.of(params, project, beside), inputs, dropout)
 
 
 class Inputs(NamedTuple):
@@ -191,6 +192,7 @@ class Inputs(NamedTuple):
     key_tokens: Tokens | None = None
     cache: Cache | None = None
     bias: Any = None
+    on_projection: Callable[[str, Array], Array] | None = None
 
 
 class Weights(NamedTuple):
@@ -199,22 +201,24 @@ class Weights(NamedTuple):
     project: Callable[[str, Array], Array]  # a projection's name and its input -> its output
     widths: tuple[int, int, int]  # of query, value and key
     dtypes: tuple[Any, ...]
-    vector: Callable[[str], Any]  # the name of a norm or of the sinks -> what is stored
+    # The name of a norm or of the sinks -> what is stored; of a module's norm, and x -> x normalized.
+    beside: Callable[..., Any]
 
     @classmethod
     def of(
         cls,
         params: Params,
         project: Callable[[str, Array], Array],
-        vector: Callable[[str], Any],
+        beside: Callable[..., Any],
         dtype: DType = None,
     ) -> "Weights":
         """Return what parameters tell; where none are made yet, their dtype to be."""
         if not params:
-            return cls(project, (0, 0, 0), (jnp.dtype(dtype),), vector)
+            return cls(project, (0, 0, 0), (jnp.dtype(dtype),), beside)
         query, value, key = (params[name]["kernel"].shape[0] for name in ("query", "value", "key"))
-        dtypes = (leaf.dtype for weights in params.values() for leaf in weights.values())
-        return cls(project, (query, value, key), tuple(dtypes), vector)
+        own = (weights for name, weights in params.items() if name not in vectors.NORMALIZED)
+        dtypes = (leaf.dtype for weights in own for leaf in weights.values())
+        return cls(project, (query, value, key), tuple(dtypes), beside)
 
 
 def attend_layer(
@@ -222,9 +226,13 @@ def attend_layer(
     weights: Weights,
     inputs: Inputs,
     dropout: Dropout | None = None,
-    on_projection: Callable[[str, Array], Array] | None = None,
+    observe: Callable[[str, Array], Array] | None = None,
 ) -> Any:
-    """Take the layer's steps around its projections; see `multi_head_attention`."""
+    """Take the layer's steps around its projections; see `multi_head_attention`.
+
+    Args:
+      observe: As `on_projection`, and before it: what is there to be watched is what the kernels gave.
+    """
     given = _checked(layer, weights, inputs)
     query, value, key, cache = given.query, given.value, given.key, given.cache
     q_fold, k_fold = axes.foldings(query, value, layer.attention_axes)
@@ -234,30 +242,29 @@ def attend_layer(
     def project(name: str, x: Array) -> Array:
         y = weights.project(name, x)
         y = jax.nn.sigmoid(y) if name == "gate" else y
-        return y if on_projection is None else on_projection(name, y)
+        for watch in watching:
+            y = watch(name, y)
+        return y
 
-    seen, hides = on_projection is not None, cache is not None or rule.hides_invalid_keys
+    watching = [watch for watch in (observe, given.on_projection) if watch is not None]
+    seen, hides = bool(watching), cache is not None or rule.hides_invalid_keys
     x_q = _entering(q_fold.fold(query), q_tokens, rule.hides_invalid_queries, seen)
     x_v = _entering(k_fold.fold(value), k_tokens, hides, seen)
     x_k = x_v if key is value else _entering(k_fold.fold(key), k_tokens, hides, seen)
     q, k, v = project("query", x_q), project("key", x_k), project("value", x_v)
-    if layer.qk_norm is not None:
-        q, k = (
-            vectors.normalized(layer.qk_norm, weights.vector(name), x)
-            for name, x in (("query_norm", q), ("key_norm", k))
-        )
-    if layer.rotary is not None:
+    q, k = prepared.normalized(layer.qk_norm, weights.beside, q, k)
+    scale = layer.scale
+    if layer.rotary is not None or callable(scale):
         sides = q_tokens, k_tokens
         if isinstance(layer.backend, Shards):  # shards in a shard_map of the caller's own
             sides = map(layer.backend.placed, sides)
-        q_positions, k_positions = _positions(given, *sides)
-        q, k = layer.rotary(q, q_positions), layer.rotary(k, k_positions)
+        q, k, scale = prepared.placed(layer, q, k, _positions(given, *sides))
     if given.attention_mask is not None:
         rule = rule & Dense(axes.fold_mask(given.attention_mask, q_fold, s_fold, q.shape[2]))
     call = Call(
         *(q, k, v, q_tokens, k_tokens, rule, given.bias, dropout),
-        sinks=weights.vector("sinks") if layer.use_sinks else None,
-        scale=layer.scale,
+        sinks=weights.beside("sinks") if layer.use_sinks else None,
+        scale=scale,
         logit_cap=layer.logit_cap,
         precision=layer.precision,
     )
@@ -287,6 +294,7 @@ def _checked(layer: Arguments, weights: Weights, inputs: Inputs) -> Inputs:
         checks.switch(name, getattr(inputs, name))
     for name in ("query_tokens", "key_tokens"):
         check_tokens(name, getattr(inputs, name))
+    checks.function_or_none("on_projection", inputs.on_projection)
     query, value, key, cache = inputs.query, inputs.value, inputs.key, inputs.cache
     if cache is not None and not isinstance(cache, Cache):
         raise ShapeError(

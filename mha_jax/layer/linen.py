@@ -6,6 +6,7 @@ D input width   E output width   H query-key head size   V value head size
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Never
 
@@ -126,6 +127,7 @@ class MultiHeadAttention(Arguments, nn.Module):
 
     def __post_init__(self):
         Arguments.__post_init__(self)
+        checks.norm_made_by("flax.linen", nn.Module, self.qk_norm)
         nn.Module.__post_init__(self)
 
     @as_linen
@@ -148,6 +150,8 @@ class MultiHeadAttention(Arguments, nn.Module):
         key_tokens: Tokens | None = None,
         cache: Cache | None = None,
         bias: Bias | ArrayLike | None = None,
+        *,
+        on_projection: Callable[[str, Array], Array] | None = None,
         **unknown: Never,
     ) -> Any:
         """Attend from `query` to `value`.
@@ -166,6 +170,7 @@ class MultiHeadAttention(Arguments, nn.Module):
           cache: What `empty_cache` or the call before returned: the tokens of `value` are appended,
             then `query` attends to all that it holds; `value=None` appends nothing.
           bias: Added to the logits: a rule of `mj.biases`, or an array [T, S] or [B, N, T, S].
+          on_projection: Called with the name and the value of every projection; what it returns is used.
 
         Returns:
           The output [B, T, E], or (output, scores [B, N, T, S]); with a cache, it comes last.
@@ -192,6 +197,7 @@ class MultiHeadAttention(Arguments, nn.Module):
                 cache,
                 bias,
             ),
+            on_projection,
         )
         training = checks.merged("training", self.training, training)
         projected = _projections(self, inputs)
@@ -201,14 +207,16 @@ class MultiHeadAttention(Arguments, nn.Module):
             projections.check_names(params, self.has_bias, self.use_gate)
             if self.is_mutable_collection("losses"):
                 observe = _sow_losses(self, params, query, value)
-        kept = {
+        kept: dict[str, Any] = {
             name: Vector(kind, self.param_dtype, name=name)
             for name, kind in vectors.of(self).items()
         }
+        if self.qk_norm is not None and not isinstance(self.qk_norm, str):
+            kept |= {name: self.qk_norm(name=name) for name in vectors.NORMALIZED}
         weights = Weights.of(
             params,
             lambda name, x: projected[name](x),
-            lambda name: kept[name](),
+            lambda name, *x: kept[name](*x),
             self.param_dtype,
         )
         dropout = _dropout(self) if training and self.dropout > 0 else None

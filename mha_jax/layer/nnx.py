@@ -7,7 +7,7 @@ is its `variables["params"]`, and `nnx.update(layer, variables["params"])` goes 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Never
 
 import flax.core
@@ -168,6 +168,7 @@ class MultiHeadAttention(Arguments, nnx.Module):
 
     def __post_init__(self, in_features, value_features, key_features, rngs):
         Arguments.__post_init__(self)
+        checks.norm_made_by("flax.nnx", nnx.Module, self.qk_norm)
         checks.positive("in_features", in_features)
         checks.positive_or_none("value_features", value_features)
         checks.positive_or_none("key_features", key_features)
@@ -189,6 +190,9 @@ class MultiHeadAttention(Arguments, nnx.Module):
             setattr(self, name, Projection(name, self.precision, drawn))
         for name, kind in vectors.of(self).items():
             setattr(self, name, Vector(kind, self.param_dtype))
+        if self.qk_norm is not None and not isinstance(self.qk_norm, str):
+            for name in vectors.NORMALIZED:
+                setattr(self, name, self.qk_norm(self.key_dim, rngs=rngs))
         losses = self._loss_names(list(shapes))
         if losses:
             self.losses = Losses(losses)
@@ -235,13 +239,14 @@ class MultiHeadAttention(Arguments, nnx.Module):
         cache: Cache | None = None,
         bias: Bias | ArrayLike | None = None,
         *,
+        on_projection: Callable[[str, Array], Array] | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         **unknown: Never,
     ) -> Any:
         """Attend from `query` to `value`.
 
         Args:
-          query, ..., bias: As for the call of `mha_jax.MultiHeadAttention`.
+          query, ..., on_projection: As for the call of `mha_jax.MultiHeadAttention`.
           rngs: Where the dropout's key is drawn, instead of the layer's own stream.
 
         Returns:
@@ -264,6 +269,7 @@ class MultiHeadAttention(Arguments, nnx.Module):
                 cache,
                 bias,
             ),
+            on_projection,
         )
         training = checks.switch_or_none("training", training)
         training = self.training if training is None else training
@@ -281,7 +287,7 @@ class MultiHeadAttention(Arguments, nnx.Module):
             lambda name, x: getattr(self, name)(x),
             self._features,
             self._param_dtypes(),
-            lambda name: getattr(self, name)(),
+            lambda name, *x: getattr(self, name)(*x),
         )
         result = attend_layer(self, weights, inputs, dropout, observe)
         if penalized:

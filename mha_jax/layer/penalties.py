@@ -4,14 +4,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mha_jax.layer.arguments import Arguments
+from mha_jax.layer.checks import PROJECTIONS
 from mha_jax.types import Array, Params
 
 
 def of_weights(layer: Arguments, params: Params) -> Iterator[tuple[str, Any]]:
     """Yield ("query_kernel", penalty), ... for every weight that has a regularizer."""
     rules = {"kernel": layer.kernel_regularizer, "bias": layer.bias_regularizer}
-    for name, weights in params.items():
-        for part, weight in weights.items():
+    for name in (name for name in PROJECTIONS if name in params):
+        for part, weight in params[name].items():
             if (rule := rules.get(part)) is not None:
                 yield f"{name}_{part}", rule(weight)
 
