@@ -80,6 +80,11 @@ HEAD = b"step,seconds,name,value\n"
         (HEAD + b"2,abc,loss,4\n4,0.20,loss,nan\n", [4], 1),
         (HEAD + b"2,0.10,loss,-\n4,0.20,loss,-inf\n", [4], 1),
         (HEAD + b"2,0.10,loss,4,5\n", [], 1),
+        (
+            HEAD + b"2,0.10,loss,1.2.3\n2,0.20,loss,1e\n2,0.20,loss,1-2\n4,1.0,loss,1.5e+20\n",
+            [4],
+            3,
+        ),
         (HEAD + b"\x00\xff\xfe\n2,0.10,loss,1e-06\n", [2], 1),
         (HEAD + b"2,0.10,loss," + b"9" * 200_000 + b"\n4,0.20,loss,3\n", [4], 1),
         (HEAD + b"\n\n", [], 2),
