@@ -74,10 +74,13 @@ class Budget:
 
     Args:
       size: Bytes of the file.
+      packed: Bytes of what it was unpacked from; `size` if it was not.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, packed: int | None = None):
         self.size = self.left = size
+        self.packed = size if packed is None else packed
+        self.growth = INFLATION * self.packed + FREE
 
     def take(self, what: str, declared: int, stored: int, compressed: bool = False) -> None:
         """Take a part of the file before it is read.
@@ -98,7 +101,12 @@ class Budget:
             )
         if not 0 <= declared <= (INFLATION * stored + FREE if compressed else stored):
             raise DamageError(f"{what} is said to grow from {stored:,} bytes to {declared:,}")
+        if declared > self.growth:
+            raise DamageError(
+                f"with {what} its {self.packed:,} bytes are said to grow more than {INFLATION} times"
+            )
         self.left -= stored
+        self.growth -= declared
 
 
 def zip_parts(stream: Any, names: Sequence[str]) -> dict[str, bytes]:

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 
 import h5py
 import numpy as np
@@ -224,6 +225,24 @@ def giant_member():
     return stream.getvalue()
 
 
+def grown_twice():
+    """Return an archive whose member grows within bounds, and a dataset of the member again."""
+
+    def compress(file, place):
+        shape = 2**18, 2, 3
+        dataset = file.create_dataset(place, shape, "f4", chunks=shape, compression="gzip")
+        packer = zlib.compressobj(9)
+        flushed = [packer.compress(bytes(900)) + packer.flush(zlib.Z_FULL_FLUSH)] * (
+            2**18 * 24 // 900
+        )
+        left = packer.compress(bytes(2**18 * 24 % 900)) + packer.flush()
+        dataset.id.write_direct_chunk((0, 0, 0), b"".join([*flushed, left]))
+        file["noise"] = np.random.default_rng(0).integers(0, 256, 1000, np.uint8)
+
+    weights = hdf5(replaced("query", compress))
+    return archive(weights=weights, compression=zipfile.ZIP_DEFLATED)
+
+
 def lying_member():
     """Return an archive whose stored member is said to be of four gigabytes."""
     data = archive()
@@ -267,6 +286,10 @@ def encrypted():
         (archive(compression=zipfile.ZIP_LZMA), r"compressed by other than deflate"),
         (archive()[:-30], r"not a zip file"),
         (giant_member(), r"model\.weights\.h5 is said to grow from [\d,]+ bytes to 50,000,000"),
+        (
+            grown_twice(),
+            r"query_dense/vars/0' its [\d,]+ bytes are said to grow more than 200 times",
+        ),
         (lying_member(), r"model\.weights\.h5 is said to have 4,294,967,294 bytes"),
         (twice(), r"it holds config\.json 2 times"),
         (encrypted(), r"config\.json is encrypted"),

@@ -77,7 +77,8 @@ def read(path: str | os.PathLike[str]) -> list[Stored]:
         if start.startswith(b"PK"):
             parts = zip_parts(file, ("config.json", "model.weights.h5"))
             configs = _configs(parse_json(parts["config.json"]))
-            return _read_hdf5([io.BytesIO(parts["model.weights.h5"])], configs)
+            packed = file.seek(0, io.SEEK_END)
+            return _read_hdf5([io.BytesIO(parts["model.weights.h5"])], configs, packed)
         if start == b"\x89HDF\r\n\x1a\n":
             return _read_hdf5([file], {})
         if start.startswith(b"{"):
@@ -100,8 +101,12 @@ def _read_shards(folder: pathlib.Path, index: dict[str, Any]) -> list[Stored]:
         )
 
 
-def _read_hdf5(streams: list[BinaryIO] | list[io.BytesIO], configs: dict[str, Any]) -> list[Stored]:
-    """Read the layers of one file, or of the shards of one."""
+def _read_hdf5(
+    streams: list[BinaryIO] | list[io.BytesIO],
+    configs: dict[str, Any],
+    packed: int | None = None,
+) -> list[Stored]:
+    """Read the layers of one file, which may have been unpacked from fewer bytes, or of the shards of one."""
     import h5py
 
     size = sum(stream.seek(0, io.SEEK_END) for stream in streams)
@@ -110,7 +115,7 @@ def _read_hdf5(streams: list[BinaryIO] | list[io.BytesIO], configs: dict[str, An
         for stream in streams:
             _check_heaps(stream)
             _explore(stack.enter_context(h5py.File(stream, "r")), tree)
-        return _layers(tree, configs, Budget(size))
+        return _layers(tree, configs, Budget(size, packed))
 
 
 def _check_heaps(stream: BinaryIO | io.BytesIO) -> None:
