@@ -33,7 +33,7 @@ LONG = (
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=300, help="calls of tests/test_fuzz.py")
+    parser.addoption("--fuzz", type=int, default=240, help="calls of tests/test_fuzz.py")
 
 
 def pytest_collection_modifyitems(items):

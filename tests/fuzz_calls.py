@@ -189,12 +189,12 @@ def threefry(key, counter):
     return x, y
 
 
-def kept(seed: int, rate: float, heads: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Return which weights [B, N, T, S] the key of a seed keeps, for rows [B, T] and [B, S]."""
+def kept(key: Any, rate: float, heads: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return which weights [B, N, T, S] a key of two words keeps, for rows [B, T] and [B, S]."""
     b = np.arange(len(rows), dtype=np.uint32)[:, None, None, None]
     n = np.arange(heads, dtype=np.uint32)[None, :, None, None]
     t, s = ((x % 2**32).astype(np.uint32) for x in (rows[:, None, :, None], columns[:, None, None]))
-    pair = threefry((np.uint32([0]), np.uint32([seed])), (b, n))
+    pair = threefry(np.uint32(key)[:, None], (b, n))
     a, c = threefry(pair, (t, np.uint32([1])))
     x = a + s * np.uint32(0x9E3779B9)
     x = (x ^ x >> np.uint32(16)) * np.uint32(0x7FEB352D) + c
@@ -353,7 +353,8 @@ class FunctionCall:
         keep, dropout = np.ones(shape, bool), None
         if self.rate:
             dropout = mj.Dropout(jax.random.key(self.seed % 2**32), self.rate)
-            keep = kept(self.seed % 2**32, self.rate, n, q_facts["rows"], k_facts["rows"])
+            key = 0, self.seed % 2**32
+            keep = kept(key, self.rate, n, q_facts["rows"], k_facts["rows"])
         scale = (h**-0.5 if h else 1.0) if self.scale is None else self.scale
         wide = None if sinks is None else sinks.astype(np.float64)
         moving = (*(x.astype(np.float64) for x in qkv), leaves, wide)

@@ -16,7 +16,8 @@ def fold(x, axes):
     """Turn [<axes>, *rest] with `axes` of all but the last attended into [B, L, D]."""
     lead = [a for a in range(x.ndim - 1) if a not in axes]
     y = x.transpose(*lead, *axes, x.ndim - 1)
-    return y.reshape(int(np.prod([x.shape[a] for a in lead])), -1, x.shape[-1])
+    batch, length = (int(np.prod([x.shape[a] for a in part])) for part in (lead, axes))
+    return y.reshape(batch, length, x.shape[-1])
 
 
 def unfold(y, shape, axes):

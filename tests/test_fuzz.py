@@ -51,7 +51,8 @@ def check(call):
     try:
         call.check()
     except Exception as error:
-        lines = f"{error}\n\nfrom tests.fuzz_calls import *\n{call!r}.check()"
+        module = type(call).__module__
+        lines = f"{error}\n\nfrom {module} import *\n{call!r}.check()"
         raise AssertionError(lines) from error
 
 

@@ -260,7 +260,7 @@ class Rotary:
         angles = self._angles(x, positions, dtype)[..., None, :]
         cos, sin = (jnp.asarray(magnitude, dtype) * f(angles) for f in (jnp.cos, jnp.sin))
         turning = x[..., :size].astype(dtype)
-        pairs = (-1, 2) if self.interleaved else (2, -1)
+        pairs = (size // 2, 2) if self.interleaved else (2, size // 2)
         axis = -1 if self.interleaved else -2
         turning = turning.reshape(*turning.shape[:-1], *pairs)
         a, b = (jax.lax.index_in_dim(turning, i, axis, keepdims=False) for i in (0, 1))

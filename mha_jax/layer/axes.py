@@ -153,7 +153,7 @@ def fold_mask(mask: ArrayLike, query: Folding, key: Folding, heads: int) -> Arra
     for group in groups:
         part = whole[at : at + len(group)]
         at += len(group)
-        sizes = group if math.prod(part) > 1 else (1,) * len(group)
+        sizes = (1,) * len(group) if set(part) <= {1} else group
         wanted.extend(sizes)
         own.append(math.prod(sizes))
     return jnp.broadcast_to(mask.reshape(whole), wanted).reshape(own)
