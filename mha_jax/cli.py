@@ -12,6 +12,7 @@ COMMANDS = {
     "mha_jax.train.predict": "pronounce words with a trained speller",
     "mha_jax.models.minilm": "say how alike sentences are",
     "mha_jax.models.rxnmapper": "say which atom of a reaction becomes which",
+    "mha_jax.models.smollm2": "answer a question, or continue a text",
 }
 
 

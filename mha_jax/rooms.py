@@ -19,6 +19,7 @@ EXTRAS = {
     "ml_collections": "train",
     "orbax": "train",
     "tensorboardX": "train",
+    "tokenizers": "pretrained",
 }
 
 

