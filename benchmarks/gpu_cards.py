@@ -118,6 +118,7 @@ _NO_KERNEL = {
     *("call", "after-all", "partition-id"),
 }
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?\S+ = (?:\(.*?\)|\S+) ([a-z][\w-]*)\(")
+_PRODUCT = re.compile(r" dot\(|custom_call_target=\"__cublas")
 _SHAPE = re.compile(r"\b(?:f64|f32|bf16|f16|s32|u32|s8|u8|pred)\[([\d,]+)\]")
 
 
@@ -127,6 +128,7 @@ class Counts(NamedTuple):
     Args:
       kernels: Launches outside loops and branches.
       loops: Of every loop, inner ones apart, the launches of one turn.
+      a_product: Launches where products are, for each product of them; 0 where XLA makes none.
       temporaries: Bytes.
       largest: Elements of the largest array.
       calls: Names of what libraries are called for.
@@ -134,6 +136,7 @@ class Counts(NamedTuple):
 
     kernels: int
     loops: tuple[int, ...]
+    a_product: float
     temporaries: int
     largest: int
     calls: tuple[str, ...]
@@ -142,18 +145,25 @@ class Counts(NamedTuple):
 def counts(program: Any) -> Counts:
     """Count what a compiled program launches."""
     text = program.as_text()
-    own, bodies, entry = {}, set(), ""
+    own, products, bodies, entry = {}, {}, set(), ""
     for name, lines in _computations(text):
+        # What is called stands before what calls it.
+        called = re.findall(r"(?<=calls=)%?([\w.-]+)", "\n".join(lines))
+        products[name] = sum(products[x.lstrip("%")] for x in called)
+        products[name] += sum(bool(_PRODUCT.search(line)) for line in lines)
         if lines[0].startswith("ENTRY"):
             entry = name
         operations = [found[1] for line in lines if (found := _INSTRUCTION.match(line))]
         own[name] = sum(operation not in _NO_KERNEL for operation in operations)
         bodies |= set(re.findall(r"body=%?([\w.-]+)", "\n".join(lines)))
+    working = [name for name in (*bodies, entry) if products[name]]
+    made = sum(products[name] for name in working)
     calls = re.findall(r'custom_call_target="(.*?)"', text)
     sizes = (math.prod(map(int, found[1].split(","))) for found in _SHAPE.finditer(text))
     return Counts(
         own[entry],
         tuple(sorted(own[name] for name in bodies)),
+        sum(own[name] for name in working) / made if made else 0.0,
         program.memory_analysis().temp_size_in_bytes,
         max(sizes),
         tuple(sorted(set(calls))),

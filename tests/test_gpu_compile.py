@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import gpu_cards
-from mha_jax import Call, Causal, MultiHeadAttention, attend
+from mha_jax import Call, Causal, Full, MultiHeadAttention, attend
 
 if (why := gpu_cards.missing()) is not None:
     pytest.skip(why, allow_module_level=True)
 
 LENGTH, WIDTH, HEADS = 4096, 64, 4
 FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
-# The logits of the largest tile, and what a tile's operations launch at most.
-LARGEST, LAUNCHES = 2**24, 16
+# The logits of the smallest and of the largest tile, and what the operations of a looped one launch at most.
+SMALLEST, LARGEST, LAUNCHES = HEADS * 2**20, 2**24, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Layer:
     dtype: Any = jnp.bfloat16
     causal: bool = True
     padded: bool = False
-    tiles: bool = False  # whether a loop over tiles is there
+    tiles: bool = False  # whether tiles are there
     fused: bool = True  # whether cuDNN is called
     options: dict = dataclasses.field(default_factory=dict)
 
@@ -75,10 +75,35 @@ def test_the_layer_compiles_takes_the_right_backend_and_keeps_nothing_of_t_x_s(n
     found = case.compile()
     wanted = {FORWARD, BACKWARD} if case.training else {FORWARD}
     assert wanted.intersection(found.calls) == (wanted if case.fused else set())
-    assert bool(found.loops) == case.tiles
+    assert (found.largest >= SMALLEST) == case.tiles
     assert max(found.loops, default=0) <= LAUNCHES
     assert found.largest <= LARGEST < HEADS * LENGTH * LENGTH
     assert found.temporaries < 4 * HEADS * LENGTH * LENGTH
+
+
+# Launches of a tile, those before and after all of them among these: 10 tiles, 16 tiles, 4 groups of 10.
+@pytest.mark.parametrize(
+    ("card", "shape", "mask", "forward", "both"),
+    [
+        ("A100", (1, 4096, 4, 64), Causal(), 5.2, 13.5),
+        ("A100", (1, 4096, 4, 64), Full(), 5.0, 13.0),
+        ("H100", (4, 4096, 16, 64), Causal(), 4.8, 12.5),
+    ],
+)
+def test_a_tile_in_float32_is_four_launches_and_eleven_with_its_gradients(
+    card, shape, mask, forward, both
+):
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def attention(q, k, v):
+        return attend(Call(q, k, v, mask=mask), "blockwise").out
+
+    def gradients(q, k, v, d_out):
+        return jax.vjp(attention, q, k, v)[1](d_out)
+
+    # Two products forward, and five backward.
+    assert 2 * gpu_cards.counts(gpu_cards.compiled(card, attention, x, x, x)).a_product <= forward
+    assert 7 * gpu_cards.counts(gpu_cards.compiled(card, gradients, x, x, x, x)).a_product <= both
 
 
 def test_the_branch_beside_cudnn_is_there_only_where_the_cotangent_of_lse_is():

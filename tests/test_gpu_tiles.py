@@ -1,10 +1,11 @@
-"""The tiles that a GPU is given: few and large, multiplied in bfloat16, and as right as the others."""
+"""The tiles that a GPU is given: few and large, without loops, in bfloat16, and as right as the others."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from mha_jax import Call, Causal, attend
+from mha_jax import Call, Causal, SameSegment, Tokens, Window, attend
 from mha_jax.attention.check import check
 from mha_jax.backends.blockwise import CPU, GPU, Blockwise, Tuning
 from mha_jax.backends.blockwise.tiles import Tiles
@@ -16,21 +17,72 @@ from tests.test_backends import BACKWARD, FORWARD, run, truth
 NAMES = ("packed_causal", "dropout_causal", "bias_dense")
 
 
+def multiples(backend, name, dtype):
+    """Return the errors of out, lse and the gradients, and those that are allowed, by name."""
+    (case,) = (case for case in CASES if case.name == name)
+
+    def named(found):
+        (out, lse), gradients = found
+        return {"out": out, "lse": lse} | {f"d{key}": x for key, x in gradients.items()}
+
+    wanted = named(truth(case, dtype))
+    own, plain = (named(run(x, case, dtype)) for x in (backend, Reference()))
+    for key, want in wanted.items():
+        multiple = FORWARD if key in ("out", "lse") else BACKWARD
+        error, least = (oracles.relative_error(x[key], want) for x in (own, plain))
+        yield key, error, multiple * least
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_products_in_bfloat16_are_as_right_as_bfloat16_can_be(name):
+    for key, error, allowed in multiples(Blockwise(16, 8, tuning=GPU), name, jnp.bfloat16):
+        assert error <= allowed, key
+
+
+# Written out one after the other: what a row sees of several tiles is put together at its end.
+WRITTEN = {"nothing": 6, "some_rows_nothing": 1, "bias_minus_infinity": 6, "soft_cap": 1}
+
+
+@pytest.mark.parametrize(("name", "pairs"), WRITTEN.items())
+def test_tiles_without_loops_agree_with_the_oracle(name, pairs):
     (case,) = (case for case in CASES if case.name == name)
-    (out, lse), gradients = truth(case, jnp.bfloat16)
-    wanted = {"out": out, "lse": lse} | {f"d{key}": x for key, x in gradients.items()}
+    backend = Blockwise(16, 8, pairs=pairs, tuning=GPU)
+    problem = check(case.call())
+    assert Tiles(problem, backend.tiling(problem)).written
+    for key, error, allowed in multiples(backend, name, jnp.float32):
+        assert error <= max(allowed, float(jnp.finfo(jnp.float32).eps)), key
 
-    def errors(backend):
-        (out, lse), gradients = run(backend, case, jnp.bfloat16)
-        got = {"out": out, "lse": lse} | {f"d{key}": x for key, x in gradients.items()}
-        return {key: oracles.relative_error(got[key], wanted[key]) for key in wanted}
 
-    own, plain = errors(Blockwise(16, 8, tuning=GPU)), errors(Reference())
-    for key in wanted:
-        multiple = FORWARD if key in ("out", "lse") else BACKWARD
-        assert own[key] <= multiple * plain[key], key
+def test_tiles_without_loops_keep_a_nan_where_it_is_seen():
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = (jnp.asarray(rng.standard_normal((1, 37, 2, 8)), jnp.float32) for _ in "qkvd")
+    backend = Blockwise(16, 8, tuning=GPU)
+
+    def passes(k, v):
+        out, pull = jax.vjp(lambda *a: attend(Call(*a, mask=Causal()), backend).out, q, k, v)
+        return out, *pull(d_out.at[:, 30:].set(0))
+
+    clean = passes(k, v)
+    bad = passes(k.at[:, 30].set(jnp.nan), v.at[:, 33].set(jnp.inf))
+    assert bool(jnp.isnan(bad[0][:, 30:]).all())
+    assert bool(jnp.all(bad[0][:, :30] == clean[0][:, :30]))
+    for own, other in zip(bad[1:], clean[1:]):
+        assert bool(jnp.all(own == other))
+
+
+def test_many_tiles_are_looped_over_and_so_are_those_that_data_choose():
+    def written(**options):
+        x = jnp.zeros((1, 192, 2, 8))
+        problem = check(Call(x, x, x, **options))
+        return Tiles(problem, Blockwise(16, 16, tuning=GPU).tiling(problem)).written
+
+    assert written(mask=Causal() & Window(20, 0))
+    assert not written(mask=Causal())  # 78 tiles
+    assert not written(
+        mask=SameSegment(),
+        q_tokens=Tokens(192, segment=jnp.zeros((1, 192), jnp.int32)),
+        k_tokens=Tokens(192, segment=jnp.zeros((1, 192), jnp.int32)),
+    )
 
 
 def dots_in_bfloat16(dtype, **options):
@@ -62,7 +114,7 @@ def tiles_of(tuning, b, t, n, kv, mask=None):
 def turns(tiles):
     """Return how many tiles are visited one after the other."""
     order = tiles.visits(by_rows=True)
-    return tiles.layout.groups * int(order.live.sum()) // order.live.shape[0]
+    return tiles.layout.groups * int(order.live.sum()) // (1 if tiles.written else len(order.live))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ axes are.
 Source: Milakov & Gimelshein 2018, arXiv:1805.02867; Rabe & Staats 2021, arXiv:2112.05682, sec. 2.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -51,6 +52,13 @@ def first(x: Float[Array, "*R T S"]) -> tuple[Array, Array, Array]:
     return p, m, jnp.sum(p, axis=-1, keepdims=True)
 
 
+def apart(x: Float[Array, "*R T S"]) -> tuple[Array, Array, Array]:
+    """Return what `first` does, by two passes over the logits with nothing between them: two launches."""
+    m = jnp.max(x, axis=-1, keepdims=True)
+    p = jnp.where(x == -jnp.inf, jnp.zeros((), x.dtype), jnp.exp(_settled(x) - m))
+    return p, m, jnp.sum(p, axis=-1, keepdims=True)
+
+
 def statistics(x: Float[Array, "*R T S"]) -> tuple[Array, Array]:
     """Return (m, l) of whole rows of logits, without the last axis; m counts as a constant in derivatives."""
     m = lax.stop_gradient(jnp.max(x, axis=-1, initial=-jnp.inf))
@@ -85,11 +93,15 @@ def grow(
     return p, fix, new, l * fix + jnp.sum(p, axis=-1, keepdims=True)
 
 
-def merge(a: Running, b: Running) -> Running:
-    """Return the state of rows that have seen the keys of both, none of them twice."""
-    m = jnp.maximum(a.m, b.m)
-    shrunk_a, shrunk_b = (jnp.exp(x.m - finite(m)) for x in (a, b))
-    return Running(a.acc * shrunk_a + b.acc * shrunk_b, m, a.l * shrunk_a + b.l * shrunk_b)
+def merge(*parts: Running) -> Running:
+    """Return the state of rows that have seen the keys of all parts, none of them twice."""
+    m = functools.reduce(jnp.maximum, (x.m for x in parts))
+    shrunk = [jnp.exp(x.m - finite(m)) for x in parts]
+    acc, l = (
+        functools.reduce(jnp.add, (getattr(x, name) * s for x, s in zip(parts, shrunk)))
+        for name in ("acc", "l")
+    )
+    return Running(acc, m, l)
 
 
 def _settled(x: Float[Array, "*R"]) -> Float[Array, "*R"]:

@@ -4,6 +4,7 @@ Source: Rabe & Staats 2021, arXiv:2112.05682; Dao 2023, arXiv:2307.08691, algori
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -31,17 +32,20 @@ class Tuning:
       weights: Weights in a tile of longer ones, which holds as many pairs, and is as wide up to a quarter of
         the lengths; None: two pairs.
       halves: Multiply what rests on bfloat16 inputs in bfloat16, summed in float32: what tensor cores do.
+      written: Tiles of a group that are written out one after the other, without loops, at most.
     """
 
     side: int
     short: int
     weights: int | None = None
     halves: bool = False
+    written: int = 0
 
 
 CPU = Tuning(512, 2**19)
 # Every operation on a tile is a launch, of microseconds, so that tiles are few, and large: 64 MiB of logits.
-GPU = Tuning(1024, 2**24, 2**24, halves=True)
+# Loops launch more: they count turns, copy slices, and ask the host whether to go on.
+GPU = Tuning(1024, 2**24, 2**24, halves=True, written=64)
 _TUNINGS = {"cuda": GPU, "rocm": GPU}
 
 
@@ -105,12 +109,13 @@ class Blockwise(Backend):
         b, t, _, _ = problem.q.shape
         s, kv = problem.k.shape[1:3]
         tuning = self.tuning or CPU
-        rest = {"exhaustive": self.exhaustive, "halves": tuning.halves}
+        rest: dict[str, Any] = {"exhaustive": self.exhaustive}
+        rest |= {"halves": tuning.halves, "written": tuning.written}
         if self.apart or not all(isinstance(size, int) for size in (b, t, s)):
             return Tiling(*self._blocks_apart(problem), Apart(b, kv), **rest)
         rows, side, wanted = problem.groups * t, tuning.side, 2
         if tuning.weights is not None:
-            while 8 * side <= min(rows, s) and b * kv * 4 * side * side <= tuning.weights:
+            while 8 * side <= min(rows, s) and 4 * side * side <= tuning.weights:
                 side *= 2
             wanted = max(1, tuning.weights // (min(rows, side) * min(s, side)))
         step = problem.heads_first and rows <= 16 and s <= 8192
@@ -145,7 +150,8 @@ class Blockwise(Backend):
 
     def tangent(self, problem: Problem, state: State, direction: Moves) -> Output:
         seen, direction = hidden.tangent(problem, direction)
-        return passes.tangent(Tiles(seen, self.tiling(problem)), state, direction)
+        tiling = dataclasses.replace(self.tiling(problem), written=0)
+        return passes.tangent(Tiles(seen, tiling), state, direction)
 
     def differentiable(self) -> Backend:
         return dataclasses.replace(self, exhaustive=True)

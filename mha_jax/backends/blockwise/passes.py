@@ -8,6 +8,8 @@ row's (m, l): see `softmax.shift`. The backward pass walks down the key blocks a
 transposed, [*, block_k, r], so that the gradients of keys and values are plain products.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,48 +17,64 @@ from jax import lax
 from mha_jax.attention import hidden, softmax
 from mha_jax.attention.call import Moves, Output, State, moving
 from mha_jax.attention.hidden import Rows
-from mha_jax.backends.blockwise.tiles import ByKeys, ByQueries, Place, Tiles, scan
+from mha_jax.backends.blockwise.tiles import ByKeys, ByQueries, Place, Tiles, after, in_turn, scan
+from mha_jax.types import Array
 
 
 def forward(tiles: Tiles) -> State:
     """Attend; return the output and every row's (m, l)."""
     problem, order = tiles.problem, tiles.visits(by_rows=True)
-    by = ByQueries(tiles, order.masked)
+    by = ByQueries(tiles, order)
     dropout = problem.dropout
 
-    def row(g, i, _):
-        q_row = tiles.rows_of(tiles.q, Place(g, i, 0))
+    def tile(q_row, at, state):
+        dot = tiles.dot("...rh,...sh->...rs", q_row, tiles.keys_of(tiles.k, at))
+        x = by.logits(tiles.rules.capped(dot), at)
+        if state is None:
+            p, m, l = softmax.apart(x) if tiles.written else softmax.first(x)
+            before = jnp.zeros((), tiles.dtype)
+        else:
+            p, fix, m, l = softmax.grow(state.m, state.l, x)
+            before = state.acc * fix
+        if dropout is not None:
+            p = jnp.where(by.kept(at), p, 0)
+        v_tile = tiles.keys_of(tiles.v, at).astype(tiles.dtype)
+        return softmax.Running(before + tiles.dot("...rs,...sv->...rv", p, v_tile), m, l)
 
-        def block(j, state):
-            at = Place(g, i, j)
-            dot = tiles.dot("...rh,...sh->...rs", q_row, tiles.keys_of(tiles.k, at))
-            x = by.logits(tiles.rules.capped(dot), at)
-            if state is None:
-                p, m, l = softmax.first(x)
-                before = jnp.zeros((), tiles.dtype)
-            else:
-                p, fix, m, l = softmax.grow(state.m, state.l, x)
-                before = state.acc * fix
-            if dropout is not None:
-                p = jnp.where(by.kept(at), p, 0)
-            v_tile = tiles.keys_of(tiles.v, at).astype(tiles.dtype)
-            return softmax.Running(before + tiles.dot("...rs,...sv->...rv", p, v_tile), m, l)
-
-        start = softmax.start(q_row.shape[:-1], tiles.v.shape[-1], tiles.dtype)
-        end = tiles.over(order, g, i, block, None if order.single else start)
+    def finished(end):
         out = end.acc * softmax.inverse(end.l)
         if dropout is not None:
             out = out * jnp.asarray(dropout.factor, tiles.dtype)
-        return None, (out.astype(problem.v.dtype), end.m, end.l)
+        return out.astype(problem.v.dtype), end.m, end.l
 
-    _, (out, m, l) = scan(row, None, tiles.layout.groups, tiles.q_blocks)
+    def start(q_row):
+        return softmax.start(q_row.shape[:-1], tiles.v.shape[-1], tiles.dtype)
+
+    def row(g, i, _):
+        q_row = tiles.rows_of(tiles.q, Place(g, i, 0))
+        first = None if order.single else start(q_row)
+        end = tiles.over(order, g, i, lambda j, state: tile(q_row, Place(g, i, j), state), first)
+        return None, finished(end)
+
+    def row_in_turn(g, i, blocks, _, last):
+        q_row = tiles.rows_of(tiles.q, Place(g, i, 0))
+        parts = []
+        for j in blocks:
+            parts.append(tile(after(q_row, last), Place(g, i, j), None))
+            last = parts[-1].acc
+        return None, finished(softmax.merge(*parts or [start(q_row)])), last
+
+    if tiles.written:
+        _, (out, m, l), _ = in_turn(row_in_turn, None, tiles.layout.groups, order)
+    else:
+        _, (out, m, l) = scan(row, None, tiles.layout.groups, tiles.q_blocks)
     return State(tiles.queries_back(out), tiles.statistics_back(m), tiles.statistics_back(l))
 
 
 def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
     """Return the cotangents of q, k, v and bias."""
     problem, dtype, order = tiles.problem, tiles.dtype, tiles.visits(by_rows=False)
-    by, rules = ByKeys(tiles, order.masked), tiles.rules
+    by, rules = ByKeys(tiles, order), tiles.rules
     d_out, out = (tiles.queries(x.astype(dtype)) for x in (cotangent.out, state.out))
     shift, ratio = softmax.shift(state.m, state.l)
     shift = tiles.statistics(shift, jnp.inf)
@@ -65,55 +83,89 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
     if problem.dropout is not None:
         rows = rows._replace(d_out=rows.d_out * jnp.asarray(problem.dropout.factor, dtype))
 
+    def tile(k_tile, v_tile, at, sums):
+        """Return the sums over all tiles, a tile's cotangent of products, and its parts of dk and dv."""
+        d_bias, d_rule = sums
+        q, do, shift, delta = (tiles.rows_of(x, at) for x in rows)
+        capped = rules.capped(tiles.dot("...sh,...rh->...sr", k_tile, q))
+        x = by.logits(capped, at)
+        p = jnp.exp(x - shift[..., None, :])
+        dp = tiles.dot("...sv,...rv->...sr", v_tile, do)
+        kept = p
+        if problem.dropout is not None:
+            # The sign carries the bit to both products, so that it is hashed once.
+            signed = lax.optimization_barrier(jnp.where(by.kept(at), p, -p))
+            p, kept = jnp.abs(signed), jnp.maximum(signed, 0)
+            dp = jnp.where(signed > 0, dp, 0)
+        dx = p * (dp - delta[..., None, :])
+        if d_bias is not None:
+            d_bias = tiles.add_dense(d_bias, dx.swapaxes(-1, -2), at)
+        if d_rule is not None:
+            _, pull = jax.vjp(by.ruled(dx.shape, at), tiles.rule_floats)
+            d_rule = jax.tree.map(jnp.add, d_rule, *pull(dx))
+        q = q.astype(dtype)
+        if by.masks(at) and tiles.hides:  # rows of NaN reach nothing that is hidden from them
+            q = jnp.where(jnp.isnan(q), 0, q)
+        if rules.cap is not None:
+            dx = tiles.shown(dx, dx * rules.slope(capped))
+        dv = tiles.dot("...sr,...rv->...sv", kept, do)
+        dk = tiles.dot("...sr,...rh->...sh", dx, q)
+        return (d_bias, d_rule), dx, dk, dv
+
+    def keys_and_values(g, j):
+        return tuple(tiles.keys_of(x, Place(g, 0, j)) for x in (tiles.k, tiles.v))
+
     def column(g, j, carry):
-        k_tile = tiles.keys_of(tiles.k, Place(g, 0, j))
-        v_tile = tiles.keys_of(tiles.v, Place(g, 0, j)).astype(dtype)
+        k_tile, v_tile = keys_and_values(g, j)
+        v_tile = v_tile.astype(dtype)
         # The barrier stops XLA from fusing this transpose into the products, which makes them slow.
         k_transposed = lax.optimization_barrier(k_tile.astype(dtype).swapaxes(-1, -2))
 
         def block(i, carry):
             at = Place(g, i, j)
-            d_bias, d_rule, dq, dk, dv = carry
-            q, do, shift, delta = (tiles.rows_of(x, at) for x in rows)
-            capped = rules.capped(tiles.dot("...sh,...rh->...sr", k_tile, q))
-            x = by.logits(capped, at)
-            p = jnp.exp(x - shift[..., None, :])
-            dp = tiles.dot("...sv,...rv->...sr", v_tile, do)
-            kept = p
-            if problem.dropout is not None:
-                # The sign carries the bit to both products, so that it is hashed once.
-                signed = lax.optimization_barrier(jnp.where(by.kept(at), p, -p))
-                p, kept = jnp.abs(signed), jnp.maximum(signed, 0)
-                dp = jnp.where(signed > 0, dp, 0)
-            dx = p * (dp - delta[..., None, :])
-            if d_bias is not None:
-                d_bias = tiles.add_dense(d_bias, dx.swapaxes(-1, -2), at)
-            if d_rule is not None:
-                _, pull = jax.vjp(by.ruled(dx.shape, at), tiles.rule_floats)
-                d_rule = jax.tree.map(jnp.add, d_rule, *pull(dx))
-            q = q.astype(dtype)
-            if by.masked and tiles.hides:  # rows of NaN reach nothing that is hidden from them
-                q = jnp.where(jnp.isnan(q), 0, q)
-            if rules.cap is not None:
-                dx = tiles.shown(dx, dx * rules.slope(capped))
-            dv = dv + tiles.dot("...sr,...rv->...sv", kept, do)
-            dk = dk + tiles.dot("...sr,...rh->...sh", dx, q)
+            *sums, dq, dk, dv = carry
+            sums, dx, dk_part, dv_part = tile(k_tile, v_tile, at, sums)
             dq = tiles.add_transposed(dq, tiles.dot("...hs,...sr->...hr", k_transposed, dx), at)
-            return d_bias, d_rule, dq, dk, dv
+            return *sums, dq, dk + dk_part, dv + dv_part
 
         zeros = jnp.zeros(k_tile.shape, dtype), jnp.zeros(v_tile.shape, dtype)
         *carry, dk, dv = tiles.over(order, g, j, block, (*carry, *zeros))
         return tuple(carry), (dk, dv)
 
+    def column_in_turn(g, j, blocks, sums, turn):
+        k_tile, v_tile = keys_and_values(g, j)
+        dq, last = ([None] * tiles.q_blocks, None) if turn is None else turn
+        parts = []
+        for i in blocks:
+            k_here, v_here = after((k_tile, v_tile), last)
+            sums, dx, *part = tile(k_here, v_here.astype(dtype), Place(g, i, j), sums)
+            more = tiles.dot("...sr,...sh->...rh", dx, k_here.astype(dtype))
+            dq[i] = more if dq[i] is None else dq[i] + more
+            parts.append(part)
+            last = dq[i], *part
+        zeros = jnp.zeros(k_tile.shape, dtype), jnp.zeros(v_tile.shape, dtype)
+        return sums, tuple(map(_sum, zip(*parts))) or zeros, (dq, last)
+
+    def queries(turn):
+        *lead, _, size = rows.q.shape[2:]
+        zeros = jnp.zeros((*lead, rows.q.shape[-2], size), dtype)
+        return jnp.stack([zeros if x is None else x for x in turn[0]])
+
     asked = moving(problem)
     d_bias = None if asked.bias is None else jnp.zeros(tiles.bias.shape, dtype)  # type: ignore[union-attr]
-    *lead, length, size = tiles.q.shape
     ruled = bool(jax.tree.leaves(asked.bias_rule))
-    d_rule = jax.tree.map(jnp.zeros_like, tiles.rule_floats) if ruled else None
-    carry = (d_bias, d_rule, jnp.zeros((*lead, size, length), dtype))
-    (d_bias, d_rule, dq), (dk, dv) = scan(column, carry, tiles.layout.groups, tiles.k_blocks)
+    sums = d_bias, jax.tree.map(jnp.zeros_like, tiles.rule_floats) if ruled else None
+    groups = tiles.layout.groups
+    if tiles.written:
+        (d_bias, d_rule), (dk, dv), dq = in_turn(column_in_turn, sums, groups, order, queries)
+        dq = tiles.queries_back(dq)
+    else:
+        *lead, length, size = tiles.q.shape
+        carry = (*sums, jnp.zeros((*lead, size, length), dtype))
+        (d_bias, d_rule, dq), (dk, dv) = scan(column, carry, groups, tiles.k_blocks)
+        dq = tiles.transposed_back(dq)
     dk = tiles.keys_back(dk) * jnp.asarray(rules.scale, dtype)
-    dq = tiles.transposed_back(dq) * jnp.asarray(tiles.scale, dtype)
+    dq = dq * jnp.asarray(tiles.scale, dtype)
     bias = asked.bias
     if bias is not None and d_bias is not None:
         d_bias = d_bias[tuple(slice(n) for n in bias.shape)].astype(bias.dtype)
@@ -131,7 +183,7 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
 def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
     """Return the tangents of out and lse along a direction."""
     problem, dtype, order = tiles.problem, tiles.dtype, tiles.visits(by_rows=True)
-    by, rules = ByQueries(tiles, order.masked), tiles.rules
+    by, rules = ByQueries(tiles, order), tiles.rules
     scale = jnp.asarray(tiles.scale, dtype)
     dq = None if direction.q is None else tiles.queries(direction.q.astype(dtype) * scale)
     dk, dv = (None if x is None else tiles.keys(x.astype(dtype)) for x in direction[1:3])
@@ -191,3 +243,7 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
         d_out = d_out * jnp.asarray(problem.dropout.factor, dtype)
     d_out = d_out - state.out.astype(dtype) * jnp.swapaxes(d_lse, 1, 2)[..., None]
     return Output(d_out.astype(problem.v.dtype), d_lse)
+
+
+def _sum(parts: tuple[Array, ...]) -> Array:
+    return functools.reduce(jnp.add, parts)

@@ -14,7 +14,7 @@ have no weights, and are cut off at the end.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,8 @@ class Tiling:
       exhaustive: Visit every tile, masked, by loops of fixed length that recompute their steps: what
         reverse mode can differentiate.
       halves: Multiply in bfloat16 where the inputs are, and no other precision is asked for.
+      written: Write tiles out one after the other, without loops, where a group has no more than these, and
+        they are known while compiling.
     """
 
     block_q: Size
@@ -48,6 +50,7 @@ class Tiling:
     layout: Grouped | Apart
     exhaustive: bool = False
     halves: bool = False
+    written: int = 0
 
 
 class Visits(NamedTuple):
@@ -58,7 +61,8 @@ class Visits(NamedTuple):
     NumPy where the mask and the tokens are static. `masked` is False where every pair of every visited
     tile is known to be visible; `single` is True where a line is one block. A loop of its own for the
     full tiles of other masks would save one per cent of the time (T 4096 causal, two CPU cores) and cost
-    a fifth of the compilation.
+    a fifth of the compilation. `lines` are the blocks of every line of a group where tiles are written out,
+    and `full`, [lines, blocks], says which of them are seen as a whole.
     """
 
     first: Any
@@ -66,6 +70,8 @@ class Visits(NamedTuple):
     blocks: Any
     masked: bool
     single: bool
+    lines: tuple[list[int], ...] | None = None
+    full: Any = None
 
 
 class Place(NamedTuple):
@@ -93,6 +99,7 @@ class Tiles:
         self.batch, self.kv_heads, self.groups = b, kv, n // kv
         self.q_blocks, self.k_blocks = _blocks(t, tiling.block_q), _blocks(s, tiling.block_k)
         self.t, self.s = self.q_blocks * tiling.block_q, self.k_blocks * tiling.block_k
+        self.written = self._is_written()
         self.q, self.k, self.v = self.queries(problem.q), self.keys(problem.k), self.keys(problem.v)
         self.q_facts = _pad_facts(problem.q_tokens.facts(), self.t)
         self.k_facts = _pad_facts(problem.k_tokens.facts(), self.s)
@@ -122,13 +129,24 @@ class Tiles:
         return self._rows(_pad(x, 2, self.t, padding))
 
     def keys(self, x: Array) -> Array:
-        """Turn [B, S, K, H] into [g, *lead, s, H], padded."""
-        return self.layout.split(_pad(x.transpose(0, 2, 1, 3), 2, self.s))
+        """Turn [B, S, K, H] into [g, *lead, s, H], padded; written out [g, k_blocks, *lead, block_k, H]."""
+        x = self.layout.split(_pad(x.transpose(0, 2, 1, 3), 2, self.s))
+        if not self.written:
+            return x
+        x = x.reshape(*x.shape[:-2], self.k_blocks, self.tiling.block_k, x.shape[-1])
+        return jnp.moveaxis(x, -3, 1)
 
     def _rows(self, x: Array) -> Array:
-        """Turn [B, N, t, ...] into [g, *lead, G t, ...]."""
-        rows = (self.batch, self.kv_heads, self.groups * self.t, *x.shape[3:])
-        return self.layout.split(x.reshape(rows))
+        """Turn [B, N, t, ...] into [g, *lead, G t, ...]; [g, q_blocks, *lead, r, ...] if written out."""
+        rest = x.shape[3:]
+        if not self.written:
+            rows = (self.batch, self.kv_heads, self.groups * self.t, *rest)
+            return self.layout.split(x.reshape(rows))
+        blocks = self.groups, self.q_blocks, self.tiling.block_q
+        x = self.layout.split(x.reshape(self.batch, self.kv_heads, *blocks, *rest))
+        axis = len(self.layout.lead) + 2
+        x = jnp.moveaxis(x, axis, 1)
+        return x.reshape(*x.shape[:axis], -1, *rest)
 
     def queries_back(self, x: Array) -> Array:
         """Turn lines [g q_blocks, *lead, r, H] back into [B, T, N, H]."""
@@ -173,7 +191,9 @@ class Tiles:
     # ---- one tile -----------------------------------------------------------------------------
 
     def rows_of(self, x: Array, at: Place) -> Array:
-        """Cut [g, *lead, G t, ...] to a tile's rows: [*lead, r, ...]."""
+        """Cut what `queries` or `statistics` returned to a tile's rows: [*lead, r, ...]."""
+        if self.written:
+            return self._block(x, at.group, at.q)
         first = 1 + len(self.layout.lead)
         rest = x.shape[first + 1 :]
         x = x.reshape(*x.shape[:first], self.groups, self.t, *rest)
@@ -181,9 +201,15 @@ class Tiles:
         return x.reshape(*x.shape[: first - 1], -1, *rest)
 
     def keys_of(self, x: Array, at: Place) -> Array:
-        """Cut [g, *lead, s, ...] to a tile's keys: [*lead, block_k, ...]."""
+        """Cut what `keys` returned to a tile's keys: [*lead, block_k, ...]."""
+        if self.written:
+            return self._block(x, at.group, at.k)
         axis = 1 + len(self.layout.lead)
         return _cut(x, {0: (at.group, 1), axis: (at.k, self.tiling.block_k)})[0]
+
+    def _block(self, x: Array, group: Any, block: int) -> Array:
+        """Cut [g, blocks, ...] to a block, which lies in one piece: products read it where it is."""
+        return lax.dynamic_index_in_dim(x, _start(group, 1), 0, keepdims=False)[block]
 
     def dot(self, spec: str, a: Array, b: Array) -> Array:
         """Multiply tiles, summing in the accumulator's dtype."""
@@ -265,10 +291,14 @@ class Tiles:
             lines, blocks = (self.q_blocks, self.k_blocks)[:: 1 if by_rows else -1]
             every = np.full((1, lines), blocks, np.uint32)
             return Visits(np.zeros_like(every), every, None, True, single)
-        kind = visits.kinds(self.problem, self.tiling.block_q, self.tiling.block_k)
+        kind = self._kinds()
         kind = kind if by_rows else kind.swapaxes(2, 3)
         live = self.layout.reduced(kind != visits.EMPTY, "any")
         every = self.layout.reduced(kind == visits.FULL, "all")
+        if self.written:
+            lines = tuple(np.flatnonzero(line).tolist() for line in live[0])
+            masked = bool(np.any(live & ~every))
+            return Visits(None, live.sum(-1), None, masked, False, lines, every[0])
         xp = visits.array_module(kind)
         # A line of one block visits it, whatever is seen of it: no loop, no state before it.
         masked = xp is jnp or bool(np.any((single | live) & ~every))
@@ -279,6 +309,18 @@ class Tiles:
         if xp is np and np.all((blocks == first + at) | (at >= count[..., None])):
             blocks = None
         return Visits(first[..., 0], count, blocks, masked, single)
+
+    def _kinds(self) -> Any:
+        return visits.kinds(self.problem, self.tiling.block_q, self.tiling.block_k)
+
+    def _is_written(self) -> bool:
+        tiling = self.tiling
+        sizes = self.t, self.s
+        if not tiling.written or tiling.exhaustive or not all(isinstance(n, int) for n in sizes):
+            return False
+        live = self.layout.reduced(self._kinds() != visits.EMPTY, "any")
+        known = isinstance(live, np.ndarray) and len(live) == 1
+        return known and int(live.sum()) <= tiling.written
 
     def over(self, order: Visits, group: Any, line: Any, body: Callable, carry: Any) -> Any:
         """Run `body(block, carry)` over the blocks of a line of tiles that can be seen."""
@@ -306,8 +348,18 @@ class Tiles:
 class ByQueries:
     """What broadcasts against tiles whose rows are queries: [*lead, r, block_k]."""
 
+    by_rows: ClassVar[bool] = True
+
     tiles: Tiles
-    masked: bool
+    order: Visits
+
+    def masks(self, at: Place) -> bool:
+        """Return whether something may be hidden in a tile."""
+        order = self.order
+        if order.full is None:
+            return order.masked
+        line, block = (at.q, at.k) if self.by_rows else (at.k, at.q)
+        return not order.full[line, block]
 
     def logits(self, capped: Array, at: Place) -> Array:
         """Turn capped products of a tile into logits, -inf where hidden."""
@@ -317,7 +369,7 @@ class ByQueries:
             x = x + self.dense(tiles.bias, at).astype(x.dtype)
         if tiles.rule is not None:
             x = x + self.ruled(x.shape, at)(tiles.rule_floats)
-        return jnp.where(self.visible(at), x, -jnp.inf) if self.masked else x
+        return jnp.where(self.visible(at), x, -jnp.inf) if self.masks(at) else x
 
     def ruled(self, shape: tuple[Size, ...], at: Place) -> Callable[[Any], Array]:
         """Return a tile of the bias by rule as a function of the rule's floats."""
@@ -403,6 +455,8 @@ class ByQueries:
 class ByKeys(ByQueries):
     """The same against transposed tiles: [*lead, block_k, r]."""
 
+    by_rows = False
+
     def _of_diagonals(self, numbers: Array) -> Array:
         sizes = self.tiles.tiling.block_k, self.tiles.tiling.block_q
         return jnp.moveaxis(diagonals.laid(numbers[..., ::-1], *sizes), -2, -3)
@@ -444,6 +498,37 @@ def scan(step: Callable, carry: Any, groups: int, lines: int) -> tuple[Any, Any]
         return lax.scan(of_line, carry, numbers(groups * lines))
     carry, out = step(0, 0, carry)
     return carry, jax.tree.map(lambda a: a[None], out)
+
+
+def in_turn(
+    step: Callable, carry: Any, groups: int, order: Visits, end: Callable = lambda turn: None
+) -> tuple[Any, Any, Any]:
+    """Run `carry, out, turn = step(group, line, blocks, carry, turn)` over all groups' lines, written out.
+
+    A line leaves `turn` to the next one of its group; the first gets None, and the last's goes to `end`.
+
+    Returns:
+      (carry, out, end): the last carry, and what came out of all lines, and of `end`, stacked.
+    """
+
+    def group(carry, g):
+        turn, outs = None, []
+        for line, blocks in enumerate(order.lines or ()):
+            carry, out, turn = step(g, line, blocks, carry, turn)
+            outs.append(out)
+        return carry, (jax.tree.map(lambda *a: jnp.stack(a), *outs), end(turn))
+
+    if groups == 1:
+        carry, stacked = group(carry, 0)
+    else:
+        carry, stacked = lax.scan(group, carry, numbers(groups))
+        stacked = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stacked)
+    return carry, *stacked
+
+
+def after(x: Any, last: Any) -> Any:
+    """Return x, from which nothing is computed before `last` is there: one tile is held at a time."""
+    return x if last is None else lax.optimization_barrier((x, last))[0]
 
 
 def numbers(count: int) -> Array:
