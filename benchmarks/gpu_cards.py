@@ -145,7 +145,7 @@ class Counts(NamedTuple):
 def counts(program: Any) -> Counts:
     """Count what a compiled program launches."""
     text = program.as_text()
-    own, products, bodies, entry = {}, {}, set(), ""
+    own, products, bodies, branches, entry = {}, {}, set(), set(), ""
     for name, lines in _computations(text):
         # What is called stands before what calls it.
         called = re.findall(r"(?<=calls=)%?([\w.-]+)", "\n".join(lines))
@@ -156,7 +156,10 @@ def counts(program: Any) -> Counts:
         operations = [found[1] for line in lines if (found := _INSTRUCTION.match(line))]
         own[name] = sum(operation not in _NO_KERNEL for operation in operations)
         bodies |= set(re.findall(r"body=%?([\w.-]+)", "\n".join(lines)))
-    working = [name for name in (*bodies, entry) if products[name]]
+        branches |= set(re.findall(r"(?:true|false)_computation=%?([\w.-]+)", "\n".join(lines)))
+        for found in re.findall(r"branch_computations=\{(.*?)\}", "\n".join(lines)):
+            branches |= set(re.findall(r"[\w.-]+", found))
+    working = [name for name in (*bodies, *branches, entry) if products[name]]
     made = sum(products[name] for name in working)
     calls = re.findall(r'custom_call_target="(.*?)"', text)
     sizes = (math.prod(map(int, found[1].split(","))) for found in _SHAPE.finditer(text))
