@@ -4,187 +4,70 @@
     python -m benchmarks gpu --measure        times, on a machine with an NVIDIA GPU
 
 Without --measure no GPU is used: programs are compiled ahead of time (`gpu_cards` says what that takes), and
-launches and bytes are counted. They are not seconds.
+launches and bytes are counted; of Mosaic GPU's kernels, from jax 0.11 on, registers, spills, shared memory
+and the instructions of a loop's turn (`gpu_kernels`). They are not seconds. "a tile": launches for every tile of
+logits, of which are two products forward and five backward; dense attention is one tile.
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from benchmarks import gpu_cards
+from benchmarks import gpu_cards, gpu_kernels, gpu_torch
+from benchmarks.gpu_ways import WORKS, Work, ways
 from benchmarks.tpu_times import arguments_of, facts, seconds
-from mha_jax import Call, Causal, Dropout, Full, Tokens, ValidKeys, Window, attend
-
-MASKS = {
-    "full": Full(),
-    "causal": Causal(),
-    "window": Causal() & Window(1023, 0),
-    "padding": ValidKeys(),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """One piece of attention; 16,384 tokens and 16 heads if nothing else is said.
-
-    Args:
-      backward: The gradients of q, k and v, with the forward pass that they rest on.
-      extra: "dropout" or "bias", beside the mask.
-    """
-
-    backward: bool = False
-    length: int = 4096
-    size: int = 128
-    mask: str = "full"
-    extra: str = ""
-    dtype: Any = jnp.bfloat16
-    heads: int = 16
-
-    @property
-    def batch(self) -> int:
-        return max(1, 16384 // self.length)
-
-    @property
-    def flops(self) -> float:
-        """Useful arithmetic: two products forward, five backward, of the visible pairs."""
-        rows, columns = np.arange(self.length)[:, None], np.arange(self.length)[None]
-        seen = np.ones((1, 1), bool)
-        if self.mask in ("causal", "window"):
-            seen = columns <= rows
-        if self.mask == "window":
-            seen = seen & (columns > rows - 1024)
-        pairs = np.broadcast_to(seen, (self.length, self.length)).sum()
-        return (7 if self.backward else 2) * 2.0 * pairs * self.size * self.batch * self.heads
-
-    @property
-    def arguments(self) -> tuple:
-        """Shapes of q, k, v, the cotangent of the output, valid keys, a bias and a key's words."""
-        x = jax.ShapeDtypeStruct((self.batch, self.length, self.heads, self.size), self.dtype)
-        pairs = (1, self.heads, self.length, self.length) if self.extra == "bias" else (1,) * 4
-        return (
-            *(x, x, x, x),
-            jax.ShapeDtypeStruct((self.batch, self.length), jnp.bool_),
-            jax.ShapeDtypeStruct(pairs, self.dtype),
-            jax.ShapeDtypeStruct((2,), jnp.uint32),
-        )
-
-
-def _works() -> dict[str, Work]:
-    works = {}
-    for backward in (False, True):
-        start = "backward" if backward else "forward"
-        for size in (64, 128, 256):
-            for mask in ("full", "causal"):
-                works[f"{start}_{size}_{mask}_4096"] = Work(backward, size=size, mask=mask)
-        works[f"{start}_128_causal_1024"] = Work(backward, 1024, mask="causal")
-        works[f"{start}_128_causal_16384"] = Work(backward, 16384, mask="causal")
-        works[f"{start}_128_window_4096"] = Work(backward, mask="window")
-        works[f"{start}_128_padding_4096"] = Work(backward, mask="padding")
-        for extra in ("dropout", "bias"):
-            works[f"{start}_128_{extra}_4096"] = Work(backward, mask="causal", extra=extra)
-        works[f"{start}_128_float32_4096"] = Work(backward, mask="causal", dtype=jnp.float32)
-    return works
-
-
-WORKS = _works()
-
-
-def _ours(work: Work, backend: Any = None) -> Callable:
-    def attention(q, k, v, valid, bias, words):
-        return attend(
-            Call(
-                *(q, k, v),
-                mask=MASKS[work.mask],
-                k_tokens=Tokens(work.length, valid=valid) if work.mask == "padding" else None,
-                bias=bias if work.extra == "bias" else None,
-                dropout=Dropout(words, 0.1) if work.extra == "dropout" else None,
-            ),
-            backend,
-        ).out
-
-    return attention
-
-
-def _jax_nn(work: Work, implementation: Literal["xla", "cudnn"]) -> Callable:
-    def attention(q, k, v, valid, bias, words):
-        options: dict[str, Any] = {"is_causal": work.mask in ("causal", "window")}
-        if work.mask == "window":
-            options["local_window_size"] = (1023, 0)
-        if work.mask == "padding":
-            options["key_value_seq_lengths"] = valid.sum(-1, dtype=jnp.int32)
-        if work.extra == "bias":
-            options["bias"] = bias
-        return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **options)
-
-    return attention
-
-
-def ways(work: Work, measured: bool) -> dict[str, Callable]:
-    """Return the ways to do a work, functions of `work.arguments`.
-
-    Args:
-      measured: On a GPU: jax.nn asks for cuDNN while it is traced.
-    """
-    found = {"mha_jax": _ours(work)}
-    if not work.extra and work.dtype != jnp.float32:
-        found["mha_jax blockwise"] = _ours(work, "blockwise")
-    if work.extra != "dropout":
-        if measured and work.dtype != jnp.float32:
-            found["jax.nn cudnn"] = _jax_nn(work, "cudnn")
-        if work.length <= 4096:
-            found["jax.nn xla"] = _jax_nn(work, "xla")
-    return {name: _passes(way, work.backward) for name, way in found.items()}
-
-
-def _passes(way: Callable, backward: bool) -> Callable:
-    if not backward:
-        return lambda q, k, v, d_out, *rest: way(q, k, v, *rest)
-
-    def gradients(q, k, v, d_out, *rest):
-        return jax.vjp(lambda *a: way(*a, *rest), q, k, v)[1](d_out)
-
-    return gradients
-
 
 # ---- without a GPU --------------------------------------------------------------------------------
 
 HEADER = (
-    f"{'case':30s}{'card':6s}{'way':20s}{'launches':>9s}{'a tile':>8s}{'temporary MiB':>15s}  calls"
+    f"{'case':30s}{'card':6s}{'way':22s}{'launches':>9s}{'a tile':>8s}{'temporary MiB':>15s}  calls"
 )
 
 
 def count(name: str, card: str, way: str, function: Callable) -> dict[str, Any]:
     """Compile one way to do a work for a card, and return a line of what XLA made of it."""
     line: dict[str, Any] = {"case": name, "card": card, "way": way}
+    arguments = WORKS[name].arguments
     try:
-        program = gpu_cards.compiled(card, function, *WORKS[name].arguments)
-    except jax.errors.JaxRuntimeError as error:
+        if "mosaic_gpu" in way and gpu_kernels.missing() is None:
+            program, kernels = gpu_kernels.kernels(card, function, *arguments)
+            line["mosaic"] = [kernel._asdict() for kernel in kernels]
+        else:
+            program = gpu_cards.compiled(card, function, *arguments)
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         return line | {"error": str(error).split("\n")[0][:100]}
     return line | gpu_cards.counts(program)._asdict()
 
 
 def row(line: dict[str, Any]) -> str:
     """Return one line of the table of counts."""
-    start = f"{line['case']:30s}{line['card']:6s}{line['way']:20s}"
+    start = f"{line['case']:30s}{line['card']:6s}{line['way']:22s}"
     if "error" in line:
         return f"{start}  does not compile: {line['error']}"
     # Of a tile are two products forward, and five backward.
     tile = line["a_product"] * (7 if WORKS[line["case"]].backward else 2)
+    launches = f"{line['kernels']:9d}{f'{tile:.1f}' if tile else '-':>8s}"
     calls = ", ".join(x for x in line["calls"] if "cudnn" in x)
     mib = line["temporaries"] / 2**20
-    return f"{start}{line['kernels']:9d}{tile:8.1f}{mib:15,.1f}  {calls}"
+    kernels = "".join(map(_kernel_row, line.get("mosaic", ())))
+    return f"{start}{launches}{mib:15,.1f}  {calls}{kernels}"
+
+
+def _kernel_row(kernel: dict[str, Any]) -> str:
+    loops = ", ".join(str(loop.instructions) for loop in kernel["loops"] or ())
+    return (
+        f"\n    {kernel['name']}: {kernel['registers']} registers, {kernel['spills']} bytes spilled, "
+        f"{kernel['shared']:,} of shared memory; instructions of a turn: {loops or 'not read'}"
+    )
 
 
 # ---- with a GPU -----------------------------------------------------------------------------------
 
-TIMES = f"{'case':30s}{'way':20s}{'ms':>10s}{'TFLOP/s':>10s}"
+TIMES = f"{'case':30s}{'way':22s}{'ms':>10s}{'TFLOP/s':>10s}"
 
 
 def measure(names: list[str], rounds: int = 5, at_least: float = 0.1) -> list[dict[str, Any]]:
@@ -192,22 +75,35 @@ def measure(names: list[str], rounds: int = 5, at_least: float = 0.1) -> list[di
     lines = []
     for name in names:
         work = WORKS[name]
-        for way, function in ways(work, jax.default_backend() == "gpu").items():
+        timed = _timed(work, rounds, at_least)
+        for way, time in timed.items():
             line: dict[str, Any] = {"case": name, "way": way}
             try:
-                times = seconds(function, arguments_of(work.arguments), rounds, at_least)
+                times = time()
                 rate = work.flops / statistics.median(times) / 1e12
                 line |= {"seconds": times, "teraflops": rate}
-            except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+            except (RuntimeError, NotImplementedError, ValueError) as error:
                 line["error"] = str(error).split("\n")[0][:100]
             print(time_row(line), flush=True)
             lines.append(line)
     return lines
 
 
+def _timed(work: Work, rounds: int, at_least: float) -> dict[str, Callable[[], list[float]]]:
+    """Return what times each way, ours first."""
+
+    def of(function):
+        return lambda: seconds(function, arguments_of(work.arguments), rounds, at_least)
+
+    timed = {way: of(function) for way, function in ways(work).items()}
+    if gpu_torch.missing() is None:
+        timed["torch sdpa"] = lambda: gpu_torch.seconds(work, "cuda", rounds, at_least)
+    return timed
+
+
 def time_row(line: dict[str, Any]) -> str:
     """Return one line of the table of times."""
-    start = f"{line['case']:30s}{line['way']:20s}"
+    start = f"{line['case']:30s}{line['way']:22s}"
     if "error" in line:
         return f"{start}  does not run: {line['error']}"
     return f"{start}{statistics.median(line['seconds']) * 1e3:10.3f}{line['teraflops']:10.1f}"
@@ -237,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     lines = []
     for name in names:
         for card in options.card:
-            for way, function in ways(WORKS[name], measured=False).items():
+            for way, function in ways(WORKS[name], card).items():
                 lines.append(count(name, card, way, function))
                 print(row(lines[-1]), flush=True)
     if options.json:

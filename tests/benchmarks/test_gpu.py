@@ -1,5 +1,6 @@
 """The figures of GPUs, on a machine without one. No time is judged."""
 
+import dataclasses
 import json
 import math
 
@@ -8,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu, gpu_cards
+from benchmarks import gpu, gpu_cards, gpu_torch, gpu_ways
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    work = gpu.Work(True, length=16, size=8, mask="causal", dtype=jnp.float32, heads=1)
-    monkeypatch.setattr(gpu.Work, "batch", 1)
+    work = gpu_ways.Work(True, length=16, size=8, mask="causal", dtype=jnp.float32, heads=1)
+    monkeypatch.setattr(gpu_ways.Work, "batch", 1)
+    monkeypatch.setattr(gpu_ways.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setitem(gpu.WORKS, "tiny", work)
     return work
 
@@ -29,15 +31,15 @@ def test_the_ways_are_timed(tiny, capsys):
 
 
 @pytest.mark.parametrize("extra", ["", "bias"])
-@pytest.mark.parametrize("mask", gpu.MASKS)
+@pytest.mark.parametrize("mask", gpu_ways.MASKS)
 def test_the_ways_do_the_same_work(mask, extra, monkeypatch):
-    monkeypatch.setattr(gpu.Work, "batch", 2)
-    work = gpu.Work(length=24, size=8, mask=mask, extra=extra, dtype=jnp.float32, heads=2)
+    monkeypatch.setattr(gpu_ways.Work, "batch", 2)
+    work = gpu_ways.Work(length=24, size=8, mask=mask, extra=extra, dtype=jnp.float32, heads=2)
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, _, valid, bias, _ = work.arguments
     q, k, v, bias = (jax.random.normal(x, a.shape) for x, a in zip(keys, (q, k, v, bias)))
     valid = jnp.asarray(np.arange(24)[None] < np.array([[20], [5]]))
-    found = gpu.ways(work, measured=False)
+    found = gpu_ways.ways(work, "A100")
     ours, theirs = (
         found[name](q, k, v, q, valid, bias, jnp.zeros(2, jnp.uint32))
         for name in ("mha_jax", "jax.nn xla")
@@ -46,11 +48,11 @@ def test_the_ways_do_the_same_work(mask, extra, monkeypatch):
 
 
 def test_flops_are_those_of_visible_pairs():
-    work = gpu.Work(length=2048, size=64, mask="window")
+    work = gpu_ways.Work(length=2048, size=64, mask="window")
     rows = np.arange(2048)
     pairs = np.minimum(rows + 1, 1024).sum()
     assert work.flops == 4 * pairs * 64 * 8 * 16
-    assert gpu.Work(True).flops == 3.5 * gpu.Work().flops
+    assert gpu_ways.Work(True).flops == 3.5 * gpu_ways.Work().flops
 
 
 def test_a_machine_without_a_gpu_is_told_so():
@@ -118,4 +120,44 @@ def test_launches_are_counted_apart_for_loops():
         def memory_analysis(self):
             return type("Memory", (), {"temp_size_in_bytes": 99})
 
-    assert gpu_cards.counts(Program()) == (1, (2,), 99, 64, ("library",))
+    assert gpu_cards.counts(Program()) == (1, (2,), 0.0, 99, 64, ("library",))
+    program = Program()
+    program.as_text = lambda: PROGRAM.replace("add(", "dot(").replace("library", "__cublas$gemm")
+    assert gpu_cards.counts(program).a_product == 2 / 2
+
+
+def test_pytorch_does_the_same_work(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(gpu_ways.Work, "batch", 1)
+    for mask in gpu_ways.MASKS:
+        work = gpu_ways.Work(True, 24, 8, mask, dtype=jnp.float32, heads=2)
+        gradients = gpu_torch.attention(work, "cpu")()
+        assert [tuple(x.shape) for x in gradients] == [(1, 2, 24, 8)] * 3
+        assert all(bool(torch.isfinite(x).all()) for x in gradients)
+    assert len(gpu_torch.seconds(work, "cpu", rounds=2, at_least=0.0)) == 2
+    # Causal and biased: the mask is in the bias, and hides the same.
+    work = gpu_ways.Work(length=24, size=8, mask="causal", extra="bias", dtype=jnp.float32)
+    torch.manual_seed(0)
+    biased = gpu_torch.attention(work, "cpu")()
+    torch.manual_seed(0)
+    plain = gpu_torch.attention(dataclasses.replace(work, extra=""), "cpu")()
+    torch.testing.assert_close(biased, plain)
+
+
+def test_ways_are_those_of_the_card():
+    work = gpu_ways.WORKS["forward_128_causal_4096"]
+    kernels = {"mha_jax mosaic_gpu", "jax mosaic_gpu, f16"}
+    new = jax.__version_info__ >= (0, 11)
+    assert kernels & set(gpu_ways.ways(work, "H100")) == (kernels if new else set())
+    assert not kernels & set(gpu_ways.ways(work, "B200"))
+
+
+def test_a_row_tells_of_kernels():
+    name = "forward_128_causal_4096"
+    kernel = {"name": "k", "registers": 168, "spills": 0, "shared": 1024, "loops": None}
+    line = {"case": name, "card": "H100", "way": "w", "kernels": 1, "a_product": 0.0, "calls": ()}
+    row = gpu.row(line | {"temporaries": 0, "mosaic": [kernel]})
+    assert "-            0.0" in row
+    assert row.endswith(
+        "k: 168 registers, 0 bytes spilled, 1,024 of shared memory; instructions of a turn: not read"
+    )
