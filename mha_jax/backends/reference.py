@@ -57,9 +57,8 @@ class Reference(Backend):
         given = problem.q, cotangent.out, state.out
         q, d_out, out = (x.astype(dtype).swapaxes(1, 2) for x in given)
         rows = Rows(q, d_out, jnp.zeros_like(state.m), cotangent.lse)
-        one = jnp.ones_like(state.l)
         # The sum of a row that saw a NaN is one.
-        rows = hidden.rows(rows, out, state.l, one + 0 * state.l, True)
+        rows = hidden.rows(rows, out, state.l, 1 + 0 * state.l, True)
         lse = jnp.where(jnp.isfinite(rows.delta) & jnp.isfinite(cotangent.lse), cotangent.lse, 0)
         mask = problem.mask & Dense((rows.shift != jnp.inf)[..., None])
         q, d_out = (

@@ -75,11 +75,14 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
     """Return the cotangents of q, k, v and bias."""
     problem, dtype, order = tiles.problem, tiles.dtype, tiles.visits(by_rows=False)
     by, rules = ByKeys(tiles, order), tiles.rules
-    d_out, out = (tiles.queries(x.astype(dtype)) for x in (cotangent.out, state.out))
     shift, ratio = softmax.shift(state.m, state.l)
+    ratio = jnp.where(jnp.isnan(ratio), 1, ratio)  # a NaN of the sum is one of out, too
+    # Scaled where it lies, and then laid out: one copy.
+    d_out = cotangent.out.astype(dtype) * ratio.swapaxes(1, 2)[..., None]
+    d_out, out = (tiles.queries(x) for x in (d_out, state.out.astype(dtype)))
     shift = tiles.statistics(shift, jnp.inf)
-    ratio, l, d_lse = (tiles.statistics(x) for x in (ratio, state.l, cotangent.lse))
-    rows = hidden.rows(Rows(tiles.q, d_out, shift, d_lse), out, l, ratio, tiles.hides)
+    l, d_lse = (tiles.statistics(x) for x in (state.l, cotangent.lse * ratio))
+    rows = hidden.rows(Rows(tiles.q, d_out, shift, d_lse), out, l, None, tiles.hides)
     if problem.dropout is not None:
         rows = rows._replace(d_out=rows.d_out * jnp.asarray(problem.dropout.factor, dtype))
 
