@@ -317,9 +317,11 @@ def _run(*leaves: ArrayLike, this: Pass, types: Any, asks: Any) -> list[Array]:
 
 def _lower(ctx: Any, *values: Any, this: Pass, types: Any, asks: Any, platform: str) -> Any:
     place = meshes.place_of_lowering(ctx.module_context.axis_context, this.mesh)
-    with meshes.types_say_nothing():
-        program = _program(this, ctx.avals_in, types, platform, place)
-    return meshes.lower_without_types(program, ctx, values)
+
+    def function(*leaves):
+        return _program(this, ctx.avals_in, types, platform, place)(*leaves)
+
+    return meshes.lower_without_types(function, ctx, values)
 
 
 def _types(*_: Any, this: Pass, types: Any, asks: Any) -> tuple[list, Any]:
