@@ -175,6 +175,31 @@ class Moves(NamedTuple):
     bias_rule: Any = None  # a rule with None where it has no floats
 
 
+def of_keys(problem: Problem, k: Any, v: Any, start: Any, size: int) -> Problem:
+    """Return the problem of some keys, `size` from `start` on, with their tokens, masks and biases.
+
+    Args:
+      problem: The whole.
+      k, v: These keys and values.
+      start: A number, traced or not.
+      size: How many there are.
+    """
+
+    def cut(a: Any, axis: int) -> Any:
+        if a is None or a.shape[axis] == 1:
+            return a
+        if isinstance(start, jax.Array):
+            return jax.lax.dynamic_slice_in_dim(jnp.asarray(a), start, size, axis)
+        return jax.lax.slice_in_dim(jnp.asarray(a), start, start + size, axis=axis)
+
+    tokens = problem.k_tokens.map(lambda a: cut(a, 1), size, 0)
+    if problem.k_tokens.index is None:
+        rows = jnp.arange(size, dtype=jnp.int32)[None] + (problem.k_tokens.start + start)
+        tokens = dataclasses.replace(tokens, index=rows)
+    mask, bias = jax.tree.map(lambda a: cut(a, 3), problem.mask), cut(problem.bias, 3)
+    return dataclasses.replace(problem, k=k, v=v, k_tokens=tokens, mask=mask, bias=bias)
+
+
 def moving(problem: Problem) -> Moves:
     """Return what a problem is differentiated in, None for arrays that are constants or not there."""
     found = Moves(*(getattr(problem, name) for name in Moves._fields))

@@ -371,7 +371,7 @@ class Ring(Shards):
         start = start._replace(k=jnp.zeros_like(problem.k), v=jnp.zeros_like(problem.v))
         moves = _for_all(shard.pieces, piece, start)
         bias = moves.bias
-        if bias is not None and bias.shape != asked.bias.shape:
+        if bias is not None and bias.shape != asked.bias.shape:  # type: ignore[union-attr]
             bias = lax.psum_scatter(bias, self.axis, scatter_dimension=3, tiled=True)
         return _cast_like(moves._replace(bias=bias), asked)
 

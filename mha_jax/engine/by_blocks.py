@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mha_jax.attention import softmax
-from mha_jax.attention.call import Problem, State
+from mha_jax.attention.call import Problem, State, of_keys
 from mha_jax.attention.call import logits as logits_of
 from mha_jax.attention.slots import Slots
 from mha_jax.attention.tokens import zero_invalid
@@ -108,25 +108,8 @@ def _block(problem: Problem, start: Any, size: int, fresh: bool = False) -> Prob
     else:
         k, v = (x.block(start, size) for x in slots)
 
-    def of_keys(a: Any, axis: int) -> Any:
-        if a is None or a.shape[axis] == 1:
-            return a
-        if isinstance(start, jax.Array):
-            return lax.dynamic_slice_in_dim(jnp.asarray(a), start, size, axis)
-        return lax.slice_in_dim(jnp.asarray(a), start, start + size, axis=axis)
-
-    tokens = problem.k_tokens.map(lambda a: of_keys(a, 1), size, 0)
-    if problem.k_tokens.index is None:
-        rows = jnp.arange(size, dtype=jnp.int32)[None] + (problem.k_tokens.start + start)
-        tokens = dataclasses.replace(tokens, index=rows)
+    block = dataclasses.replace(of_keys(problem, k, v, start, size), heads_first=not fresh)
     if problem.mask.hides_invalid_keys:
-        k, v = (zero_invalid(x, tokens) for x in (k, v))
-    return dataclasses.replace(
-        problem,
-        k=k,
-        v=v,
-        k_tokens=tokens,
-        mask=jax.tree.map(lambda a: of_keys(a, 3), problem.mask),
-        bias=of_keys(problem.bias, 3),
-        heads_first=not fresh,
-    )
+        k, v = (zero_invalid(x, block.k_tokens) for x in (k, v))
+        block = dataclasses.replace(block, k=k, v=v)
+    return block

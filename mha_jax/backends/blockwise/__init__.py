@@ -12,7 +12,7 @@ from mha_jax.attention import hidden
 from mha_jax.attention.call import Moves, Output, Problem, State
 from mha_jax.attention.given import of_kind
 from mha_jax.backends.base import Backend
-from mha_jax.backends.blockwise import few_rows, passes
+from mha_jax.backends.blockwise import few_rows, passes, stretch
 from mha_jax.backends.blockwise.layout import Apart, Grouped
 from mha_jax.backends.blockwise.tiles import Tiles, Tiling
 from mha_jax.errors import ShapeError
@@ -33,6 +33,8 @@ class Tuning:
         the lengths; None: two pairs.
       halves: Multiply what rests on bfloat16 inputs in bfloat16, summed in float32: what tensor cores do.
       written: Tiles of a group that are written out one after the other, without loops, at most.
+      stretches: Ask which part of a cache is seen before a step reads it: where branches that the data decide
+        cost little.
     """
 
     side: int
@@ -40,9 +42,10 @@ class Tuning:
     weights: int | None = None
     halves: bool = False
     written: int = 0
+    stretches: bool = False
 
 
-CPU = Tuning(512, 2**19)
+CPU = Tuning(512, 2**19, stretches=True)
 # Every operation on a tile is a launch, of microseconds, so that tiles are few, and large: 64 MiB of logits.
 # Loops launch more: they count turns, copy slices, and ask the host whether to go on.
 GPU = Tuning(1024, 2**24, 2**24, halves=True, written=64)
@@ -104,7 +107,7 @@ class Blockwise(Backend):
 
         A step of decoding from a `Cache` is one tile: cutting keys is copying them. Milliseconds so and
         with 512 keys by 2 pairs, N 8, H 64, B, S and T: 8 4096 1 9, 16; 8 4096 16 29, 46; 1 4096 1 1.6, 4.0.
-        A cache that is longer may be mostly empty, or seen through a window: there tiles are skipped.
+        A cache may be mostly empty, or seen through a window: see `stretch`; beyond 8192, tiles are skipped.
         """
         b, t, _, _ = problem.q.shape
         s, kv = problem.k.shape[1:3]
@@ -118,7 +121,7 @@ class Blockwise(Backend):
             while 8 * side <= min(rows, s) and 4 * side * side <= tuning.weights:
                 side *= 2
             wanted = max(1, tuning.weights // (min(rows, side) * min(s, side)))
-        step = problem.heads_first and rows <= 16 and s <= 8192
+        step = self._is_step(problem)
         short = rows <= tuning.side and s <= tuning.side
         wanted = self.pairs or (b * kv if step else tuning.short // (rows * s) if short else wanted)
         pairs = next(d for d in range(min(b * kv, wanted), 0, -1) if b * kv % d == 0)
@@ -137,9 +140,19 @@ class Blockwise(Backend):
             side //= 2
         return _near(self.block_q or side, t), _near(self.block_k or side, s)
 
+    def _is_step(self, problem: Problem) -> bool:
+        """Whether a problem is a step of decoding from a `Cache` that is one tile."""
+        t, s = problem.q.shape[1], problem.k.shape[1]
+        known = not self.apart and isinstance(t, int) and isinstance(s, int)
+        return known and problem.heads_first and problem.groups * t <= 16 and s <= 8192
+
     def forward(self, problem: Problem) -> State:
         if not self.apart and few_rows.worthwhile(problem):
             return few_rows.forward(problem)
+        stretches = (self.tuning or CPU).stretches and self.block_k is None
+        if stretches and self._is_step(problem) and not self.exhaustive:
+            whole = dataclasses.replace(self, block_k=problem.k.shape[1])
+            return stretch.forward(problem, whole.forward)
         # What a cache holds is read in place: it is not looked through.
         seen = problem if problem.heads_first else hidden.forward(problem)
         return passes.forward(Tiles(seen, self.tiling(problem)))

@@ -100,7 +100,7 @@ def cotangent(tuning: Tuning, problem: Problem, state: State, cotangent: Output)
     """Return the cotangents of q, k, v, bias and the floats of its rule."""
     if problem.bias_rule is not None and rules.is_line(problem):
         return _with_line(tuning, problem, state, cotangent)
-    asked, problem = moving(problem), _computable(problem)
+    given, asked, problem = problem, moving(problem), _computable(problem)
     d_out, out = (x.astype(jnp.float32).swapaxes(1, 2) for x in (cotangent.out, state.out))
     shift, ratio = _shift(problem, state)
     rows = Rows(problem.q.swapaxes(1, 2), d_out, shift, cotangent.lse)
@@ -109,15 +109,15 @@ def cotangent(tuning: Tuning, problem: Problem, state: State, cotangent: Output)
     d_out = rows.d_out.swapaxes(1, 2).astype(problem.v.dtype)
     seen = hidden.cleaned(problem) if contains(problem) else problem
     problem = dataclasses.replace(seen, q=rows.q.swapaxes(1, 2))
-    dq, dk, dv, d_bias, d_rule = _backward(tuning, problem, asked.q.dtype, d_out, extra)
+    dq, dk, dv, d_bias, d_rule = _backward(tuning, problem, given.q.dtype, d_out, extra)
     if asked.bias is not None:
         if d_bias is None:
             d_bias = _dense_bias_gradient(tuning, problem, d_out, extra)
         d_bias = d_bias.astype(asked.bias.dtype)
     return Moves(
-        dq.astype(asked.q.dtype),
-        dk.astype(asked.k.dtype),
-        dv.astype(asked.v.dtype),
+        dq.astype(given.q.dtype),
+        dk.astype(given.k.dtype),
+        dv.astype(given.v.dtype),
         d_bias,
         _like(asked.bias_rule, d_rule),
     )
