@@ -812,7 +812,7 @@ def _drawn(seed: int, index: int) -> LayerCall:
             kinds += [f"Array(normal({number()}, {text(*own)}))"] * 2 + [f"Array({filled})"]
         if backend in SLOW or dtype == "float64":
             kinds = [k for k in kinds if k.startswith("Array")]
-        return pick(*kinds)
+        return pick(*kinds) if kinds else None
 
     mask = rule() if segments or chance(0.5) else None
     biased = ("query", "key", "value", "attention_output")

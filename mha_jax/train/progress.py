@@ -119,12 +119,8 @@ class Metrics:
             write_whole(path, "".join(f"{line}\n" for line in [HEADER, *map(str, rows)]))
             self.file = path.open("a", encoding="utf-8")
         self.begun = time.monotonic() - (rows[-1].seconds if rows else 0.0)
-        self.events: Any = None
-        if tensorboard:
-            with packages():
-                from tensorboardX import SummaryWriter
-
-            self.events = SummaryWriter(str(workdir), purge_step=start + 1)
+        with writing(workdir):
+            self.events = Events(workdir, start) if tensorboard else None
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Add figures of a step."""
@@ -133,14 +129,57 @@ class Metrics:
             for name, value in figures.items():
                 self.file.write(f"{Row(step, seconds, name, value)}\n")
                 if self.events is not None:
-                    self.events.add_scalar(name, value, step)
+                    self.events.add(step, name, value)
             self.file.flush()
 
     def close(self) -> None:
         with writing(self.workdir):
             self.file.close()
-        if self.events is not None:
-            self.events.close()
+            if self.events is not None:
+                self.events.close()
+
+
+class Events:
+    """Figures as TensorBoard reads them.
+
+    They are written by the thread that brings them. The writer that tensorboardX has for this is a thread of
+    its own, which ends at a full disk or where the clock is set back, and then whoever writes waits for ever.
+
+    Args:
+      workdir: Where the file goes.
+      start: The step that the run continues from; TensorBoard drops what it was told of later ones.
+
+    Raises:
+      OSError: The file cannot be written.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start: int):
+        with packages():
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto import event_pb2
+
+        self.kind: Any = event_pb2
+        self.scalar = summary.scalar
+        self.file = event_file_writer.EventsWriter(str(workdir / "events"))
+        begun = self.kind.SessionLog(status=self.kind.SessionLog.START)
+        self._write(step=start + 1, session_log=begun)
+        self._flush()
+
+    def add(self, step: int, name: str, value: float) -> None:
+        """Write a figure; it is on disk two minutes later."""
+        self._write(step=step, summary=self.scalar(name, value))
+        if time.monotonic() > self.due:
+            self._flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+    def _write(self, **event: Any) -> None:
+        self.file.write_event(self.kind.Event(wall_time=time.time(), **event))
+
+    def _flush(self) -> None:
+        self.file.flush()
+        self.due = time.monotonic() + 120
 
 
 class Nowhere:

@@ -1,9 +1,12 @@
 """Figures survive a run that is cut off: rows after the resumed step go, the others stay."""
 
+import importlib
 import re
+import struct
 
 import pytest
 
+from mha_jax.errors import WorkdirError
 from mha_jax.train.progress import Metrics, Progress, clock, draw_metrics, read_metrics
 from tests.drawn import damaged
 
@@ -44,8 +47,28 @@ def test_events_are_written_for_tensorboard(tmp_path):
     metrics = Metrics(tmp_path, 0, tensorboard=True)
     metrics.write(10, {"loss": 0.5})
     metrics.close()
-    events = list(tmp_path.glob("events.out.tfevents.*"))
-    assert len(events) == 1 and b"loss" in events[0].read_bytes()
+    assert events(tmp_path) == [(10, "loss", 0.5)]
+
+
+def test_a_run_that_goes_on_tells_tensorboard_what_to_drop(tmp_path):
+    pytest.importorskip("tensorboardX")
+    Metrics(tmp_path, 6, tensorboard=True).close()
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    started = [e for e in read_events(path) if e.HasField("session_log")]
+    assert [(e.step, e.session_log.status) for e in started] == [(7, 1)]
+
+
+def test_events_that_cannot_be_written_end_the_run(tmp_path, monkeypatch):
+    """In the thread that writes them: nobody waits for a writer that has ended."""
+    pytest.importorskip("tensorboardX")
+    metrics = Metrics(tmp_path, 0, tensorboard=True)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", full)
+    with pytest.raises(WorkdirError, match=r"cannot be written: .*No space left on device"):
+        metrics.write(1, {"loss": 0.5})
 
 
 def test_progress_shows_speed_and_time_left(capsys):
@@ -68,6 +91,27 @@ def test_compiling_is_no_step(capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first == "step 1/11 | loss 0.5000"
     assert re.fullmatch(r"step 6/11 \| loss 0\.5000 \| 0\.2 steps/s \| 0:20 left", second)
+
+
+def read_events(path):
+    """Return the events of a file: of each its length, a checksum, itself and another checksum."""
+    event = importlib.import_module("tensorboardX.proto.event_pb2").Event
+    data, found = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        found.append(event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    return found
+
+
+def events(workdir):
+    """Return (step, name, value) of all figures in the files of events."""
+    return [
+        (event.step, value.tag, value.simple_value)
+        for path in sorted(workdir.glob("events.out.tfevents.*"))
+        for event in read_events(path)
+        for value in event.summary.value
+    ]
 
 
 HEAD = b"step,seconds,name,value\n"

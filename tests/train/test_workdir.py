@@ -18,6 +18,7 @@ from mha_jax.errors import WorkdirError
 from mha_jax.train.checkpoints import Checkpoints
 from mha_jax.train.progress import Metrics
 from mha_jax.train.workdir import CARD, LOCK, claimed, open_workdir, read_card, write_whole
+from tests.train.test_progress import events
 
 STATE = {"params": np.arange(12.0)}
 
@@ -216,6 +217,7 @@ def test_a_folder_that_vanishes_is_told(tmp_path):
 
 def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
     real = time.time
+    pytest.importorskip("tensorboardX")
     checkpoints = Checkpoints(tmp_path, "error")
     metrics = Metrics(tmp_path, 0, tensorboard=True)
     for step in (1, 2, 3):
@@ -229,6 +231,7 @@ def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
     step, found = checkpoints.restore(STATE)
     checkpoints.close()
     assert step == 3 and (found["params"] == STATE["params"] + 3).all()
+    assert events(tmp_path) == [(1, "loss", 0.5), (2, "loss", 0.5), (3, "loss", 0.5)]
     assert Metrics(tmp_path, 3, tensorboard=False).begun <= time.monotonic()
 
 
