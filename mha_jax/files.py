@@ -64,8 +64,12 @@ def reading(what: str, expected: str, error: type[MhaError]) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of an error; of a long one the end, where libraries say the cause."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """Return the first line of an error; of a long one the end, where libraries say the cause.
+
+    What tensorstore was asked for, which it adds, is left out.
+    """
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = line.partition(" [tensorstore_spec=")[0].rstrip(".")
     return line if len(line) <= 200 else f"... {line[-150:]}"
 
 

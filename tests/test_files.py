@@ -15,7 +15,16 @@ import numpy as np
 import pytest
 
 from mha_jax.errors import DataError, WeightsError
-from mha_jax.files import FREE, INFLATION, Budget, DamageError, npy_array, reading, zip_parts
+from mha_jax.files import (
+    FREE,
+    INFLATION,
+    Budget,
+    DamageError,
+    npy_array,
+    reading,
+    reason,
+    zip_parts,
+)
 from mha_jax.interop import keras
 from tests.drawn import damaged
 
@@ -445,3 +454,19 @@ def test_a_byte_is_taken_once():
     for declared, stored in ((1, 0), (-1, 0), (0, -1)):
         with pytest.raises(DamageError, match="is said to"):
             budget.take("c", declared, stored)
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("It is full.\nMore.", "It is full"),
+        ("", "ValueError"),
+        ("a" * 300 + "b" * 150, "... " + "b" * 150),
+        (
+            "Error: No space [code='28'] [tensorstore_spec='{" + "x" * 999,
+            "Error: No space [code='28']",
+        ),
+    ],
+)
+def test_the_reason_of_an_error_is_short(text, want):
+    assert reason(ValueError(text)) == want
