@@ -1,13 +1,15 @@
 """What no model can have: sizes that are no sizes, rates that are no shares, heads that do not fit."""
 
+import dataclasses
 import numbers
 from typing import Any
 
+from mha_jax.attention.given import switch
 from mha_jax.errors import ShapeError
 
 
 def check_config(config: Any, *rates: str, **least: int) -> None:
-    """Refuse sizes and rates of a model's configuration that cannot be meant.
+    """Refuse sizes, rates and switches of a model's configuration that cannot be meant.
 
     Args:
       config: It, with `width` and `num_heads` among its fields, and perhaps a `head_size` that frees them.
@@ -27,6 +29,9 @@ def check_config(config: Any, *rates: str, **least: int) -> None:
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if not number or not 0 <= float(value) < 1:
             raise ShapeError(f"{name} must be a number from 0 to below 1: got {value!r}.")
+    for field in dataclasses.fields(config):
+        if field.type is bool:
+            switch(field.name, getattr(config, field.name))
     if getattr(config, "head_size", None) is None and config.width % config.num_heads:
         raise ShapeError(
             f"width must be a multiple of num_heads: got width={config.width} and "

@@ -67,7 +67,7 @@ def check_settings(config: Any) -> None:
       ConfigError: Naming every setting that is missing or wrong, its value and what was expected.
     """
     task = config.get("task")
-    if task not in OF_TASK:
+    if not isinstance(task, str) or task not in OF_TASK:
         raise ConfigError(
             f"config.task={task!r} is not a task. Expected one of {', '.join(OF_TASK)}."
         )

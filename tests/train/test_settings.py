@@ -64,7 +64,7 @@ def test_what_is_missing_is_named():
         del (tree[path[0]] if path else tree)[last]
         with pytest.raises(ConfigError, match=rf"config\.{name}=None, expected"):
             check_settings(ConfigDict(tree))
-    for task in (None, "../g2p", 3):
+    for task in (None, "../g2p", 3, [1]):
         with pytest.raises(ConfigError, match=r"is not a task\. Expected one of g2p, digits"):
             check_settings(changed(g2p, "task", task))
     with pytest.raises(ConfigError, match=r"config\.model has heads, expected some of .*num_heads"):
@@ -103,6 +103,7 @@ OF_TRANSFORMER = [
     ({"encoder_layers": -1}, "encoder_layers must be a whole number from 0"),
     ({"decoder_layers": 1.5}, "decoder_layers must be a whole number from 0"),
     ({"attention_dropout": 1}, "attention_dropout must be a number"),
+    *[({"norm_first": x}, "norm_first must be True or False") for x in ("no", 1, NAN, None)],
 ]
 OF_BERT = [
     ({"vocabulary": 0}, "vocabulary must be"),
