@@ -33,7 +33,7 @@ LONG = (
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=240, help="calls of tests/test_fuzz.py")
+    parser.addoption("--fuzz", type=int, default=240, help="random calls of attention; half as many of the layer")
 
 
 def pytest_collection_modifyitems(items):
