@@ -33,7 +33,8 @@ LONG = (
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=240, help="random calls of attention; half as many of the layer")
+    words = "random calls of attention, half as many of the layer"
+    parser.addoption("--fuzz", type=int, default=240, help=words)
 
 
 def pytest_collection_modifyitems(items):

@@ -105,9 +105,9 @@ class Metrics:
 
     def __init__(self, workdir: pathlib.Path, start: int, tensorboard: bool):
         self.workdir, path = workdir, workdir / METRICS
-        rows, damaged = read_metrics(path)
-        rows = [row for row in rows if row.step <= start]
         with writing(workdir):
+            rows, damaged = read_metrics(path)
+            rows = [row for row in rows if row.step <= start]
             if damaged:
                 aside = path.with_name(f"{DAMAGED}{METRICS}")
                 os.replace(path, aside)

@@ -154,6 +154,17 @@ def test_a_damaged_file_is_set_aside_and_its_whole_lines_kept(tmp_path, capsys, 
     assert (tmp_path / "curves.png").is_file()
 
 
+def test_figures_that_may_not_be_read_are_told(tmp_path, monkeypatch):
+    (tmp_path / "metrics.csv").write_bytes(HEAD)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.raises(WorkdirError, match=r"cannot be written: .*Permission denied"):
+        Metrics(tmp_path, 0, tensorboard=False)
+
+
 def test_a_file_with_changed_bytes_never_stops_a_run(tmp_path):
     good = HEAD + b"".join(b"%d,%d.25,loss,0.125\n" % (i, i) for i in range(9))
     for data in damaged(good, 300):
