@@ -16,6 +16,7 @@ KEPT = [
         shape=(2, 3, 0),
         axes=(1, 2),
         keys=(3, 0),
+        heads=(2, 2),
         masks=(("attention_mask", "flags(223112, 2, 2, 1, 0, 3, 1)"),),
     ),
     LayerCall(seed=2, shape=(2, 0), masks=(("attention_mask", "flags(3, 2, 0, 7)"),)),
