@@ -5,6 +5,7 @@ import typing as _typing
 if _typing.TYPE_CHECKING:
     from mha_jax.models import bert as bert
     from mha_jax.models import decoder as decoder
+    from mha_jax.models import feed_forward as feed_forward
     from mha_jax.models import gguf as gguf
     from mha_jax.models import gpt as gpt
     from mha_jax.models import layouts as layouts
@@ -30,6 +31,7 @@ else:
             __name__,
             "bert",
             "decoder",
+            "feed_forward",
             "gguf",
             "gpt",
             "layouts",

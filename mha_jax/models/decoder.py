@@ -12,30 +12,22 @@ arXiv:2408.00118 (norms after the sub-layers, caps); OpenAI 2025, arXiv:2508.109
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen.dtypes import promote_dtype
 
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.rotary import Rotary
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.layer.linen import MultiHeadAttention
+from mha_jax.models.feed_forward import ACTIVATIONS, Experts, FeedForward, Mixture
 from mha_jax.models.sizes import check_config
 from mha_jax.models.weights import fill
 from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int, Params
-
-ACTIVATIONS = {
-    "relu": nn.relu,
-    "silu": nn.silu,
-    "gelu": partial(nn.gelu, approximate=False),
-    "gelu_tanh": partial(nn.gelu, approximate=True),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,25 +41,6 @@ class Local:
 
     rotary: Rotary | None = None
     window: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Experts:
-    """Feed-forward layers of which a router chooses a few for every token.
-
-    Args:
-      count: How many there are, X.
-      chosen: How many a token takes.
-      limit: Where the inner features are clipped.
-      slope: Of the sigmoid that gates them.
-
-    Source: OpenAI 2025, arXiv:2508.10925, section 2.2.
-    """
-
-    count: int
-    chosen: int
-    limit: float = 7.0
-    slope: float = 1.702
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +58,9 @@ class Config:
       norm: "rms" or "layer".
       epsilon: Of the norms.
       norm_after: Whether a sub-layer's output is normed too, as in Gemma 2.
+      norm_bias: Whether norms of the kind "layer" have biases; Cohere's have none.
       parallel: Whether both sub-layers read the same input, as in GPT-NeoX.
+      one_norm: Whether parallel sub-layers share their norm, too, as in GPT-J.
       activation: One of `ACTIVATIONS`.
       gated: Whether the activation multiplies a second projection.
       experts: Instead of one feed-forward layer.
@@ -95,11 +70,14 @@ class Config:
       qk_norm, use_sinks, scale, logit_cap: As of `MultiHeadAttention`.
       embedding_scale: What embeddings are multiplied by.
       output_cap: The logits of the vocabulary are `cap * tanh(logit / cap)`; None leaves them.
+      output_scale: What the logits of the vocabulary are multiplied by.
+      output_bias: Whether they have biases, where they are not tied.
       tied: Whether the embedding's table gives the logits, too.
+      dropout: Rate on the embeddings and on the output of every sub-layer.
       dtype: Of the computation; that of the parameters if None.
 
     Raises:
-      ShapeError: A size or a name cannot be meant.
+      ShapeError: A size, a rate or a name cannot be meant.
     """
 
     vocabulary: int
@@ -112,7 +90,9 @@ class Config:
     norm: Literal["rms", "layer"] = "rms"
     epsilon: float = 1e-6
     norm_after: bool = False
+    norm_bias: bool = True
     parallel: bool = False
+    one_norm: bool = False
     activation: str = "silu"
     gated: bool = True
     experts: Experts | None = None
@@ -125,14 +105,17 @@ class Config:
     logit_cap: float | None = None
     embedding_scale: float = 1.0
     output_cap: float | None = None
+    output_scale: float = 1.0
+    output_bias: bool = False
     tied: bool = False
+    dropout: float = 0.0
     dtype: DType = None
 
     def __post_init__(self):
         sizes = dict.fromkeys(("vocabulary", "width", "hidden", "num_heads"), 1)
         given = ("num_kv_heads", "head_size", "positions")
         optional = {name: 1 for name in given if getattr(self, name) is not None}
-        check_config(self, **sizes, **optional)
+        check_config(self, "dropout", **sizes, **optional)
         for name, known in (("norm", ("rms", "layer")), ("activation", tuple(ACTIVATIONS))):
             if getattr(self, name) not in known:
                 raise ShapeError(
@@ -145,82 +128,22 @@ class Config:
         return self.head_size or self.width // self.num_heads
 
 
-class FeedForward(nn.Module):
-    """Two projections with an activation between, or three with a gate.
-
-    Args:
-      hidden: Inner width, F.
-      width: Of the output, D.
-      activation: One of `ACTIVATIONS`.
-      gated: Whether the activation multiplies a second projection.
-      use_bias: Whether projections have biases.
-      dtype: Of the computation; that of the parameters if None.
-
-    Source: Shazeer 2020, arXiv:2002.05202.
-    """
-
-    hidden: int
-    width: int
-    activation: str = "silu"
-    gated: bool = False
-    use_bias: bool = True
-    dtype: DType = None
-
-    @nn.compact
-    def __call__(self, x):
-        dense = partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype)
-        act = ACTIVATIONS[self.activation]
-        up = dense(self.hidden, name="up")(x)
-        inner = act(dense(self.hidden, name="gate")(x)) * up if self.gated else act(up)
-        return dense(self.width, name="down")(inner)
-
-
-class Mixture(nn.Module):
-    """Experts, all computed and few weighed: right, and as dear as all of them together."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x):
-        config, experts = self.config, self.config.experts
-        assert experts is not None
-        logits = nn.Dense(experts.count, dtype=config.dtype, name="router")(x)
-        best, places = jax.lax.top_k(logits, experts.chosen)
-        chosen = jax.nn.one_hot(places, experts.count, dtype=x.dtype)
-        share = jnp.einsum("btkx,btk->btx", chosen, nn.softmax(best))
-        expert = partial(_OfExperts, experts.count)
-        inner = expert(2 * config.hidden, name="gate_up")(x[:, :, None])
-        gate = jnp.minimum(inner[..., ::2], experts.limit)
-        up = jnp.clip(inner[..., 1::2], -experts.limit, experts.limit)
-        out = expert(config.width, name="down")((up + 1) * gate * nn.sigmoid(gate * experts.slope))
-        return jnp.einsum("btx,btxd->btd", share, out)
-
-
-class _OfExperts(nn.Module):
-    """A dense layer of every expert: [B, T, X or 1, D] -> [B, T, X, F]."""
-
-    experts: int
-    features: int
-
-    @nn.compact
-    def __call__(self, x):
-        shape = (self.experts, x.shape[-1], self.features)
-        weight = self.param("weight", nn.initializers.lecun_normal(batch_axis=(0,)), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.experts, self.features))
-        x, weight, bias = promote_dtype(x, weight, bias)
-        x = jnp.broadcast_to(x, (*x.shape[:2], *shape[:2]))
-        return jnp.einsum("btxd,xdf->btxf", x, weight) + bias[None, None]
-
-
 def _norm(config: Config, name: str) -> nn.Module:
     if config.norm == "rms":
         return nn.RMSNorm(config.epsilon, dtype=config.dtype, name=name)
-    return nn.LayerNorm(config.epsilon, dtype=config.dtype, use_fast_variance=False, name=name)
+    return nn.LayerNorm(
+        config.epsilon,
+        dtype=config.dtype,
+        use_bias=config.norm_bias,
+        use_fast_variance=False,
+        name=name,
+    )
 
 
 def _feed_forward(config: Config) -> nn.Module:
     if config.experts is not None:
-        return Mixture(config, name="feed_forward")
+        sizes = config.hidden, config.width, config.dtype
+        return Mixture(config.experts, *sizes, name="feed_forward")
     sizes = config.hidden, config.width, config.activation, config.gated
     return FeedForward(*sizes, config.hidden_bias, config.dtype, name="feed_forward")
 
@@ -232,8 +155,9 @@ class Block(nn.Module):
     local: Local
 
     @nn.compact
-    def __call__(self, x, cache, **options):
+    def __call__(self, x, cache, training, **options):
         config = self.config
+        drop = nn.Dropout(config.dropout, deterministic=not training)
         attend = MultiHeadAttention(
             num_heads=config.num_heads,
             key_dim=config.key_dim,
@@ -254,11 +178,13 @@ class Block(nn.Module):
         attended, cache = (attended, None) if cache is None else attended
         if config.norm_after:
             attended = _norm(config, "attention_norm_after")(attended)
-        normed = _norm(config, "hidden_norm")(x if config.parallel else x + attended)
+        attended = drop(attended)
+        if not (config.parallel and config.one_norm):
+            normed = _norm(config, "hidden_norm")(x if config.parallel else x + attended)
         out = _feed_forward(config)(normed)
         if config.norm_after:
             out = _norm(config, "hidden_norm_after")(out)
-        return x + attended + out, cache
+        return x + attended + drop(out), cache
 
 
 class CausalLM(nn.Module):
@@ -279,6 +205,7 @@ class CausalLM(nn.Module):
         tokens: Int[ArrayLike, "B T"],
         mask: Bool[ArrayLike, "B T"] | None = None,
         caches: tuple[Cache, ...] | None = None,
+        training: bool = False,
     ) -> Float[Array, "B T W"] | tuple[Float[Array, "B T W"], tuple[Cache, ...]]:
         """Map tokens to logits.
 
@@ -286,6 +213,7 @@ class CausalLM(nn.Module):
           tokens: Numbers of the symbols.
           mask: True at real tokens, wherever in a row they stand: positions count these alone.
           caches: Of the tokens before, one for every layer: `empty_caches`. Those of `tokens` are appended.
+          training: Whether there is dropout, drawn from the stream "dropout".
 
         Returns:
           The logits, and the caches where there were some.
@@ -312,17 +240,19 @@ class CausalLM(nn.Module):
             self._check_length(tokens, caches)
             places = nn.Embed(config.positions, config.width, dtype=config.dtype, name="positions")
             x = x + places(positions)
+        x = nn.Dropout(config.dropout, deterministic=not training)(x)
         kept = []
         for i, local in enumerate(config.layers):
             cache = None if caches is None else caches[i]
-            x, cache = Block(config, local, name=f"layer_{i}")(x, cache, **options)
+            x, cache = Block(config, local, name=f"layer_{i}")(x, cache, training, **options)
             kept.append(cache)
         x = _norm(config, "norm")(x)
         if config.tied:
             logits = embed.attend(x)
         else:
-            dense = nn.Dense(config.vocabulary, use_bias=False, dtype=config.dtype, name="logits")
-            logits = dense(x)
+            biased = {"use_bias": config.output_bias, "dtype": config.dtype}
+            logits = nn.Dense(config.vocabulary, **biased, name="logits")(x)
+        logits = logits * jnp.asarray(config.output_scale, logits.dtype)
         if config.output_cap is not None:
             logits = config.output_cap * jnp.tanh(logits / config.output_cap)
         return logits if caches is None else (logits, tuple(kept))
@@ -337,14 +267,19 @@ class CausalLM(nn.Module):
             )
 
     def empty_caches(
-        self, batch: int, capacity: int, dtype: DType = jnp.float32
+        self, batch: int, capacity: int, dtype: DType = jnp.float32, rolling: bool = False
     ) -> tuple[Cache, ...]:
         """Return a cache for every layer, holding nothing yet.
 
         Args:
           batch: Texts that are decoded together.
           capacity: The most tokens of a text.
-          dtype: Of the computation.
+          dtype: Of the computation, or "int8".
+          rolling: Whether layers with a window hold as many tokens alone, of texts of any length; the others
+            hold `capacity`.
+
+        Raises:
+          ShapeError: The caches shall roll, and the model has learned its positions.
 
         >>> model = CausalLM(Config(11, 8, 16, 2, layers=(Local(Rotary()),)))
         >>> tokens = jnp.ones((3, 5), int)
@@ -357,8 +292,17 @@ class CausalLM(nn.Module):
         """
         config = self.config
         heads = config.num_kv_heads or config.num_heads
-        empty = partial(Cache.empty, batch, capacity, heads, config.key_dim, dtype=dtype)
-        return tuple(empty() for _ in config.layers)
+        if rolling and config.positions is not None:
+            raise ShapeError(
+                f"the model has learned {config.positions} positions, and rolling=True is for texts without "
+                "end. Leave it out."
+            )
+        windows = [local.window if rolling else None for local in config.layers]
+        sizes = heads, config.key_dim
+        return tuple(
+            Cache.empty(batch, window or capacity, *sizes, dtype=dtype, rolling=window is not None)
+            for window in windows
+        )
 
 
 def _positions(tokens, mask, caches):

@@ -1,10 +1,13 @@
-"""GPT-2 and GPT-NeoX (Pythia), by their published configs: `read(config, tensors)`.
+"""GPT-2 and what came of it: GPT-Neo, GPT-J, GPT-NeoX (Pythia), OPT and Falcon, by their published configs.
 
-GPT-2 learns its positions and ties the embedding's table; GPT-NeoX turns a quarter of every head, and both of
-its sub-layers read the same input. Both keep query, key and value in one matrix.
+`read(config, tensors)` makes the model and its parameters of a Hugging Face config and PyTorch's tensors.
+GPT-2, GPT-Neo and OPT learn their positions; GPT-J, GPT-NeoX and Falcon turn heads or a part of them, and
+their sub-layers read the same input. GPT-Neo does not scale its logits, and every other layer has a window;
+Falcon's query heads share one key-value head, or a few.
 
-Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; Black et al. 2022,
-arXiv:2204.06745.
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; Wang & Komatsuzaki 2021
+(GPT-J-6B); Black et al. 2022, arXiv:2204.06745; Zhang et al. 2022, arXiv:2205.01068 (OPT); Almazrouei et al.
+2023, arXiv:2311.16867 (Falcon).
 """
 
 import dataclasses
@@ -19,45 +22,203 @@ from mha_jax.models.decoder import CausalLM, Config, Local, filled
 from mha_jax.models.layouts import separated
 from mha_jax.types import Params
 
-_GPT2 = {
-    "embedding": "wte",
-    "positions": "wpe",
-    "norm": "ln_f",
-    "layer_{i}/attention_norm": "h.{i}.ln_1",
-    "layer_{i}/hidden_norm": "h.{i}.ln_2",
-    "layer_{i}/attention/query": "h.{i}.attn.q_proj",
-    "layer_{i}/attention/key": "h.{i}.attn.k_proj",
-    "layer_{i}/attention/value": "h.{i}.attn.v_proj",
-    "layer_{i}/attention/attention_output": "h.{i}.attn.c_proj",
-    "layer_{i}/feed_forward/up": "h.{i}.mlp.c_fc",
-    "layer_{i}/feed_forward/down": "h.{i}.mlp.c_proj",
+_ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+
+
+def _names(
+    model: str, layer: str, attention: str, output: str, up: str, down: str, **others: str
+) -> dict[str, str]:
+    """Return the names of PyTorch's modules for ours; those of `others` with "layer_" are in a layer."""
+    names = {f"attention/{ours}": attention + theirs for ours, theirs in _ATTENTION.items()}
+    names |= {"attention/attention_output": attention + output}
+    names |= {"feed_forward/up": up, "feed_forward/down": down}
+    names |= {k.removeprefix("layer_"): v for k, v in others.items() if k.startswith("layer_")}
+    found = {f"layer_{{i}}/{ours}": model + layer + theirs for ours, theirs in names.items()}
+    own = {ours: name for ours, name in others.items() if not ours.startswith("layer_")}
+    return found | {ours: model + name if ours != "logits" else name for ours, name in own.items()}
+
+
+_GPT2_NORMS = {"layer_attention_norm": "ln_1", "layer_hidden_norm": "ln_2", "norm": "ln_f"}
+_LEARNED = _GPT2_NORMS | {"embedding": "wte", "positions": "wpe"}
+_NEOX_NORMS = {
+    "layer_attention_norm": "input_layernorm",
+    "layer_hidden_norm": "post_attention_layernorm",
 }
-_LAYER = "gpt_neox.layers.{i}."
-_NEOX = {
-    "embedding": "gpt_neox.embed_in",
-    "norm": "gpt_neox.final_layer_norm",
-    "logits": "embed_out",
-    "layer_{i}/attention_norm": _LAYER + "input_layernorm",
-    "layer_{i}/hidden_norm": _LAYER + "post_attention_layernorm",
-    "layer_{i}/attention/query": _LAYER + "attention.q_proj",
-    "layer_{i}/attention/key": _LAYER + "attention.k_proj",
-    "layer_{i}/attention/value": _LAYER + "attention.v_proj",
-    "layer_{i}/attention/attention_output": _LAYER + "attention.dense",
-    "layer_{i}/feed_forward/up": _LAYER + "mlp.dense_h_to_4h",
-    "layer_{i}/feed_forward/down": _LAYER + "mlp.dense_4h_to_h",
+_MLP = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+_NAMES = {
+    "gpt2": _names("", "h.{i}.", "attn.", "c_proj", "mlp.c_fc", "mlp.c_proj", **_LEARNED),
+    "gpt_neo": _names(
+        *("transformer.", "h.{i}.", "attn.attention.", "out_proj", "mlp.c_fc", "mlp.c_proj"),
+        **_LEARNED,
+    ),
+    "gptj": _names(
+        *("transformer.", "h.{i}.", "attn.", "out_proj", "mlp.fc_in", "mlp.fc_out"),
+        **_GPT2_NORMS | {"embedding": "wte", "logits": "lm_head"},
+    ),
+    "gpt_neox": _names(
+        *("gpt_neox.", "layers.{i}.", "attention.", "dense", *_MLP),
+        **_NEOX_NORMS
+        | {"embedding": "embed_in", "norm": "final_layer_norm", "logits": "embed_out"},
+    ),
+    "opt": _names(
+        *("model.decoder.", "layers.{i}.", "self_attn.", "out_proj", "fc1", "fc2"),
+        layer_attention_norm="self_attn_layer_norm",
+        layer_hidden_norm="final_layer_norm",
+        embedding="embed_tokens",
+        positions="embed_positions",
+        norm="final_layer_norm",
+        logits="lm_head",
+    ),
+    "falcon": _names(
+        *("transformer.", "h.{i}.", "self_attention.", "dense", *_MLP),
+        **_NEOX_NORMS | {"embedding": "word_embeddings", "norm": "ln_f", "logits": "lm_head"},
+    ),
 }
+# Falcon's norms where each of the parallel sub-layers has its own.
+_TWO_NORMS = {"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"}
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
-_COMMON = {"norm": "layer", "gated": False, "use_bias": True, "hidden_bias": True}
+
+
+def _gpt2(config: Mapping[str, Any]) -> Config:
+    width = config["n_embd"]
+    sizes = (width, config.get("n_inner") or 4 * width, config["n_head"])
+    layers = (Local(),) * config["n_layer"]
+    return _config(config, sizes, layers, positions=config["n_positions"])
+
+
+def _gpt_neo(config: Mapping[str, Any]) -> Config:
+    width = config["hidden_size"]
+    kinds = config.get("attention_layers") or [
+        kind for group, times in config["attention_types"] for kind in group * times
+    ]
+    window = config["window_size"]
+    return _config(
+        config,
+        (width, config.get("intermediate_size") or 4 * width, config["num_heads"]),
+        tuple(Local(window=window if kind == "local" else None) for kind in kinds),
+        use_bias=("attention_output",),
+        scale=1.0,
+        positions=config["max_position_embeddings"],
+    )
+
+
+def _gptj(config: Mapping[str, Any]) -> Config:
+    width, heads = config["n_embd"], config["n_head"]
+    rotary = Rotary(fraction=config["rotary_dim"] * heads / width, interleaved=True)
+    return _config(
+        config,
+        (width, config.get("n_inner") or 4 * width, heads),
+        (Local(rotary),) * config["n_layer"],
+        use_bias=False,
+        parallel=True,
+        one_norm=True,
+        tied=bool(config.get("tie_word_embeddings")),
+        output_bias=True,
+    )
+
+
+def _gpt_neox(config: Mapping[str, Any]) -> Config:
+    rotary = Rotary.from_config({"rotary_pct": 0.25} | dict(config))
+    return _config(
+        config,
+        (config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]),
+        (Local(rotary),) * config["num_hidden_layers"],
+        parallel=config.get("use_parallel_residual", True),
+        tied=False,
+    )
+
+
+def _opt(config: Mapping[str, Any]) -> Config:
+    width = config["hidden_size"]
+    expected = {"do_layer_norm_before": True, "_remove_final_layer_norm": False}
+    expected |= {"word_embed_proj_dim": width, "layer_norm_elementwise_affine": True}
+    _refuse(config, **expected)
+    biased = config.get("enable_bias", True)
+    return _config(
+        config,
+        (width, config["ffn_dim"], config["num_attention_heads"]),
+        (Local(),) * config["num_hidden_layers"],
+        use_bias=biased,
+        hidden_bias=biased,
+        positions=config["max_position_embeddings"],
+    )
+
+
+def _falcon(config: Mapping[str, Any]) -> Config:
+    _refuse(config, alibi=False)
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    grouped = config.get("new_decoder_architecture", False)
+    alone = 1 if config.get("multi_query", True) else heads
+    parallel = grouped or config.get("parallel_attn", True)
+    return _config(
+        config,
+        (width, config.get("ffn_hidden_size") or 4 * width, heads),
+        (Local(Rotary.from_config(config)),) * config["num_hidden_layers"],
+        num_kv_heads=(config.get("num_kv_heads") or heads) if grouped else alone,
+        use_bias=config.get("bias", False),
+        hidden_bias=config.get("bias", False),
+        parallel=parallel,
+        one_norm=parallel and not _has_two_norms(config),
+    )
+
+
+def _has_two_norms(config: Mapping[str, Any]) -> bool:
+    grouped = config.get("new_decoder_architecture", False)
+    return grouped and (config.get("num_ln_in_parallel_attn") or 2) == 2
+
+
+def _refuse(config: Mapping[str, Any], **expected: Any) -> None:
+    """Refuse what the decoder has not; what a config does not say is as expected."""
+    for name, value in expected.items():
+        if (found := config.get(name)) not in (None, value):
+            raise UnsupportedError(
+                f"the config has {name}={found!r}, where the decoder can be {value!r} alone. Build the "
+                "model of the layer by hand."
+            )
+
+
+_FAMILIES = {
+    "gpt2": _gpt2,
+    "gpt_neo": _gpt_neo,
+    "gptj": _gptj,
+    "gpt_neox": _gpt_neox,
+    "opt": _opt,
+    "falcon": _falcon,
+}
+
+
+def _config(
+    config: Mapping[str, Any], sizes: tuple[int, int, int], layers: tuple[Local, ...], **own: Any
+) -> Config:
+    """Return our config with what all families have in common, which `own` may change."""
+    names = ("activation_function", "hidden_act", "activation")
+    usual = {"gpt_neox": "gelu", "falcon": "gelu", "opt": "relu"}
+    named = next((config[name] for name in names if config.get(name)), None)
+    named = named or usual.get(config["model_type"], "gelu_new")
+    if named not in _ACTIVATIONS:
+        raise UnsupportedError(
+            f"the config has the activation {named!r}, expected one of {', '.join(_ACTIVATIONS)}."
+        )
+    common: dict[str, Any] = {
+        "norm": "layer",
+        "epsilon": config.get("layer_norm_epsilon") or config.get("layer_norm_eps") or 1e-5,
+        "activation": _ACTIVATIONS[named],
+        "gated": False,
+        "use_bias": True,
+        "hidden_bias": True,
+        "tied": config.get("tie_word_embeddings", True),
+    }
+    return Config(config["vocab_size"], *sizes, layers, **common | own)
 
 
 def config_of(config: Mapping[str, Any]) -> Config:
     """Return our config for a Hugging Face one.
 
     Args:
-      config: A dictionary with `model_type`: gpt2 or gpt_neox.
+      config: A dictionary with `model_type`: gpt2, gpt_neo, gptj, gpt_neox, opt or falcon.
 
     Raises:
-      UnsupportedError: If it is of another family, or has an activation that we have not.
+      UnsupportedError: If it is of another family, or has an activation or a layout that we have not.
 
     >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 2, "n_head": 2,
     ...           "n_positions": 13}
@@ -65,33 +226,12 @@ def config_of(config: Mapping[str, Any]) -> Config:
     32
     """
     family = config.get("model_type")
-    if family not in ("gpt2", "gpt_neox"):
+    if family not in _FAMILIES:
         raise UnsupportedError(
-            f"the config is of the family {family!r}, where gpt2 and gpt_neox can be read here, and Llama's "
-            "relatives by models.llama."
+            f"the config is of the family {family!r}, where {', '.join(_FAMILIES)} can be read here, and "
+            "Llama's relatives by models.llama."
         )
-    named = config.get("activation_function", "gelu_new") if family == "gpt2" else None
-    named = named or config.get("hidden_act", "gelu")
-    if named not in _ACTIVATIONS:
-        raise UnsupportedError(
-            f"the config has the activation {named!r}, expected one of {', '.join(_ACTIVATIONS)}."
-        )
-    common: dict[str, Any] = _COMMON | {"activation": _ACTIVATIONS[named]}
-    if family == "gpt2":
-        width = config["n_embd"]
-        hidden = config.get("n_inner") or 4 * width
-        common |= {"epsilon": config.get("layer_norm_epsilon", 1e-5), "tied": True}
-        layers = (Local(),) * config["n_layer"]
-        heads, positions = config["n_head"], config["n_positions"]
-        return Config(
-            config["vocab_size"], width, hidden, heads, layers, positions=positions, **common
-        )
-    common |= {"epsilon": config.get("layer_norm_eps", 1e-5)}
-    common |= {"parallel": config.get("use_parallel_residual", True)}
-    rotary = Rotary.from_config({"rotary_pct": 0.25} | dict(config))
-    sizes = (config["hidden_size"], config["intermediate_size"], config["num_attention_heads"])
-    layers = (Local(rotary),) * config["num_hidden_layers"]
-    return Config(config["vocab_size"], *sizes, layers, **common)
+    return _FAMILIES[family](config)
 
 
 def read(
@@ -110,13 +250,19 @@ def read(
 
     Cost: A copy of the tensors.
     """
-    ours = dataclasses.replace(config_of(config), dtype=dtype)
-    if config["model_type"] == "gpt2":
+    ours, family = dataclasses.replace(config_of(config), dtype=dtype), config["model_type"]
+    names = _NAMES[family]
+    if family == "gpt2":
         # Its Conv1D keeps matrices as (in, out), unlike Linear.
         tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
         tensors = {name: x.T if ".c_" in name else x for name, x in tensors.items()}
-        names = _GPT2
-    else:
+    elif family == "gpt_neox":
         tensors = {name.replace("lm_head.", "embed_out."): x for name, x in tensors.items()}
-        names = _NEOX
-    return filled(ours, names, separated(tensors, ours.num_heads))
+    elif family == "opt":  # Its first two positions are of padding.
+        tensors = {n: x[2:] if "embed_positions" in n else x for n, x in tensors.items()}
+    elif family == "falcon" and _has_two_norms(config):
+        names = {
+            ours: next((name.replace(a, b) for a, b in _TWO_NORMS.items() if a in name), name)
+            for ours, name in names.items()
+        }
+    return filled(ours, names, separated(tensors, ours.num_heads, ours.num_kv_heads))

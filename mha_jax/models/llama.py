@@ -1,11 +1,11 @@
-"""Llama and what came of it: Mistral, Qwen 2 and 3, Gemma 2 and 3, gpt-oss, by their published configs.
+"""Llama and what came of it, by published configs: Mistral, Qwen 2 and 3, Gemma 2 and 3, gpt-oss, Cohere.
 
 `read(config, tensors)` makes the model and its parameters of a Hugging Face config (a dictionary, as its
 `config.json` holds it) and PyTorch's tensors by name (as `models.weights.read_safetensors` reads them).
 
 Source: Touvron et al. 2023, arXiv:2302.13971; Jiang et al. 2023, arXiv:2310.06825; Yang et al. 2024,
 arXiv:2407.10671, and 2025, arXiv:2505.09388; Gemma Team 2024, arXiv:2408.00118, and 2025, arXiv:2503.19786;
-OpenAI 2025, arXiv:2508.10925.
+OpenAI 2025, arXiv:2508.10925; Cohere 2024 (Command R).
 """
 
 import dataclasses
@@ -66,6 +66,23 @@ def _gpt_oss(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"use_sinks": True, "experts": experts, "use_bias": config.get("attention_bias", True)}
 
 
+def _cohere(config: Mapping[str, Any]) -> dict[str, Any]:
+    if config.get("use_qk_norm"):
+        raise UnsupportedError(
+            "the config has use_qk_norm=True, norms of queries and keys with a weight for every head. "
+            "Expected False, as in Command R."
+        )
+    return {
+        "norm": "layer",
+        "norm_bias": False,
+        "epsilon": config.get("layer_norm_eps", 1e-5),
+        "parallel": True,
+        "one_norm": True,
+        "output_scale": config.get("logit_scale", 0.0625),
+        "tied": config.get("tie_word_embeddings", True),
+    }
+
+
 # What a family has beside Llama's config, by the config's model_type.
 _FAMILIES = {
     "llama": lambda config: {},
@@ -75,6 +92,7 @@ _FAMILIES = {
     "gemma2": _gemma,
     "gemma3_text": lambda config: _gemma(config) | {"qk_norm": "rms"},
     "gpt_oss": _gpt_oss,
+    "cohere": _cohere,
 }
 
 
@@ -82,7 +100,8 @@ def config_of(config: Mapping[str, Any]) -> Config:
     """Return our config for a Hugging Face one.
 
     Args:
-      config: A dictionary with `model_type`: llama, mistral, qwen2, qwen3, gemma2, gemma3_text or gpt_oss.
+      config: A dictionary with `model_type`: llama, mistral, qwen2, qwen3, gemma2, gemma3_text, gpt_oss or
+        cohere.
 
     Raises:
       UnsupportedError: If it is of another family, or has an activation or positions that we have not.
@@ -117,6 +136,7 @@ def config_of(config: Mapping[str, Any]) -> Config:
         "use_bias": bool(config.get("attention_bias")),
         "hidden_bias": bool(config.get("mlp_bias")),
         "tied": bool(config.get("tie_word_embeddings")),
+        "epsilon": epsilon,
     }
     return Config(
         config["vocab_size"],
@@ -126,7 +146,6 @@ def config_of(config: Mapping[str, Any]) -> Config:
         layers,
         num_kv_heads=config.get("num_key_value_heads"),
         head_size=config.get("head_dim"),
-        epsilon=epsilon,
         **fields | _FAMILIES[family](config),
     )
 
@@ -153,12 +172,13 @@ def _kinds(config: Mapping[str, Any]) -> list[str]:
 
 def _rotary(config: Mapping[str, Any], kind: str) -> Rotary:
     """Return the rotary positions of a kind of layer; Gemma 3 has two bases."""
-    rope = config.get("rope_parameters") or {}
+    rope, family = config.get("rope_parameters") or {}, config["model_type"]
     if kind in rope:
         return Rotary.from_config({**config, "rope_parameters": rope[kind]})
     if kind == "sliding_attention" and "rope_local_base_freq" in config:
         return Rotary(base=config["rope_local_base_freq"])
-    return Rotary.from_config(config)
+    rotary = Rotary.from_config(config)
+    return dataclasses.replace(rotary, interleaved=True) if family == "cohere" else rotary
 
 
 def read(

@@ -20,7 +20,7 @@ from mha_jax.attention.biases import Buckets
 from mha_jax.attention.cache import Cache
 from mha_jax.errors import UnsupportedError
 from mha_jax.layer.linen import MultiHeadAttention
-from mha_jax.models.decoder import FeedForward
+from mha_jax.models.feed_forward import FeedForward
 from mha_jax.models.sizes import check_config
 from mha_jax.models.weights import fill
 from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int, Params

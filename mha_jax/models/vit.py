@@ -17,7 +17,7 @@ import numpy as np
 
 from mha_jax.errors import ShapeError, UnsupportedError
 from mha_jax.layer.linen import MultiHeadAttention
-from mha_jax.models.decoder import ACTIVATIONS, FeedForward
+from mha_jax.models.feed_forward import ACTIVATIONS, FeedForward
 from mha_jax.models.sizes import check_config
 from mha_jax.models.weights import fill
 from mha_jax.types import Array, ArrayLike, Float, Params
@@ -36,7 +36,7 @@ class Config:
       num_heads: Attention heads.
       hidden: Inner width of the feed-forward layers.
       layers: How many.
-      activation: One of `models.decoder.ACTIVATIONS`.
+      activation: One of `models.feed_forward.ACTIVATIONS`.
       epsilon: Of the norms.
 
     Raises:

@@ -1,11 +1,14 @@
 """Published families of decoders against `transformers`, from small weights drawn here."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mha_jax import ShapeError, UnsupportedError, WeightsError
+from mha_jax.attention.rotary import Rotary
 from mha_jax.models import decoder, gpt, llama
 
 VOCABULARY, LENGTH = 37, 13
@@ -45,6 +48,19 @@ _NEOX = {"num_attention_heads": 3, "rotary_pct": 0.5}
 _QWEN2 = {"num_attention_heads": 2, "tie_word_embeddings": True}
 _EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2, "rope_parameters": _YARN}
 
+_NEO = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 12,
+    "num_layers": 2,
+    "num_heads": 3,
+    "attention_types": [[["global", "local"], 1]],
+    "window_size": 5,
+    "max_position_embeddings": 17,
+}
+_GPTJ = {"vocab_size": 37, "n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4}
+_OPT = _SIZES | {"ffn_dim": 20, "max_position_embeddings": 17}
+_GROUPED = {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}
+
 # Name -> the class's stem in transformers, our module, what its config is given.
 FAMILIES = {
     "gpt2": (
@@ -70,6 +86,12 @@ FAMILIES = {
     "qwen3": ("Qwen3ForCausalLM", "Qwen3", llama, _SIZES | {"head_dim": 6}),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2", llama, _GEMMA),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3Text", llama, _GEMMA),
+    "cohere": ("CohereForCausalLM", "Cohere", llama, _SIZES | {"hidden_size": 16}),
+    "gpt_neo": ("GPTNeoForCausalLM", "GPTNeo", gpt, _NEO),
+    "gptj": ("GPTJForCausalLM", "GPTJ", gpt, _GPTJ),
+    "opt": ("OPTForCausalLM", "OPT", gpt, _OPT),
+    "falcon_7b": ("FalconForCausalLM", "Falcon", gpt, _SIZES | {"hidden_size": 16}),
+    "falcon_40b": ("FalconForCausalLM", "Falcon", gpt, _SIZES | {"hidden_size": 16} | _GROUPED),
     "gpt_oss": ("GptOssForCausalLM", "GptOss", llama, _SIZES | _KINDS | _EXPERTS),
 }
 MASK = np.array([[False] * 4 + [True] * 9, [True] * 13, [True] * 6 + [False] * 7])
@@ -141,6 +163,28 @@ def test_a_family_gives_its_logits_and_gradients(name, torch):
     np.testing.assert_allclose(np.concatenate(pieces, 1)[MASK], want[MASK], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"model_type": "falcon", "alibi": True},
+            "the config has alibi=True, where the decoder can be False alone",
+        ),
+        (
+            {"model_type": "opt", "hidden_size": 8, "word_embed_proj_dim": 4},
+            "the config has word_embed_proj_dim=4, where the decoder can be 8 alone",
+        ),
+        (
+            {"model_type": "opt", "hidden_size": 8, "do_layer_norm_before": False},
+            "the config has do_layer_norm_before=False, where the decoder can be True",
+        ),
+    ],
+)
+def test_what_a_relative_of_gpt2_has_beyond_is_refused(config, message):
+    with pytest.raises(UnsupportedError, match=message):
+        gpt.config_of(config)
+
+
 def test_what_cannot_be_read_is_told():
     for module in (gpt, llama):
         with pytest.raises(UnsupportedError, match="the config is of the family 'bloom', where"):
@@ -171,12 +215,20 @@ def test_configs_before_layer_types_name_their_windows():
     assert [local.rotary.base for local in gemma3.layers] == [7.0, 7.0, 9.0, 7.0]
 
 
+COHERE = {"model_type": "cohere", "vocab_size": 7, "hidden_size": 8, "intermediate_size": 16}
+COHERE |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+
+
 def test_layers_that_the_decoder_has_not_are_refused():
     fields = {"model_type": "qwen3", "num_hidden_layers": 1}
     with pytest.raises(UnsupportedError, match="layer_types of the config names linear_attention"):
         llama.config_of(fields | {"layer_types": ["linear_attention"]})
     with pytest.raises(UnsupportedError, match="rms_norm_eps=1e-05, and the layer's norms"):
         llama.config_of(fields | {"rms_norm_eps": 1e-5})
+    with pytest.raises(
+        UnsupportedError, match=r"use_qk_norm=True, .* Expected False, as in Command R"
+    ):
+        llama.config_of(COHERE | {"use_qk_norm": True})
     with pytest.raises(UnsupportedError, match="hidden_act='tanh', expected one of silu"):
         llama.config_of(fields | {"hidden_act": "tanh"})
 
@@ -191,9 +243,44 @@ def test_layers_that_the_decoder_has_not_are_refused():
         ),
         ({"width": 9}, "width must be a multiple of num_heads: got width=9 and num_heads=2"),
         ({"head_size": 0}, "head_size must be a whole number from 1 on: got 0"),
+        ({"dropout": 1.0}, "dropout must be a number from 0 to below 1: got 1.0"),
     ],
 )
 def test_a_config_that_cannot_be_meant_is_refused(wrong, message):
     fields = {"vocabulary": 7, "width": 8, "hidden": 16, "num_heads": 2, "layers": ()}
     with pytest.raises(ShapeError, match=message):
         decoder.Config(**fields | wrong)
+
+
+LAYERS = (decoder.Local(Rotary(), window=3), decoder.Local(Rotary()))
+SMALL = decoder.Config(11, 8, 16, 2, LAYERS, num_kv_heads=1)
+
+
+def test_caches_of_layers_with_a_window_may_roll():
+    """They hold a window each, and the text is longer; the others hold it whole."""
+    model, tokens = decoder.CausalLM(SMALL), np.random.default_rng(3).integers(0, 11, (2, 13))
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
+    caches, pieces, step = model.empty_caches(2, 13, rolling=True), [], jax.jit(model.apply)
+    assert [cache.capacity for cache in caches] == [3, 13]
+    for piece in np.split(tokens, [5, 6, 7, 8, 9, 10, 11, 12], axis=1):
+        logits, caches = step(variables, piece, None, caches)
+        pieces.append(logits)
+    whole = jax.jit(model.apply)(variables, tokens)
+    np.testing.assert_allclose(np.concatenate(pieces, 1), whole, atol=1e-5)
+
+
+def test_learned_positions_and_texts_without_end_are_refused():
+    model = decoder.CausalLM(dataclasses.replace(SMALL, positions=7))
+    with pytest.raises(ShapeError, match="has learned 7 positions, and rolling=True is for texts"):
+        model.empty_caches(2, 5, rolling=True)
+
+
+def test_dropout_is_there_in_training_alone():
+    model, tokens = decoder.CausalLM(dataclasses.replace(SMALL, dropout=0.5)), np.ones((2, 5), int)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
+    apply = jax.jit(model.apply, static_argnames="training")
+    rngs = [{"dropout": jax.random.key(i)} for i in range(2)]
+    one, other = (apply(variables, tokens, training=True, rngs=rng) for rng in rngs)
+    assert np.abs(one - other).max() > 0.1
+    plain = jax.jit(decoder.CausalLM(SMALL).apply)(variables, tokens)
+    np.testing.assert_array_equal(apply(variables, tokens), plain)

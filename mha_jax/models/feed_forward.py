@@ -1,0 +1,111 @@
+"""Feed-forward layers of Transformers: two projections, three with a gate, or experts that a router chooses.
+
+B batch   T length   D width   F hidden width   X experts
+
+Source: Shazeer 2020, arXiv:2002.05202 (gates); OpenAI 2025, arXiv:2508.10925 (experts).
+"""
+
+import dataclasses
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+from mha_jax.types import DType
+
+ACTIVATIONS = {
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """Feed-forward layers of which a router chooses a few for every token.
+
+    Args:
+      count: How many there are, X.
+      chosen: How many a token takes.
+      limit: Where the inner features are clipped.
+      slope: Of the sigmoid that gates them.
+
+    Source: OpenAI 2025, arXiv:2508.10925, section 2.2.
+    """
+
+    count: int
+    chosen: int
+    limit: float = 7.0
+    slope: float = 1.702
+
+
+class FeedForward(nn.Module):
+    """Two projections with an activation between, or three with a gate.
+
+    Args:
+      hidden: Inner width, F.
+      width: Of the output, D.
+      activation: One of `ACTIVATIONS`.
+      gated: Whether the activation multiplies a second projection.
+      use_bias: Whether projections have biases.
+      dtype: Of the computation; that of the parameters if None.
+
+    Source: Shazeer 2020, arXiv:2002.05202.
+    """
+
+    hidden: int
+    width: int
+    activation: str = "silu"
+    gated: bool = False
+    use_bias: bool = True
+    dtype: DType = None
+
+    @nn.compact
+    def __call__(self, x):
+        dense = partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype)
+        act = ACTIVATIONS[self.activation]
+        up = dense(self.hidden, name="up")(x)
+        inner = act(dense(self.hidden, name="gate")(x)) * up if self.gated else act(up)
+        return dense(self.width, name="down")(inner)
+
+
+class Mixture(nn.Module):
+    """Experts, all computed and few weighed: right, and as dear as all of them together."""
+
+    experts: Experts
+    hidden: int
+    width: int
+    dtype: DType = None
+
+    @nn.compact
+    def __call__(self, x):
+        experts = self.experts
+        logits = nn.Dense(experts.count, dtype=self.dtype, name="router")(x)
+        best, places = jax.lax.top_k(logits, experts.chosen)
+        chosen = jax.nn.one_hot(places, experts.count, dtype=x.dtype)
+        share = jnp.einsum("btkx,btk->btx", chosen, nn.softmax(best))
+        expert = partial(_OfExperts, experts.count)
+        inner = expert(2 * self.hidden, name="gate_up")(x[:, :, None])
+        gate = jnp.minimum(inner[..., ::2], experts.limit)
+        up = jnp.clip(inner[..., 1::2], -experts.limit, experts.limit)
+        out = expert(self.width, name="down")((up + 1) * gate * nn.sigmoid(gate * experts.slope))
+        return jnp.einsum("btx,btxd->btd", share, out)
+
+
+class _OfExperts(nn.Module):
+    """A dense layer of every expert: [B, T, X or 1, D] -> [B, T, X, F]."""
+
+    experts: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (self.experts, x.shape[-1], self.features)
+        weight = self.param("weight", nn.initializers.lecun_normal(batch_axis=(0,)), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.experts, self.features))
+        x, weight, bias = promote_dtype(x, weight, bias)
+        x = jnp.broadcast_to(x, (*x.shape[:2], *shape[:2]))
+        return jnp.einsum("btxd,xdf->btxf", x, weight) + bias[None, None]
