@@ -23,7 +23,7 @@ ROOMS = {
     "mha_jax.models": "bert decoder feed_forward gguf gpt layouts llama minilm rxnmapper sizes smiles "
     "smollm2 t5 torch_file transformer vit weights wordpiece",
     "mha_jax.train": "checkpoints cmudict command configs data decoding digits g2p layout lm loop losses "
-    "optimizer predict processes progress scoring settings tasks translation workdir",
+    "modern optimizer predict processes progress scoring settings tasks translation workdir",
 }
 
 

@@ -20,6 +20,7 @@ if _typing.TYPE_CHECKING:
     from mha_jax.train import lm as lm
     from mha_jax.train import loop as loop
     from mha_jax.train import losses as losses
+    from mha_jax.train import modern as modern
     from mha_jax.train import optimizer as optimizer
     from mha_jax.train import predict as predict
     from mha_jax.train import processes as processes
@@ -49,6 +50,7 @@ else:
             "lm",
             "loop",
             "losses",
+            "modern",
             "optimizer",
             "predict",
             "processes",

@@ -1,4 +1,7 @@
-"""A causal language model of characters that sees a sliding window, on text that Python carries.
+"""Causal language models of characters that see a sliding window, on text that Python carries.
+
+The task "lm" trains a Transformer's, "decoder" one of today's: rotary positions, grouped heads, and caches
+that roll where it writes.
 
 The text is the language reference inside the standard library (`pydoc_data.topics`, what `help()`
 shows), so its length and the result differ a little between Python versions. One topic in ten, by a
@@ -15,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mha_jax.errors import ConfigError
+from mha_jax.models.decoder import CausalLM
 from mha_jax.models.transformer import Config, LanguageModel
 from mha_jax.train.data import endless
 from mha_jax.train.losses import token_loss
+from mha_jax.train.modern import Modern
 from mha_jax.train.tasks import Batch
 from mha_jax.types import ArrayLike
 
@@ -73,10 +78,13 @@ class Characters:
         text = cut("".join(train), config.length)
         self.data = f"{text.size:,} characters to learn from, {self.held_out.size:,} held out"
         self.batches = endless({"text": text}, config.batch_size, config.seed)
-        self.model = LanguageModel(len(ALPHABET), Config(**config.model.to_dict()))
+        self.model = self.make_model(config.model.to_dict())
         self.chunk = config.batch_size
         self.seed = config.seed
         self.bits = jax.jit(self._bits)
+
+    def make_model(self, sizes: dict[str, Any]) -> LanguageModel | CausalLM:
+        return LanguageModel(len(ALPHABET), Config(**sizes))
 
     def batch(self, step: int) -> Batch:
         return cast(Batch, self.batches[step])
@@ -114,9 +122,16 @@ class Characters:
         return {"alphabet": ALPHABET}
 
 
+class ModernCharacters(Characters):
+    """The task "decoder"; see the module docstring."""
+
+    def make_model(self, sizes: dict[str, Any]) -> CausalLM:
+        return CausalLM(Modern(**sizes).decoder(len(ALPHABET)))
+
+
 @partial(jax.jit, static_argnames=("model", "length"))
 def write_on(
-    model: LanguageModel,
+    model: LanguageModel | CausalLM,
     params: Any,
     begun: ArrayLike,
     length: int,
@@ -125,14 +140,20 @@ def write_on(
 ) -> jax.Array:
     """Continue texts `[B, T]` by `length` characters, drawn at a temperature.
 
-    Cost: One pass over T characters, then `length` over one character a text, with a cache.
+    Cost: One pass over T characters, then `length` over one character a text, with a cache; that of a
+      `CausalLM` rolls, so that its layers with a window hold as many characters alone.
     """
     batch, place = begun.shape
 
     def read(tokens: ArrayLike, start: Any, caches: Any) -> tuple[jax.Array, Any]:
+        if isinstance(model, CausalLM):
+            logits, caches = cast(Any, model.apply({"params": params}, tokens, None, caches))
+            return logits[:, -1], caches
         variables = {"params": params, "cache": caches}
         logits, kept = cast(Any, model.apply(variables, tokens, start=start, mutable=["cache"]))
         return logits[:, -1], kept["cache"]
+
+    rolling = {"rolling": True} if isinstance(model, CausalLM) else {}
 
     def step(state: Any, place: jax.Array) -> tuple[Any, jax.Array]:
         logits, caches = state
@@ -140,6 +161,6 @@ def write_on(
         drawn = drawn.astype(begun.dtype)
         return read(drawn[:, None], place, caches), drawn
 
-    state = read(begun, 0, model.empty_caches(batch, place + length))
+    state = read(begun, 0, model.empty_caches(batch, place + length, **rolling))
     _, drawn = jax.lax.scan(step, state, place + jnp.arange(length))
     return jnp.concatenate([begun, drawn.T], axis=1)

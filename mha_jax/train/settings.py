@@ -12,6 +12,7 @@ from typing import Any
 from mha_jax.errors import ConfigError
 from mha_jax.models.transformer import Config
 from mha_jax.train.layout import parse
+from mha_jax.train.modern import Modern
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -54,7 +55,10 @@ OF_TASK: dict[str, dict[str, Rule]] = {
     "digits": {},
     "lm": {"length": _COUNT},
     "translation": {"data": _TEXT, "vocabulary": _COUNT, "label_smoothing": _SHARE},
+    "decoder": {"length": _COUNT},
 }
+# What config.model names, where it is not the sizes of a Transformer.
+MODELS: dict[str, Any] = {"decoder": Modern}
 
 
 def check_settings(config: Any) -> None:
@@ -79,7 +83,7 @@ def check_settings(config: Any) -> None:
         if not fits(value):
             wrong.append(f"config.{name}={value!r}, expected {expected}")
     model = config.get("model")
-    known = {field.name for field in dataclasses.fields(Config)}
+    known = {field.name for field in dataclasses.fields(MODELS.get(task, Config))}
     unknown = [] if not hasattr(model, "keys") else sorted(set(model.keys()) - known)
     if not hasattr(model, "keys") or unknown:
         what = f"config.model has {', '.join(unknown)}" if unknown else f"config.model={model!r}"

@@ -21,6 +21,7 @@ TASKS = {
     "digits": "mha_jax.train.digits:Digits",
     "lm": "mha_jax.train.lm:Characters",
     "translation": "mha_jax.train.translation:Translation",
+    "decoder": "mha_jax.train.lm:ModernCharacters",
 }
 
 

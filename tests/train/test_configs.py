@@ -12,6 +12,7 @@ from mha_jax.models.transformer import Config
 from mha_jax.train.command import NAMED
 from mha_jax.train.loop import initial_state, make_step
 from mha_jax.train.optimizer import make_optimizer
+from mha_jax.train.settings import MODELS
 from mha_jax.train.tasks import TASKS, make_task
 from mha_jax.train.translation import read_pairs
 
@@ -30,7 +31,7 @@ def test_config_is_complete(name):
     assert "Time:" in module.__doc__ and "Result:" in module.__doc__
     assert config.task in TASKS
     assert config.resume is False
-    Config(**config.model.to_dict())
+    MODELS.get(config.task, Config)(**config.model.to_dict())
     make_optimizer(config.optimizer, config.steps)
     assert config.optimizer.warmup < config.steps
 

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from mha_jax.errors import ShapeError
+from mha_jax.models.decoder import CausalLM
 from mha_jax.models.transformer import Config, LanguageModel, Transformer
 from mha_jax.train.decoding import beam_search, greedy
 from mha_jax.train.lm import write_on
+from mha_jax.train.modern import Modern
 
 PAD, BEGIN, END, LENGTH = 0, 1, 2, 6
 MARKS = {"length": LENGTH, "begin": BEGIN, "end": END}
@@ -140,10 +142,17 @@ def test_wrong_beams_are_refused(speller):
         beam_search(model, params, source, **MARKS, length_penalty=-0.5)
 
 
-def test_writing_on_is_the_whole_model_again_and_again():
+TRANSFORMER = Config(width=8, num_heads=2, hidden=12, encoder_layers=1, sliding_window=3)
+# Its caches hold two tokens, fewer than it is given to begin with.
+ROLLING = Modern(width=8, num_heads=2, num_kv_heads=1, hidden=12, layers=2, window=2, qk_norm="rms")
+
+
+@pytest.mark.parametrize(
+    "model", [LanguageModel(11, TRANSFORMER), CausalLM(ROLLING.decoder(11))], ids=["lm", "decoder"]
+)
+def test_writing_on_is_the_whole_model_again_and_again(model):
     """Cold, it takes the most probable character at every place; warm, the key decides."""
-    config = Config(width=8, num_heads=2, hidden=12, encoder_layers=1, sliding_window=3)
-    model, begun = LanguageModel(11, config), np.array([[4, 7, 9], [1, 2, 10]], np.int32)
+    begun = np.array([[4, 7, 9], [1, 2, 10]], np.int32)
     params = jax.jit(model.init)(jax.random.key(0), begun)["params"]
     one, same = (write_on(model, params, begun, 5, jax.random.key(1)) for _ in range(2))
     np.testing.assert_array_equal(one[:, :3], begun)

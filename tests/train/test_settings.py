@@ -8,7 +8,7 @@ from mha_jax.errors import ConfigError
 from mha_jax.models import bert
 from mha_jax.models.transformer import Config
 from mha_jax.train.command import NAMED
-from mha_jax.train.configs import g2p, lm, vaswani_base
+from mha_jax.train.configs import decoder, g2p, lm, vaswani_base
 from mha_jax.train.settings import check_settings
 from tests.train.test_configs import load
 
@@ -31,6 +31,7 @@ OF_TASKS = [
     (g2p, "label_smoothing", [1.0, -0.1, NAN]),
     (g2p, "buckets", [(), (6, 0), ("a",), 11, (1.5, 11)]),
     (lm, "length", [0, -1, 2.5, NAN]),
+    (decoder, "length", [0, None]),
     (vaswani_base, "vocabulary", [0, -3, 1.5]),
     (vaswani_base, "data", [3, None]),
     (vaswani_base, "label_smoothing", [1.5]),
