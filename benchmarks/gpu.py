@@ -5,8 +5,8 @@
 
 Without --measure no GPU is used: programs are compiled ahead of time (`gpu_cards` says what that takes), and
 launches and bytes are counted; of Mosaic GPU's kernels, from jax 0.11 on, registers, spills, shared memory
-and the instructions of a loop's turn (`gpu_kernels`). They are not seconds. "a tile": launches for every tile of
-logits, of which are two products forward and five backward; dense attention is one tile.
+and the instructions of a loop's turn (`gpu_kernels`). They are not seconds. "a tile": launches for each tile
+of logits, of which are two products forward and five backward; dense attention is one tile.
 """
 
 import argparse

@@ -59,12 +59,12 @@ def attention(work: Work, device: str) -> Any:
         "dropout_p": 0.1 if work.extra == "dropout" else 0.0,
         "is_causal": work.mask == "causal" and mask is None,
     }
+    attend: Any = torch.nn.functional.scaled_dot_product_attention
     if not work.backward:
-        return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+        return lambda: attend(q, k, v, **options)
     arrays = [x.requires_grad_() for x in (q, k, v)]
 
     def gradients():
-        out = torch.nn.functional.scaled_dot_product_attention(*arrays, **options)
-        return torch.autograd.grad(out, arrays, d_out)
+        return torch.autograd.grad(attend(*arrays, **options), arrays, d_out)
 
     return gradients

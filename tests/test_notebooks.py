@@ -194,6 +194,21 @@ def test_on_a_tpu(execute, tmp_path):
     assert held[-1] < 2.5 * held[-2], "memory grows with T"
 
 
+def test_on_a_gpu(execute, tmp_path):
+    text = printed(execute("on_a_gpu"))
+    assert re.search(r"blockwise +can run", text)
+    found = json.loads((tmp_path / "on_a_gpu.json").read_text())
+    assert found["device"] == "cpu"
+    assert all(max(errors) < 0.02 for errors in found["errors"].values())
+    assert {name.split(", ")[0] for name in found["errors"]} == {
+        *("full", "causal", "window", "padding", "bias", "dropout")
+    }
+    assert len(found["seconds"]) == 11
+    assert all(t > 0 for taken in found["seconds"].values() for t in taken)
+    held = list(found["temporary_bytes"].values())
+    assert held[-1] < 2.5 * held[-2], "memory grows with T"
+
+
 # ---- as they are stored -------------------------------------------------------------------------
 
 
@@ -206,6 +221,7 @@ def test_the_notebooks_are_those():
         "looking_inside",
         "long_context",
         "on_a_tpu",
+        "on_a_gpu",
     }
 
 
