@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import gpu_cards
-from mha_jax import Call, Causal, Full, MultiHeadAttention, attend
+from mha_jax import Cache, Call, Causal, Full, MultiHeadAttention, Rotary, attend
+from mha_jax.attention.biases import Alibi, Buckets
 
 if (why := gpu_cards.missing()) is not None:
     pytest.skip(why, allow_module_level=True)
@@ -65,6 +66,12 @@ GRID = {
     "float32": Layer("A100", training=True, dtype=jnp.float32, tiles=True, fused=False),
     "dropout": Layer("B200", training=True, tiles=True, fused=False, options={"dropout": 0.1}),
     "window": Layer("A100", causal=False, tiles=True, fused=False, options={"sliding_window": 512}),
+    "modern": Layer(
+        "H100", training=True, options={"num_kv_heads": 2, "rotary": Rotary(), "qk_norm": "rms"}
+    ),
+    # Their gradient is that of lse, which the tiles pull back.
+    "sinks": Layer("A100", training=True, tiles=True, options={"use_sinks": True}),
+    "soft_cap": Layer("B200", training=True, tiles=True, fused=False, options={"logit_cap": 30.0}),
     "wide_heads": Layer("A100", tiles=True, fused=False, options={"key_dim": 136}),
 }
 
@@ -79,6 +86,37 @@ def test_the_layer_compiles_takes_the_right_backend_and_keeps_nothing_of_t_x_s(n
     assert max(found.loops, default=0) <= LAUNCHES
     assert found.largest <= LARGEST < HEADS * LENGTH * LENGTH
     assert found.temporaries < 4 * HEADS * LENGTH * LENGTH
+
+
+@pytest.mark.parametrize("card", ["A100", "B200"])
+def test_biases_by_rule_compile_with_their_gradients(card):
+    x = jax.ShapeDtypeStruct((1, LENGTH, HEADS, 64), jnp.bfloat16)
+    table = jax.ShapeDtypeStruct((32, HEADS), jnp.float32)
+
+    def gradients(q, k, v, table, d_out):
+        def attention(q, k, v, table):
+            bias = Alibi.of_heads(HEADS) + Buckets(table)
+            return attend(Call(q, k, v, mask=Causal(), bias=bias)).out
+
+        return jax.vjp(attention, q, k, v, table)[1](d_out)
+
+    found = gpu_cards.counts(gpu_cards.compiled(card, gradients, x, x, x, table, x))
+    assert found.largest <= LARGEST < HEADS * LENGTH * LENGTH
+    assert found.temporaries < 4 * HEADS * LENGTH * LENGTH
+
+
+@pytest.mark.parametrize("length", [1, 512])
+def test_a_cache_is_read_without_all_pairs(length):
+    layer = MultiHeadAttention(HEADS, 64, num_kv_heads=2, rotary=Rotary(), dtype=jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((2, length, WIDTH), jnp.bfloat16)
+    variables = jax.eval_shape(lambda x: layer.init(jax.random.key(0), x, x), x)
+    cache = jax.eval_shape(lambda: Cache.empty(2, 4 * LENGTH, 2, 64, dtype=jnp.bfloat16))
+
+    def step(variables, x, cache):
+        return layer.apply(variables, x, x, use_causal_mask=True, cache=cache)
+
+    found = gpu_cards.counts(gpu_cards.compiled("H100", step, variables, x, cache))
+    assert found.largest <= LARGEST
 
 
 # Launches of a tile, those before and after all of them among these: 10 tiles, 16 tiles, 4 groups of 10.
