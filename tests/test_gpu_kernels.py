@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import gpu_kernels
-from mha_jax import Call, Causal, Dropout
+from mha_jax import Call, Causal, Dropout, Tokens, ValidKeys
 from mha_jax.attention.call import Output, State
 from mha_jax.attention.check import check
 from mha_jax.backends.mosaic_gpu import MosaicGPU
@@ -42,6 +42,27 @@ def test_the_forward_kernel_spills_nothing(rate, most):
     assert program.memory_analysis().temp_size_in_bytes < 4096 * 4096
     if kernel.loops is not None:
         assert min(loop.instructions for loop in kernel.loops) <= most
+
+
+# Narrow heads with a bias and padded keys, as AlphaFold's; wide ones; values of another size than keys.
+@pytest.mark.parametrize(
+    ("shape", "value_size", "biased"),
+    [((384, 384, 4, 32), 32, True), ((1, 512, 2, 256), 256, False), ((1, 512, 2, 192), 128, True)],
+)
+def test_no_head_size_spills_forward(shape, value_size, biased):
+    b, t, n, _ = shape
+    q = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    v = jax.ShapeDtypeStruct((b, t, n, value_size), jnp.bfloat16)
+    valid = jax.ShapeDtypeStruct((b, t), jnp.bool_)
+    bias = jax.ShapeDtypeStruct((1, n, t, t), jnp.bfloat16)
+
+    def function(q, k, v, valid, bias):
+        tokens, bias = Tokens(t, valid=valid), bias if biased else None
+        call = Call(q, k, v, mask=ValidKeys(), k_tokens=tokens, bias=bias)
+        return MosaicGPU().forward(check(call))
+
+    _, (kernel,) = gpu_kernels.kernels("H200", function, q, q, v, valid, bias)
+    assert kernel.spills == 0 and kernel.shared <= SHARED
 
 
 def test_the_backward_kernels_spill_nothing():
