@@ -147,3 +147,25 @@ def test_sizes_that_are_given_stay():
     assert Blockwise(tuning=mine).on("cuda") == Blockwise(tuning=mine)
     assert Blockwise(block_q=7).on("rocm") == Blockwise(block_q=7, tuning=GPU)
     assert Blockwise().on("other").tuning == CPU
+
+
+def test_tiles_without_loops_are_cut_over_devices_and_move_nothing():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None, "model"))
+    rng = np.random.default_rng(1)
+    arrays = [jnp.asarray(rng.standard_normal((2, 48, 4, 8)), jnp.float32) for _ in "qkvd"]
+
+    def passes(q, k, v, d_out):
+        def attention(*a):
+            return attend(Call(*a, mask=Causal()), Blockwise(16, 16, tuning=GPU)).out
+
+        out, pull = jax.vjp(attention, q, k, v)
+        return out, *pull(d_out)
+
+    program = jax.jit(passes).lower(*(jax.device_put(a, place) for a in arrays)).compile()
+    text = program.as_text()
+    moves = ("all-gather", "all-to-all", "all-reduce", "collective-permute", "while(")
+    assert not [word for word in moves if word in text]
+    found = program(*(jax.device_put(a, place) for a in arrays))
+    for own, one in zip(found, jax.jit(passes)(*arrays)):
+        np.testing.assert_allclose(own, one, atol=1e-5)
