@@ -9,6 +9,7 @@ python -m benchmarks --list                 the rows and what they are
 python -m benchmarks tpu                    our TPU kernels by the compiler's schedule
 python -m benchmarks gpu                    our programs for NVIDIA GPUs by what XLA made of them
 python -m benchmarks decoding               decoding with a cache beside decoding without
+python -m benchmarks caches                 a step of decoding by what its cache holds
 python -m benchmarks scale                  one example over up to 1,024 chips, by the compiler
 """
 
@@ -116,8 +117,8 @@ def use_all_cores() -> None:
 
 
 def dispatch(arguments: list[str]) -> None:
-    """Run the command, or the one for TPUs, for GPUs, for decoding, for overhead or for scale."""
-    if arguments[:1] in (["tpu"], ["gpu"], ["decoding"], ["overhead"], ["scale"]):
+    """Run the command, or the one of its own that the first argument names."""
+    if arguments[:1] in (["tpu"], ["gpu"], ["decoding"], ["caches"], ["overhead"], ["scale"]):
         importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
     else:
         main(arguments)

@@ -30,6 +30,8 @@ class Row:
     padding: bool = False
     per_head: bool = False
     dropout: float = 0.0
+    rotary: bool = False
+    buckets: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     compiles: int = 1
     alone: bool = False
@@ -58,6 +60,8 @@ class Row:
             "padding": self.padding,
             "per-head mask": self.per_head,
             "cross": self.keys is not None,
+            "rotary": self.rotary,
+            "bias by buckets": self.buckets is not None,
             "bfloat16": self.dtype == "bfloat16",
         }
         return tuple(name for name, present in asked.items() if present)
@@ -72,6 +76,8 @@ class Row:
             "mask per head": self.per_head,
             f"dropout {self.dropout:g}": self.dropout > 0,
             f"{self.key_heads} key heads": self.key_heads != self.heads,
+            "rotary": self.rotary,
+            f"bias of {self.buckets} buckets": self.buckets is not None,
             f"axis of {self.beside} beside": self.beside is not None,
             "bfloat16": self.dtype == "bfloat16",
         }
@@ -109,7 +115,7 @@ class Data:
 
     Args:
       inputs: {"x"} or {"query", "value"} [B, T, (A,) N H] of a layer, {"query", "key", "value"}
-        [B, T, N, H] of a function; gradients are taken by all of them.
+        [B, T, N, H] of a function, "table" [buckets, N] of a bias; gradients are taken by all of them.
       weights: {"query" | "key" | "value" | "attention_output": {"kernel", "bias"}}, or {}.
       masks: "lengths" [B] and "valid" [B, S], "heads" [1, N, T, S], as the row asks.
       cotangent: Of the output.
@@ -130,13 +136,15 @@ def draw(row: Row, seed: int = 0) -> Data:
 
     width, n, k, h = row.width, row.heads, row.key_heads, row.size
     beside = () if row.beside is None else (row.beside,)
-    shapes = {"x": (row.batch, row.length, *beside, width)}
+    shapes: dict[str, tuple[int, ...]] = {"x": (row.batch, row.length, *beside, width)}
     if row.level == "function":
         shapes = {
             "query": (row.batch, row.length, n, h),
             "key": (row.batch, row.key_length, k, h),
             "value": (row.batch, row.key_length, k, h),
         }
+        if row.buckets is not None:
+            shapes["table"] = (row.buckets, n)
     elif row.keys is not None:
         shapes = {
             "query": (row.batch, row.length, *beside, width),
@@ -181,6 +189,10 @@ def _rows() -> dict[str, Row]:
         Row("layer-512-train", batch=8, length=512, backward=True, compiles=5),
         Row("layer-512-train-dropout", batch=8, length=512, backward=True, dropout=0.1, compiles=5),
         Row("layer-4096-causal", **long),
+        Row("layer-4096-grouped", kv_heads=2, **long),
+        Row("layer-4096-rotary", kv_heads=2, rotary=True, **long),
+        Row("function-4096-buckets-train", "function", True, length=4096, buckets=32),
+        Row("function-4096-buckets-causal-train", "function", True, buckets=32, **long),
         Row("layer-4096-causal-train", backward=True, compiles=5, **long),
         Row("layer-4096-causal-train-dropout", backward=True, dropout=0.1, compiles=5, **long),
         Row("layer-16384-window", length=16384, causal=True, window=1024),

@@ -25,16 +25,20 @@ class Peer:
       framework: "jax", "torch", "floor" for what is no rival but a bound, or "ours" for another checkout.
       packages: Distributions whose versions are reported.
       lacks: Features of `Row.features` that it does not have, each with the reason in words.
+      has: Of the features that few have, those that it has.
     """
 
     name: str
     framework: ClassVar[str] = "jax"
     packages: ClassVar[tuple[str, ...]] = ()
     lacks: ClassVar[dict[str, str]] = {}
+    has: ClassVar[tuple[str, ...]] = ()
 
     def cannot(self, row: Row) -> str | None:
         """Return why the peer cannot run a row, or None."""
-        return next((self.lacks[f] for f in row.features if f in self.lacks), None)
+        rare = {f: f"no {f}" for f in ("rotary", "bias by buckets") if f not in self.has}
+        lacks = rare | self.lacks
+        return next((lacks[f] for f in row.features if f in lacks), None)
 
     def run(self, row: Row, data: Data) -> Run:
         """Return what runs a row."""
@@ -62,7 +66,9 @@ class JaxPeer(Peer):
             return self.layer(row, weights, inputs, extras)
 
         def apply(weights, inputs, extras):
-            return self.attend(row, inputs["query"], inputs["key"], inputs["value"], extras)
+            table = {name: inputs[name] for name in ("table",) if name in inputs}
+            q, k, v = (inputs[name] for name in ("query", "key", "value"))
+            return self.attend(row, q, k, v, extras | table)
 
         return Program(apply, {}, inputs, extras)
 

@@ -1,6 +1,7 @@
 """flax.nnx."""
 
-from typing import ClassVar
+import functools
+from typing import Any, ClassVar
 
 import flax.nnx as nnx
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 from benchmarks.peers.base import JaxPeer, Program, dense_mask, sides
 from benchmarks.peers.linen import named
+from benchmarks.rows import Row
 
 
 class Nnx(JaxPeer):
@@ -16,6 +18,7 @@ class Nnx(JaxPeer):
     name = "nnx"
     packages = ("flax",)
     lacks: ClassVar[dict[str, str]] = {"N-D axes": "attends over the axis before the features only"}
+    has = ("rotary",) if hasattr(nnx, "RoPE") else ()  # flax 0.12.9
 
     def attend(self, row, q, k, v, extras):
         return nnx.dot_product_attention(
@@ -42,6 +45,7 @@ class Nnx(JaxPeer):
             param_dtype=jnp.dtype(row.dtype),
             rngs=nnx.Rngs(0),
             keep_rngs=False,
+            **_rotary(row),
         )
         graph, state, rest = nnx.split(layer, nnx.Param, ...)
         pure = nnx.to_pure_dict(state)
@@ -63,6 +67,16 @@ class Nnx(JaxPeer):
             )
 
         return Program(apply, jax.tree.map(jnp.asarray, state), inputs, extras)
+
+
+def _rotary(row: Row) -> dict[str, Any]:
+    """Return the arguments of a layer that turns queries and keys, with tables made beforehand."""
+    if not row.rotary:
+        return {}
+    from flax.nnx import RoPE, dot_product_attention_with_rope  # type: ignore[attr-defined]
+
+    rope = RoPE(embedding_size=row.size, max_seq_len=row.length)
+    return {"attention_fn": functools.partial(dot_product_attention_with_rope, rope=rope)}
 
 
 PEERS = (Nnx(),)

@@ -5,8 +5,19 @@ import jax.numpy as jnp
 from benchmarks.peers.base import JaxPeer, Program, sides
 from benchmarks.results import OURS
 from benchmarks.rows import Row
-from mha_jax import Causal, Dense, Dropout, Full, MultiHeadAttention, Tokens, ValidKeys, Window
+from mha_jax import (
+    Causal,
+    Dense,
+    Dropout,
+    Full,
+    MultiHeadAttention,
+    Rotary,
+    Tokens,
+    ValidKeys,
+    Window,
+)
 from mha_jax import dot_product_attention as attention
+from mha_jax.attention.biases import Buckets
 
 
 class Ours(JaxPeer):
@@ -14,6 +25,7 @@ class Ours(JaxPeer):
 
     name = OURS
     packages = ("mha_jax",)
+    has = ("rotary", "bias by buckets")
 
     def attend(self, row, q, k, v, extras):
         mask = Causal() if row.causal else Full()
@@ -25,7 +37,8 @@ class Ours(JaxPeer):
         if row.padding:
             mask, tokens = mask & ValidKeys(), Tokens(row.key_length, valid=extras["valid"])
         dropout = Dropout(extras["key"], row.dropout) if row.dropout else None
-        return attention(q, k, v, mask=mask, dropout=dropout, key_tokens=tokens)
+        bias = None if row.buckets is None else Buckets(extras["table"])
+        return attention(q, k, v, mask=mask, dropout=dropout, key_tokens=tokens, bias=bias)
 
     def layer(self, row: Row, weights, inputs, extras) -> Program:
         layer = MultiHeadAttention(
@@ -37,6 +50,7 @@ class Ours(JaxPeer):
             num_kv_heads=row.kv_heads,
             training=row.dropout > 0,
             param_dtype=jnp.dtype(row.dtype),
+            rotary=Rotary() if row.rotary else None,
         )
 
         def apply(weights, inputs, extras):
