@@ -39,6 +39,30 @@ KEPT = [
         dtype="float64",
         bias="Array(either(5, -1e9, 5, 7)) + Array(either(6, 1e6, 5, 7))",
     ),
+    # Logits whose last bit is 1e9, or 64, when they are computed again: weights overflowed.
+    FunctionCall(
+        seed=18023,
+        backend="tiles_4_4",
+        lead=(1,),
+        lengths=(7, 5),
+        heads=(4, 2),
+        sizes=(7, 3),
+        magnitudes=(1e12, 1.0, 1e-30),
+        mask="(Full() & PrefixLM(ints(775378, 0, 7, 1)))",
+        k_tokens="Tokens(5, start=3, valid=flags(472408, 1, 5))",
+        scale=10000.0,
+        traced=True,
+    ),
+    FunctionCall(
+        seed=501441,
+        backend="one_pair",
+        lead=(2, 3),
+        lengths=(17, 5),
+        heads=(5, 5),
+        sizes=(7, 1),
+        magnitudes=(1e6, 1e3, 1e18),
+        traced=True,
+    ),
 ]
 
 

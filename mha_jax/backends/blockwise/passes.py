@@ -92,7 +92,7 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
         q, do, shift, delta = (tiles.rows_of(x, at) for x in rows)
         capped = rules.capped(tiles.dot("...sh,...rh->...sr", k_tile, q))
         x = by.logits(capped, at)
-        p = jnp.exp(x - shift[..., None, :])
+        p = _rebuilt(x, shift[..., None, :])
         dp = tiles.dot("...sv,...rv->...sr", v_tile, do)
         kept = p
         if problem.dropout is not None:
@@ -211,7 +211,7 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
             k_tile = tiles.keys_of(tiles.k, at)
             v_tile = tiles.keys_of(tiles.v, at).astype(dtype)
             capped = rules.capped(tiles.dot("...rh,...sh->...rs", q_row, k_tile))
-            p = jnp.exp(by.logits(capped, at) - shift_row) * ratio_row
+            p = _rebuilt(by.logits(capped, at), shift_row) * ratio_row
             dx = jnp.zeros_like(capped)
             if dq is not None:
                 dq_row = tiles.rows_of(dq, at)
@@ -246,6 +246,12 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
         d_out = d_out * jnp.asarray(problem.dropout.factor, dtype)
     d_out = d_out - state.out.astype(dtype) * jnp.swapaxes(d_lse, 1, 2)[..., None]
     return Output(d_out.astype(problem.v.dtype), d_lse)
+
+
+def _rebuilt(x: Array, shift: Array) -> Array:
+    """Return exp(x - shift), at most 1: a product taken again may exceed the largest by its last bit."""
+    x = x - shift
+    return jnp.exp(jnp.where(x > 0, 0, x))  # differentiable where it is 0, as a minimum is not
 
 
 def _sum(parts: tuple[Array, ...]) -> Array:
