@@ -141,7 +141,7 @@ def scale_or_none(name: str, x: Any) -> Any:
     Raises:
       ShapeError: If it is neither.
     """
-    if x is None or callable(x):
+    if x is None or (callable(x) and not isinstance(x, type)):
         return x
     if isinstance(x, bool) or not isinstance(x, numbers.Real) or not math.isfinite(x):
         raise ShapeError(

@@ -6,7 +6,9 @@ B batch   T query length   S key length   N query heads   K key-value heads   H 
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mha_jax.errors import ShapeError
 from mha_jax.layer import vectors
@@ -48,11 +50,12 @@ def placed(
         q, k = (layer.rotary(x, at) for x, at in zip((q, k), positions))
     if not callable(layer.scale):
         return q, k, layer.scale
-    factors = jnp.asarray(layer.scale(positions[0]))
-    if factors.ndim != 2 or any(n not in (1, m) for n, m in zip(factors.shape, q.shape)):
+    factors = layer.scale(positions[0])
+    array = isinstance(factors, (jax.Array, np.ndarray)) and factors.ndim == 2
+    if not array or any(n not in (1, m) for n, m in zip(factors.shape, q.shape)):
         raise ShapeError(
             f"scale, a function of the queries' positions, must return a factor for each of them: got "
-            f"{factors.shape} for positions {jnp.shape(positions[0])}, [B, T]."
+            f"{getattr(factors, 'shape', factors)} for positions {jnp.shape(positions[0])}, [B, T]."
         )
     wide = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     return (q.astype(wide) * factors.astype(wide)[..., None, None]).astype(q.dtype), k, 1.0
