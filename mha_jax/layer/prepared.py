@@ -50,7 +50,7 @@ def placed(
         q, k = (layer.rotary(x, at) for x, at in zip((q, k), positions))
     if not callable(layer.scale):
         return q, k, layer.scale
-    factors = layer.scale(positions[0])
+    factors: Any = layer.scale(positions[0])
     array = isinstance(factors, (jax.Array, np.ndarray)) and factors.ndim == 2
     if not array or any(n not in (1, m) for n, m in zip(factors.shape, q.shape)):
         raise ShapeError(
