@@ -1,8 +1,8 @@
 """The decoder of today's language models, composed of `MultiHeadAttention`: one block, many configs.
 
 Families differ in data: the norm and where it stands, the activation, a gate, biases, rotary positions or
-learned ones, windows in some layers, caps, norms of queries and keys, sinks, experts. `models.llama` and
-`models.gpt` read configs and weights of published families.
+learned ones, windows or chunks in some layers, caps, norms of queries and keys, sinks, experts.
+`models.llama` and `models.gpt` read configs and weights of published families.
 
 B batch   T length   D width   F hidden width   W vocabulary   X experts
 
@@ -11,7 +11,8 @@ arXiv:2408.00118 (norms after the sub-layers, caps); OpenAI 2025, arXiv:2508.109
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -20,11 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mha_jax.attention.cache import Cache
+from mha_jax.attention.patterns import ChunkedCausal
 from mha_jax.attention.rotary import Rotary
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
+from mha_jax.layer import vectors
 from mha_jax.layer.linen import MultiHeadAttention
-from mha_jax.models.feed_forward import ACTIVATIONS, Experts, FeedForward, Mixture
+from mha_jax.models.feed_forward import ACTIVATIONS, Experts, FeedForward, SharedExperts
 from mha_jax.models.sizes import check_config
 from mha_jax.models.weights import fill
 from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int, Params
@@ -32,15 +35,23 @@ from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int, Params
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """What one layer's attention has of its own.
+    """What one layer has of its own.
 
     Args:
       rotary: Rotary positions; None turns nothing.
       window: Tokens that a query sees, its own included; None sees all before it.
+      chunk: Tokens of the chunks that a query does not see beyond, as in Llama 4; None cuts nothing.
+      scale: Instead of the `Config`'s.
+      normed: Whether queries and keys have the `Config`'s `qk_norm`.
+      sparse: Whether the feed-forward layer has the `Config`'s experts.
     """
 
     rotary: Rotary | None = None
     window: int | None = None
+    chunk: int | None = None
+    scale: float | Callable[[Array], Array] | None = None
+    normed: bool = True
+    sparse: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +67,8 @@ class Config:
       num_kv_heads: Key-value heads; `num_heads` if None.
       head_size: Features of a head; `width / num_heads` if None.
       norm: "rms" or "layer".
-      epsilon: Of the norms.
+      epsilon: Of the norms, those of queries and keys among them.
+      norm_before: Whether a sub-layer's input is normed; OLMo 2 has norms after alone.
       norm_after: Whether a sub-layer's output is normed too, as in Gemma 2.
       norm_bias: Whether norms of the kind "layer" have biases; Cohere's have none.
       parallel: Whether both sub-layers read the same input, as in GPT-NeoX.
@@ -64,6 +76,7 @@ class Config:
       activation: One of `ACTIVATIONS`.
       gated: Whether the activation multiplies a second projection.
       experts: Instead of one feed-forward layer.
+      dense_hidden: Inner width of the layers without experts; `hidden` if None.
       use_bias: Of the attention, as of `MultiHeadAttention`.
       hidden_bias: Whether the feed-forward layers have biases.
       positions: Learned positions, as many; None has none.
@@ -89,17 +102,19 @@ class Config:
     head_size: int | None = None
     norm: Literal["rms", "layer"] = "rms"
     epsilon: float = 1e-6
+    norm_before: bool = True
     norm_after: bool = False
     norm_bias: bool = True
     parallel: bool = False
     one_norm: bool = False
     activation: str = "silu"
     gated: bool = True
-    experts: Experts | None = None
+    experts: Experts | SharedExperts | None = None
+    dense_hidden: int | None = None
     use_bias: bool | tuple[str, ...] = False
     hidden_bias: bool = False
     positions: int | None = None
-    qk_norm: str | None = None
+    qk_norm: Any = None
     use_sinks: bool = False
     scale: float | None = None
     logit_cap: float | None = None
@@ -113,7 +128,7 @@ class Config:
 
     def __post_init__(self):
         sizes = dict.fromkeys(("vocabulary", "width", "hidden", "num_heads"), 1)
-        given = ("num_kv_heads", "head_size", "positions")
+        given = ("num_kv_heads", "head_size", "positions", "dense_hidden")
         optional = {name: 1 for name in given if getattr(self, name) is not None}
         check_config(self, "dropout", **sizes, **optional)
         for name, known in (("norm", ("rms", "layer")), ("activation", tuple(ACTIVATIONS))):
@@ -140,23 +155,36 @@ def _norm(config: Config, name: str) -> nn.Module:
     )
 
 
-def _feed_forward(config: Config) -> nn.Module:
-    if config.experts is not None:
+def _qk_norm(config: Config) -> Any:
+    """Return the norm of queries and keys, with the model's epsilon, as a Flax module's class."""
+    if config.qk_norm not in vectors.NORMS:
+        return config.qk_norm
+    norm = vectors.NORMS[config.qk_norm]
+    over, weights = (tuple(range(-axes, 0)) for axes in (norm.over, norm.weights))
+    options = {"reduction_axes": over, "feature_axes": weights, "use_scale": bool(weights)}
+    options |= {"epsilon": config.epsilon, "dtype": config.dtype}
+    if norm.centred:
+        return partial(nn.LayerNorm, use_bias=False, use_fast_variance=False, **options)
+    return partial(nn.RMSNorm, **options)
+
+
+def _feed_forward(config: Config, sparse: bool) -> nn.Module:
+    if config.experts is not None and sparse:
         sizes = config.hidden, config.width, config.dtype
-        return Mixture(config.experts, *sizes, name="feed_forward")
-    sizes = config.hidden, config.width, config.activation, config.gated
+        return config.experts.layer(*sizes, name="feed_forward")
+    sizes = config.dense_hidden or config.hidden, config.width, config.activation, config.gated
     return FeedForward(*sizes, config.hidden_bias, config.dtype, name="feed_forward")
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each in a residual connection with its norm first."""
+    """Attention, then feed-forward, each in a residual connection with its norms."""
 
     config: Config
     local: Local
 
     @nn.compact
     def __call__(self, x, cache, training, **options):
-        config = self.config
+        config, local = self.config, self.local
         drop = nn.Dropout(config.dropout, deterministic=not training)
         attend = MultiHeadAttention(
             num_heads=config.num_heads,
@@ -164,24 +192,27 @@ class Block(nn.Module):
             num_kv_heads=config.num_kv_heads,
             use_bias=config.use_bias,
             output_shape=config.width,
-            sliding_window=self.local.window,
-            rotary=self.local.rotary,
-            qk_norm=config.qk_norm,
+            sliding_window=local.window,
+            rotary=local.rotary,
+            qk_norm=_qk_norm(config) if local.normed else None,
             use_sinks=config.use_sinks,
-            scale=config.scale,
+            scale=config.scale if local.scale is None else local.scale,
             logit_cap=config.logit_cap,
             dtype=config.dtype,
             name="attention",
         )
-        normed = _norm(config, "attention_norm")(x)
+        if local.chunk is not None:
+            options["mask"] = ChunkedCausal(local.chunk)
+        normed = _norm(config, "attention_norm")(x) if config.norm_before else x
         attended = attend(normed, normed, use_causal_mask=True, cache=cache, **options)
         attended, cache = (attended, None) if cache is None else attended
         if config.norm_after:
             attended = _norm(config, "attention_norm_after")(attended)
         attended = drop(attended)
         if not (config.parallel and config.one_norm):
-            normed = _norm(config, "hidden_norm")(x if config.parallel else x + attended)
-        out = _feed_forward(config)(normed)
+            normed = x if config.parallel else x + attended
+            normed = _norm(config, "hidden_norm")(normed) if config.norm_before else normed
+        out = _feed_forward(config, local.sparse)(normed)
         if config.norm_after:
             out = _norm(config, "hidden_norm_after")(out)
         return x + attended + drop(out), cache
@@ -275,8 +306,8 @@ class CausalLM(nn.Module):
           batch: Texts that are decoded together.
           capacity: The most tokens of a text.
           dtype: Of the computation, or "int8".
-          rolling: Whether layers with a window hold as many tokens alone, of texts of any length; the others
-            hold `capacity`.
+          rolling: Whether layers with a window or chunks hold as many tokens alone, of texts of any length;
+            the others hold `capacity`.
 
         Raises:
           ShapeError: The caches shall roll, and the model has learned its positions.
@@ -297,7 +328,7 @@ class CausalLM(nn.Module):
                 f"the model has learned {config.positions} positions, and rolling=True is for texts without "
                 "end. Leave it out."
             )
-        windows = [local.window if rolling else None for local in config.layers]
+        windows = [local.window or local.chunk if rolling else None for local in config.layers]
         sizes = heads, config.key_dim
         return tuple(
             Cache.empty(batch, window or capacity, *sizes, dtype=dtype, rolling=window is not None)

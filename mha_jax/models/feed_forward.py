@@ -2,11 +2,13 @@
 
 B batch   T length   D width   F hidden width   X experts
 
-Source: Shazeer 2020, arXiv:2002.05202 (gates); OpenAI 2025, arXiv:2508.10925 (experts).
+Source: Shazeer 2020, arXiv:2002.05202 (gates); OpenAI 2025, arXiv:2508.10925 (experts); Meta 2025 (Llama 4:
+an expert that all tokens share).
 """
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -40,6 +42,31 @@ class Experts:
     chosen: int
     limit: float = 7.0
     slope: float = 1.702
+
+    def layer(self, *sizes: Any, name: str) -> nn.Module:
+        """Return the feed-forward layer of these experts: hidden, width, dtype."""
+        return Mixture(self, *sizes, name=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedExperts:
+    """Experts of which a router chooses a few for every token, beside one that all tokens share.
+
+    The router's sigmoid multiplies what a chosen expert reads, not what it writes.
+
+    Args:
+      count: How many there are to choose from, X.
+      chosen: How many a token takes.
+      activation: One of `ACTIVATIONS`.
+    """
+
+    count: int
+    chosen: int
+    activation: str = "silu"
+
+    def layer(self, *sizes: Any, name: str) -> nn.Module:
+        """Return the feed-forward layer of these experts: hidden, width, dtype."""
+        return SharedMixture(self, *sizes, name=name)
 
 
 class FeedForward(nn.Module):
@@ -88,11 +115,35 @@ class Mixture(nn.Module):
         chosen = jax.nn.one_hot(places, experts.count, dtype=x.dtype)
         share = jnp.einsum("btkx,btk->btx", chosen, nn.softmax(best))
         expert = partial(_OfExperts, experts.count)
-        inner = expert(2 * self.hidden, name="gate_up")(x[:, :, None])
+        inner = expert(2 * self.hidden, name="experts_gate_up")(x[:, :, None])
         gate = jnp.minimum(inner[..., ::2], experts.limit)
         up = jnp.clip(inner[..., 1::2], -experts.limit, experts.limit)
-        out = expert(self.width, name="down")((up + 1) * gate * nn.sigmoid(gate * experts.slope))
+        inner = (up + 1) * gate * nn.sigmoid(gate * experts.slope)
+        out = expert(self.width, name="experts_down")(inner)
         return jnp.einsum("btx,btxd->btd", share, out)
+
+
+class SharedMixture(nn.Module):
+    """Experts beside a shared one, all computed: right, and as dear as all of them together."""
+
+    experts: SharedExperts
+    hidden: int
+    width: int
+    dtype: DType = None
+
+    @nn.compact
+    def __call__(self, x):
+        experts = self.experts
+        logits = nn.Dense(experts.count, use_bias=False, dtype=self.dtype, name="router")(x)
+        best, places = jax.lax.top_k(logits, experts.chosen)
+        chosen = jax.nn.one_hot(places, experts.count, dtype=logits.dtype)
+        share = jnp.einsum("btkx,btk->btx", chosen, nn.sigmoid(best))
+        expert = partial(_OfExperts, experts.count, use_bias=False)
+        read = x[:, :, None] * share[..., None]
+        gate, up = jnp.split(expert(2 * self.hidden, name="experts_gate_up")(read), 2, axis=-1)
+        out = expert(self.width, name="experts_down")(ACTIVATIONS[experts.activation](gate) * up)
+        sizes = self.hidden, self.width, experts.activation, True, False, self.dtype
+        return out.sum(2) + FeedForward(*sizes, name="shared")(x)
 
 
 class _OfExperts(nn.Module):
@@ -100,12 +151,16 @@ class _OfExperts(nn.Module):
 
     experts: int
     features: int
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x):
         shape = (self.experts, x.shape[-1], self.features)
         weight = self.param("weight", nn.initializers.lecun_normal(batch_axis=(0,)), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.experts, self.features))
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.experts, self.features))
         x, weight, bias = promote_dtype(x, weight, bias)
         x = jnp.broadcast_to(x, (*x.shape[:2], *shape[:2]))
-        return jnp.einsum("btxd,xdf->btxf", x, weight) + bias[None, None]
+        y = jnp.einsum("btxd,xdf->btxf", x, weight)
+        return y if bias is None else y + bias[None, None]

@@ -1,23 +1,25 @@
-"""Llama and what came of it, by published configs: Mistral, Qwen 2 and 3, Gemma 2 and 3, gpt-oss, Cohere.
+"""Llama and what came of it, by published configs: Mistral, Qwen 2 and 3, Gemma 2 and 3, OLMo 2, gpt-oss,
+Cohere, and the text of Llama 4.
 
 `read(config, tensors)` makes the model and its parameters of a Hugging Face config (a dictionary, as its
 `config.json` holds it) and PyTorch's tensors by name (as `models.weights.read_safetensors` reads them).
 
 Source: Touvron et al. 2023, arXiv:2302.13971; Jiang et al. 2023, arXiv:2310.06825; Yang et al. 2024,
 arXiv:2407.10671, and 2025, arXiv:2505.09388; Gemma Team 2024, arXiv:2408.00118, and 2025, arXiv:2503.19786;
-OpenAI 2025, arXiv:2508.10925; Cohere 2024 (Command R).
+OpenAI 2025, arXiv:2508.10925; Cohere 2024 (Command R); OLMo Team 2024, arXiv:2501.00656; Meta 2025 (Llama 4).
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from mha_jax.attention.rotary import Rotary
 from mha_jax.errors import UnsupportedError
-from mha_jax.models.decoder import CausalLM, Config, Experts, Local, filled
-from mha_jax.types import Params
+from mha_jax.models.decoder import CausalLM, Config, Experts, Local, SharedExperts, filled
+from mha_jax.types import Array, ArrayLike, Float, Int, Params
 
 _SELF, _MLP = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
 _NAMES = {
@@ -37,7 +39,11 @@ _NAMES = {
     "layer_{i}/feed_forward/up": _MLP + "up_proj",
     "layer_{i}/feed_forward/down": _MLP + "down_proj",
     "layer_{i}/feed_forward/router": _MLP + "router",
-    "layer_{i}/feed_forward/gate_up": _MLP + "experts.gate_up_proj",
+    "layer_{i}/feed_forward/experts_gate_up": _MLP + "experts.gate_up_proj",
+    "layer_{i}/feed_forward/experts_down": _MLP + "experts.down_proj",
+    "layer_{i}/feed_forward/shared/gate": _MLP + "shared_expert.gate_proj",
+    "layer_{i}/feed_forward/shared/up": _MLP + "shared_expert.up_proj",
+    "layer_{i}/feed_forward/shared/down": _MLP + "shared_expert.down_proj",
 }
 _NORMED_AFTER = {
     "layer_{i}/attention_norm_after": "model.layers.{i}.post_attention_layernorm",
@@ -66,13 +72,27 @@ def _gpt_oss(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"use_sinks": True, "experts": experts, "use_bias": config.get("attention_bias", True)}
 
 
-def _cohere(config: Mapping[str, Any]) -> dict[str, Any]:
-    if config.get("use_qk_norm"):
-        raise UnsupportedError(
-            "the config has use_qk_norm=True, norms of queries and keys with a weight for every head. "
-            "Expected False, as in Command R."
-        )
+def _olmo2(config: Mapping[str, Any]) -> dict[str, Any]:
+    epsilon = config.get("rms_norm_eps", 1e-5)
+    norms = {"norm_before": False, "norm_after": True, "epsilon": epsilon}
+    return {"qk_norm": "rms_over_heads"} | norms
+
+
+def _llama4(config: Mapping[str, Any]) -> dict[str, Any]:
+    activation = _ACTIVATIONS[config.get("hidden_act", "silu")]
     return {
+        "qk_norm": "l2",
+        "epsilon": config.get("rms_norm_eps", 1e-5),
+        "experts": SharedExperts(
+            config["num_local_experts"], config["num_experts_per_tok"], activation
+        ),
+        "dense_hidden": config["intermediate_size_mlp"],
+    }
+
+
+def _cohere(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "qk_norm": "layer_per_head" if config.get("use_qk_norm") else None,
         "norm": "layer",
         "norm_bias": False,
         "epsilon": config.get("layer_norm_eps", 1e-5),
@@ -93,15 +113,35 @@ _FAMILIES = {
     "gemma3_text": lambda config: _gemma(config) | {"qk_norm": "rms"},
     "gpt_oss": _gpt_oss,
     "cohere": _cohere,
+    "olmo2": _olmo2,
+    "llama4_text": _llama4,
 }
+_NEIGHBOURS = ("cohere", "llama4_text")  # whose rotary positions turn pairs of neighbours
+
+
+@dataclasses.dataclass(frozen=True)
+class Tempered:
+    """Llama 4's scale of queries by their positions: (1 + strength log(1 + floor((p + 1) / every))) scale.
+
+    >>> print(Tempered(scale=0.5, strength=0.1, every=4)(jnp.asarray([[2, 3]])).round(3))
+    [[0.5   0.535]]
+    """
+
+    scale: float
+    strength: float
+    every: float
+
+    def __call__(self, positions: Int[ArrayLike, "B T"]) -> Float[Array, "B T"]:
+        times = jnp.floor((jnp.asarray(positions, jnp.float32) + 1) / self.every)
+        return (1 + self.strength * jnp.log1p(times)) * self.scale
 
 
 def config_of(config: Mapping[str, Any]) -> Config:
     """Return our config for a Hugging Face one.
 
     Args:
-      config: A dictionary with `model_type`: llama, mistral, qwen2, qwen3, gemma2, gemma3_text, gpt_oss or
-        cohere.
+      config: A dictionary with `model_type`: llama, mistral, qwen2, qwen3, gemma2, gemma3_text, gpt_oss,
+        cohere, olmo2 or llama4_text; or with such a dictionary as its `text_config`.
 
     Raises:
       UnsupportedError: If it is of another family, or has an activation or positions that we have not.
@@ -111,6 +151,7 @@ def config_of(config: Mapping[str, Any]) -> Config:
     >>> [local.window for local in config_of(config).layers]
     [3, 3]
     """
+    config = config.get("text_config") or config
     family = config.get("model_type")
     if family not in _FAMILIES:
         raise UnsupportedError(
@@ -121,22 +162,13 @@ def config_of(config: Mapping[str, Any]) -> Config:
         raise UnsupportedError(
             f"the config has hidden_act={config['hidden_act']!r}, expected one of {', '.join(_ACTIVATIONS)}."
         )
-    epsilon = config.get("rms_norm_eps", 1e-6)
-    if family in ("qwen3", "gemma3_text") and epsilon != 1e-6:
-        raise UnsupportedError(
-            f"the config has rms_norm_eps={epsilon!r}, and the layer's norms of queries and keys 1e-6. Build "
-            "a models.decoder.Config by hand if the difference means nothing to you."
-        )
-    kinds = _kinds(config)
-    rotary = {kind: _rotary(config, kind) for kind in set(kinds)}
-    window = config.get("sliding_window")
-    layers = tuple(Local(rotary[k], window if k == "sliding_attention" else None) for k in kinds)
+    layers = _llama4_layers(config) if family == "llama4_text" else _layers(config)
     fields: dict[str, Any] = {
         "activation": _ACTIVATIONS[config.get("hidden_act", "silu")],
         "use_bias": bool(config.get("attention_bias")),
         "hidden_bias": bool(config.get("mlp_bias")),
         "tied": bool(config.get("tie_word_embeddings")),
-        "epsilon": epsilon,
+        "epsilon": config.get("rms_norm_eps", 1e-6),
     }
     return Config(
         config["vocab_size"],
@@ -147,6 +179,38 @@ def config_of(config: Mapping[str, Any]) -> Config:
         num_kv_heads=config.get("num_key_value_heads"),
         head_size=config.get("head_dim"),
         **fields | _FAMILIES[family](config),
+    )
+
+
+def _layers(config: Mapping[str, Any]) -> tuple[Local, ...]:
+    kinds = _kinds(config)
+    rotary = {kind: _rotary(config, kind) for kind in set(kinds)}
+    window = config.get("sliding_window")
+    return tuple(Local(rotary[k], window if k == "sliding_attention" else None) for k in kinds)
+
+
+def _llama4_layers(config: Mapping[str, Any]) -> tuple[Local, ...]:
+    """Return layers with rotary positions, in chunks, and those without, which scale by position."""
+    count, every = config["num_hidden_layers"], config.get("no_rope_layer_interval", 4)
+    turned = config.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(count)]
+    size = config.get("attention_chunk_size", 8192)
+    chunked = config.get("layer_types") or ["chunked_attention" if one else "" for one in turned]
+    step, sparse = config.get("interleave_moe_layer_step", 1), config.get("moe_layers")
+    sparse = range(step - 1, count, step) if sparse is None else sparse
+    tempered = None
+    if config.get("attn_temperature_tuning", True):
+        usual = {"attn_scale": 0.1, "floor_scale": 8192} | dict(config)
+        head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        tempered = Tempered(head_size**-0.5, usual["attn_scale"], usual["floor_scale"])
+    return tuple(
+        Local(
+            _rotary(config, kind) if turns else None,
+            chunk=size if kind == "chunked_attention" else None,
+            scale=None if turns else tempered,
+            normed=bool(turns) and config.get("use_qk_norm", True),
+            sparse=i in sparse,
+        )
+        for i, (turns, kind) in enumerate(zip(turned[:count], chunked))
     )
 
 
@@ -178,7 +242,7 @@ def _rotary(config: Mapping[str, Any], kind: str) -> Rotary:
     if kind == "sliding_attention" and "rope_local_base_freq" in config:
         return Rotary(base=config["rope_local_base_freq"])
     rotary = Rotary.from_config(config)
-    return dataclasses.replace(rotary, interleaved=True) if family == "cohere" else rotary
+    return dataclasses.replace(rotary, interleaved=True) if family in _NEIGHBOURS else rotary
 
 
 def read(
@@ -198,19 +262,21 @@ def read(
     Cost: A copy of the tensors.
     """
     ours = dataclasses.replace(config_of(config), dtype=dtype)
+    family = (config.get("text_config") or config)["model_type"]
     tensors = dict(_plain(name, x) for name, x in tensors.items())
-    if ours.norm_after:  # Gemma's norms multiply by 1 + weight.
+    if family.startswith("gemma"):  # Its norms multiply by 1 + weight.
         tensors = {
             name: x + 1 if name.endswith("norm.weight") else x for name, x in tensors.items()
         }
     names = _NAMES | (_NORMED_AFTER if ours.norm_after else {})
-    if ours.experts is not None:
-        names |= {"layer_{i}/feed_forward/down": _MLP + "experts.down_proj"}
+    if family == "llama4_text":
+        names = {ours: name.replace(".mlp.", ".feed_forward.") for ours, name in names.items()}
     return filled(ours, names, tensors)
 
 
 def _plain(name: str, x: np.ndarray) -> tuple[str, np.ndarray]:
     """Return a parameter that is no module's as a module's: "sinks" as "sinks.weight"."""
+    name = name.removeprefix("language_model.")  # beside one of pictures
     if name.endswith("_proj_bias"):
         return name.removesuffix("_bias") + ".bias", x.reshape(-1)
     return name if name.endswith((".weight", ".bias")) else f"{name}.weight", x

@@ -160,6 +160,8 @@ def fill(
             "bias": (math.prod(shape),),
         }.get(part, shape)
         tensor = tensors[name]
+        if part == "scale" and tensor.size == math.prod(shape):  # of heads, flattened or not
+            flat = tensor.shape
         if tensor.shape != flat:
             raise WeightsError(
                 f"the tensor {name} has shape {tensor.shape}, but {place}/{part} of shape {shape} needs "
