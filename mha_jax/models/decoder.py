@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mha_jax.attention.biases import Alibi
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.patterns import ChunkedCausal
 from mha_jax.attention.rotary import Rotary
@@ -80,7 +81,9 @@ class Config:
       use_bias: Of the attention, as of `MultiHeadAttention`.
       hidden_bias: Whether the feed-forward layers have biases.
       positions: Learned positions, as many; None has none.
+      alibi: Whether logits fall with the distance, by the slopes of `biases.Alibi.of_heads`.
       qk_norm, use_sinks, scale, logit_cap: As of `MultiHeadAttention`.
+      embedding_norm: Whether embeddings are normed, as in BLOOM.
       embedding_scale: What embeddings are multiplied by.
       output_cap: The logits of the vocabulary are `cap * tanh(logit / cap)`; None leaves them.
       output_scale: What the logits of the vocabulary are multiplied by.
@@ -114,6 +117,8 @@ class Config:
     use_bias: bool | tuple[str, ...] = False
     hidden_bias: bool = False
     positions: int | None = None
+    alibi: bool = False
+    embedding_norm: bool = False
     qk_norm: Any = None
     use_sinks: bool = False
     scale: float | None = None
@@ -203,6 +208,8 @@ class Block(nn.Module):
         )
         if local.chunk is not None:
             options["mask"] = ChunkedCausal(local.chunk)
+        if config.alibi:
+            options["bias"] = Alibi.of_heads(config.num_heads)
         normed = _norm(config, "attention_norm")(x) if config.norm_before else x
         attended = attend(normed, normed, use_causal_mask=True, cache=cache, **options)
         attended, cache = (attended, None) if cache is None else attended
@@ -271,6 +278,8 @@ class CausalLM(nn.Module):
             self._check_length(tokens, caches)
             places = nn.Embed(config.positions, config.width, dtype=config.dtype, name="positions")
             x = x + places(positions)
+        if config.embedding_norm:
+            x = _norm(config, "embedding_norm")(x)
         x = nn.Dropout(config.dropout, deterministic=not training)(x)
         kept = []
         for i, local in enumerate(config.layers):

@@ -1,13 +1,13 @@
-"""GPT-2 and what came of it: GPT-Neo, GPT-J, GPT-NeoX (Pythia), OPT and Falcon, by their published configs.
+"""GPT-2 and what came of it, by published configs: GPT-Neo, GPT-J, GPT-NeoX (Pythia), OPT, Falcon and BLOOM.
 
 `read(config, tensors)` makes the model and its parameters of a Hugging Face config and PyTorch's tensors.
 GPT-2, GPT-Neo and OPT learn their positions; GPT-J, GPT-NeoX and Falcon turn heads or a part of them, and
 their sub-layers read the same input. GPT-Neo does not scale its logits, and every other layer has a window;
-Falcon's query heads share one key-value head, or a few.
+Falcon's query heads share one key-value head, or a few. BLOOM has no positions but biases by distance.
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; Wang & Komatsuzaki 2021
 (GPT-J-6B); Black et al. 2022, arXiv:2204.06745; Zhang et al. 2022, arXiv:2205.01068 (OPT); Almazrouei et al.
-2023, arXiv:2311.16867 (Falcon).
+2023, arXiv:2311.16867 (Falcon); Le Scao et al. 2022, arXiv:2211.05100 (BLOOM).
 """
 
 import dataclasses
@@ -68,6 +68,11 @@ _NAMES = {
         positions="embed_positions",
         norm="final_layer_norm",
         logits="lm_head",
+    ),
+    "bloom": _names(
+        *("", "h.{i}.", "self_attention.", "dense", *_MLP),
+        **_NEOX_NORMS | {"embedding": "word_embeddings", "norm": "ln_f"},
+        embedding_norm="word_embeddings_layernorm",
     ),
     "falcon": _names(
         *("transformer.", "h.{i}.", "self_attention.", "dense", *_MLP),
@@ -162,6 +167,14 @@ def _falcon(config: Mapping[str, Any]) -> Config:
     )
 
 
+def _bloom(config: Mapping[str, Any]) -> Config:
+    _refuse(config, apply_residual_connection_post_layernorm=False)
+    width = config.get("n_embed") or config["hidden_size"]
+    heads = config.get("n_head") or config["num_attention_heads"]
+    layers = (Local(),) * (config.get("n_layer") or config["num_hidden_layers"])
+    return _config(config, (width, 4 * width, heads), layers, alibi=True, embedding_norm=True)
+
+
 def _has_two_norms(config: Mapping[str, Any]) -> bool:
     grouped = config.get("new_decoder_architecture", False)
     return grouped and (config.get("num_ln_in_parallel_attn") or 2) == 2
@@ -184,6 +197,7 @@ _FAMILIES = {
     "gpt_neox": _gpt_neox,
     "opt": _opt,
     "falcon": _falcon,
+    "bloom": _bloom,
 }
 
 
@@ -215,7 +229,7 @@ def config_of(config: Mapping[str, Any]) -> Config:
     """Return our config for a Hugging Face one.
 
     Args:
-      config: A dictionary with `model_type`: gpt2, gpt_neo, gptj, gpt_neox, opt or falcon.
+      config: A dictionary with `model_type`: gpt2, gpt_neo, gptj, gpt_neox, opt, falcon or bloom.
 
     Raises:
       UnsupportedError: If it is of another family, or has an activation or a layout that we have not.
@@ -252,9 +266,10 @@ def read(
     """
     ours, family = dataclasses.replace(config_of(config), dtype=dtype), config["model_type"]
     names = _NAMES[family]
+    if family in ("gpt2", "bloom"):  # Published without the start of their names.
+        tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
     if family == "gpt2":
         # Its Conv1D keeps matrices as (in, out), unlike Linear.
-        tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
         tensors = {name: x.T if ".c_" in name else x for name, x in tensors.items()}
     elif family == "gpt_neox":
         tensors = {name.replace("lm_head.", "embed_out."): x for name, x in tensors.items()}

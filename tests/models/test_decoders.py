@@ -80,6 +80,7 @@ _NEO = {
     "max_position_embeddings": 17,
 }
 _GPTJ = {"vocab_size": 37, "n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4}
+_BLOOM = {"vocab_size": 37, "hidden_size": 12, "n_layer": 2, "n_head": 3}
 _OPT = _SIZES | {"ffn_dim": 20, "max_position_embeddings": 17}
 _GROUPED = {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}
 
@@ -124,6 +125,7 @@ FAMILIES = {
         _SIZES | _LLAMA4 | _LLAMA4_PLAIN,
     ),
     "gpt_neo": ("GPTNeoForCausalLM", "GPTNeo", gpt, _NEO),
+    "bloom": ("BloomForCausalLM", "Bloom", gpt, _BLOOM),
     "gptj": ("GPTJForCausalLM", "GPTJ", gpt, _GPTJ),
     "opt": ("OPTForCausalLM", "OPT", gpt, _OPT),
     "falcon_7b": ("FalconForCausalLM", "Falcon", gpt, _SIZES | {"hidden_size": 16}),
@@ -209,6 +211,10 @@ def test_a_family_gives_its_logits_and_gradients(name, torch):
             "the config has alibi=True, where the decoder can be False alone",
         ),
         (
+            {"model_type": "bloom", "apply_residual_connection_post_layernorm": True},
+            "the config has apply_residual_connection_post_layernorm=True, where the decoder can be",
+        ),
+        (
             {"model_type": "opt", "hidden_size": 8, "word_embed_proj_dim": 4},
             "the config has word_embed_proj_dim=4, where the decoder can be 8 alone",
         ),
@@ -225,8 +231,8 @@ def test_what_a_relative_of_gpt2_has_beyond_is_refused(config, message):
 
 def test_what_cannot_be_read_is_told():
     for module in (gpt, llama):
-        with pytest.raises(UnsupportedError, match="the config is of the family 'bloom', where"):
-            module.read({"model_type": "bloom"}, {})
+        with pytest.raises(UnsupportedError, match="the config is of the family 'mpt', where"):
+            module.read({"model_type": "mpt"}, {})
     config = {"model_type": "gpt2", "vocab_size": 7, "n_embd": 4, "n_layer": 1, "n_head": 2}
     config["n_positions"] = 5
     with pytest.raises(UnsupportedError, match="activation 'selu', expected one of gelu_new"):
