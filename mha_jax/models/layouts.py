@@ -117,8 +117,8 @@ def import_attention(
       num_heads, num_kv_heads: N and K, which the weights do not show.
       prefix: Of the names, in the state of a whole model: "model.layers.0.self_attn.", say.
       **arguments: Of the layer, which the weights do not show either: `rotary=...`, `scale=1.0`,
-        `sliding_window=...`. Biases are found, and norms of queries and keys: "rms" unless `qk_norm` says
-        otherwise.
+        `sliding_window=...`. Biases are found, and norms of queries and keys: by the shape of their weights
+        "rms", "rms_over_heads" (OLMo 2) or "layer_per_head" (Cohere), unless `qk_norm` says otherwise.
 
     Raises:
       WeightsError: If a projection is missing, or weights do not fit each other.
@@ -143,7 +143,10 @@ def import_attention(
             f"Found {sorted(own)[:9] or 'nothing'}; pass the start of the names as prefix."
         )
     if "query_norm" in names:
-        arguments.setdefault("qk_norm", "rms")
+        norm = found[f"{names['query_norm']}.weight"]
+        together = norm.size > query.shape[0] // num_heads
+        kind = "layer_per_head" if norm.ndim > 1 else "rms_over_heads" if together else "rms"
+        arguments.setdefault("qk_norm", kind)
     biased = tuple(ours for ours in list(_NAMES)[:4] if f"{names[ours]}.bias" in found)
     layer = MultiHeadAttention(
         num_heads,

@@ -77,6 +77,30 @@ def test_a_layer_is_imported_by_the_names_of_its_projections(fused):
     np.testing.assert_allclose(layer.apply(variables, x, x), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "shapes"),
+    [
+        ("rms_over_heads", ((12,), (6,))),
+        ("layer_per_head", ((4, 3), (2, 3))),
+        ("rms", ((3,), (3,))),
+    ],
+)
+def test_norms_are_told_by_the_shape_of_their_weights(kind, shapes):
+    draw = np.random.default_rng(0).standard_normal
+    rows = {"q_proj": 12, "k_proj": 6, "v_proj": 6, "o_proj": 12}
+    state = {f"{k}.weight": draw((n, 12), np.float32) for k, n in rows.items()}
+    state |= {f"{k}_norm.weight": draw(shape, np.float32) for k, shape in zip("qk", shapes)}
+    layer, variables = import_attention(state, 4, 2)
+    assert layer.qk_norm == kind
+    for ours, name in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
+        got = variables["params"][ours]["scale"]
+        np.testing.assert_array_equal(np.ravel(got), state[f"{name}.weight"].ravel())
+    with pytest.raises(
+        WeightsError, match=r"q_norm\.weight has shape \(5,\), but query_norm/scale"
+    ):
+        import_attention(state | {"q_norm.weight": np.ones(5, np.float32)}, 4, 2, qk_norm=kind)
+
+
 def test_what_is_no_attention_is_told_so():
     with pytest.raises(
         WeightsError, match=r"no whole attention under 'h\.': missing \['q_proj or query"
