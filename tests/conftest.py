@@ -33,7 +33,7 @@ LONG = (
 
 
 def pytest_addoption(parser):
-    words = "random calls of attention, half as many of the layer"
+    words = "random calls of attention, and a quarter as many of the layer"
     parser.addoption("--fuzz", type=int, default=240, help=words)
 
 

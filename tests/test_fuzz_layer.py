@@ -1,4 +1,4 @@
-"""Random calls of the layer through its three doors against float64: half as many as `--fuzz N` says.
+"""Random calls of the layer through its three doors against float64: a quarter of `--fuzz N`.
 
 A call that falls is printed as Python that makes it again; those that once fell are kept below.
 """
@@ -28,7 +28,7 @@ KEPT = [
 
 def pytest_generate_tests(metafunc):
     if "first" in metafunc.fixturenames:
-        count = metafunc.config.getoption("--fuzz") // 2
+        count = metafunc.config.getoption("--fuzz") // 4
         metafunc.parametrize("first", range(0, count, TOGETHER))
 
 

@@ -16,8 +16,8 @@ from tests.layer_runs import by_oracle, by_peer, by_us, error
 
 _GIVEN = os.environ.get("MHA_JAX_PARITY_SEED", "20261122")
 SEED = secrets.randbelow(2**32) if _GIVEN == "random" else int(_GIVEN)
-COUNT = int(os.environ.get("MHA_JAX_PARITY_COUNT", "180"))
-CHUNK = 30
+COUNT = int(os.environ.get("MHA_JAX_PARITY_COUNT", "120"))
+CHUNK = 20
 # Half an ulp of the largest number of its kind: what rounding a float32 result once may cost.
 ROUNDING = 2.0**-24
 
@@ -73,7 +73,7 @@ def test_everything_equals_keras(chunk):
 
 def test_cases_cover_the_arguments():
     """A generator that stopped drawing something would make the test above hollow."""
-    cases = [layer_cases.draw(20261122, index) for index in range(180)]
+    cases = [layer_cases.draw(20261122, index) for index in range(120)]
     seen = {
         "grouped": sum(c.grouped for c in cases),
         "several axes": sum(len(c.axes) > 1 for c in cases),

@@ -63,7 +63,8 @@ WRONG = {n for n, line in enumerate(PROGRAM.splitlines(), 1) if line.endswith("#
 def check_by_pyright(folder):
     settings = {"extraPaths": [str(ROOT)], "pythonVersion": "3.11"}
     (folder / "pyrightconfig.json").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "pyright", "--outputjson", "user.py"]
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable]
+    command += ["--outputjson", "user.py"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     errors = json.loads(done.stdout)["generalDiagnostics"]
     return {e["range"]["start"]["line"] + 1 for e in errors if e["severity"] == "error"}, errors
