@@ -120,11 +120,12 @@ def test_a_cache_is_read_without_all_pairs(length):
 
 
 # Launches of a tile, those before and after all of them among these: 10 tiles, 16 tiles, 4 groups of 10.
+# Where nothing is masked, that weights taken again are at most 1 costs two launches backward.
 @pytest.mark.parametrize(
     ("card", "shape", "mask", "forward", "both"),
     [
         ("A100", (1, 4096, 4, 64), Causal(), 5.2, 13.5),
-        ("A100", (1, 4096, 4, 64), Full(), 5.0, 13.0),
+        ("A100", (1, 4096, 4, 64), Full(), 5.0, 13.2),
         ("H100", (4, 4096, 16, 64), Causal(), 4.8, 12.5),
     ],
 )
