@@ -251,7 +251,7 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
 def _rebuilt(x: Array, shift: Array) -> Array:
     """Return exp(x - shift), at most 1: a product taken again may exceed the largest by its last bit."""
     x = x - shift
-    return jnp.exp(jnp.where(x > 0, 0, x))  # differentiable where it is 0, as a minimum is not
+    return jnp.exp(x - lax.stop_gradient(jnp.maximum(x, 0)))  # what is cut off is rounding: no move
 
 
 def _sum(parts: tuple[Array, ...]) -> Array:
