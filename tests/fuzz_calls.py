@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from math import inf as inf
 from math import nan as nan
@@ -541,8 +542,8 @@ def draw_function_call(seed: int, index: int) -> FunctionCall:
 LARGE = (1.0, 0.0, 1e-30, 1e3, 1e6, 1e12)
 
 
-def _drawn(seed: int, index: int) -> FunctionCall:
-    rng = np.random.default_rng([seed, index])
+def dice(rng: np.random.Generator) -> tuple[Callable, Callable, Callable]:
+    """Return what draws one of its arguments, what is true so often, and what draws a seed."""
 
     def pick(*options):
         return options[rng.integers(len(options))]
@@ -553,6 +554,12 @@ def _drawn(seed: int, index: int) -> FunctionCall:
     def number():
         return int(rng.integers(10**3, 10**6))
 
+    return pick, chance, number
+
+
+def _drawn(seed: int, index: int) -> FunctionCall:
+    rng = np.random.default_rng([seed, index])
+    pick, chance, number = dice(rng)
     backend = pick(*SLOW) if chance(0.06) else pick(*(b for b in BACKENDS if b not in SLOW))
     sharded = backend in ("gather", "ring")
     lead = (

@@ -25,7 +25,7 @@ from jax.sharding import AxisType
 import mha_jax as mj
 from mha_jax.attention import rotary
 from tests import fuzz_calls
-from tests.fuzz_calls import BACKENDS, DTYPES, LEAST, RULES, SLOW, Linear, kept, read
+from tests.fuzz_calls import BACKENDS, DTYPES, LEAST, RULES, SLOW, Linear, dice, kept, read
 from tests.fuzz_layer_oracle import Layer
 from tests.keras_peer import OPTIONS
 from tests.layer_oracle import fold, unfold
@@ -643,15 +643,7 @@ def draw_layer_call(seed: int, index: int) -> LayerCall:
 
 def _drawn(seed: int, index: int) -> LayerCall:
     rng = np.random.default_rng([7, seed, index])
-
-    def pick(*options):
-        return options[rng.integers(len(options))]
-
-    def chance(share):
-        return rng.random() < share
-
-    def number():
-        return int(rng.integers(10**3, 10**6))
+    pick, chance, number = dice(rng)
 
     def text(*sizes):
         return ", ".join(str(x) for x in sizes)

@@ -33,7 +33,15 @@ from jax.sharding import PartitionSpec
 
 from mha_jax.attention import softmax
 from mha_jax.attention.biases import OfHeads
-from mha_jax.attention.call import Moves, Output, Problem, State, moving, without_constants
+from mha_jax.attention.call import (
+    Moves,
+    Output,
+    Problem,
+    State,
+    moving,
+    of_keys,
+    without_constants,
+)
 from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Tokens, extents
 from mha_jax.backends.base import Backend
@@ -209,16 +217,8 @@ class Shard:
 
     def part(self, k: Array, v: Array, number: Any) -> Problem:
         """Return the problem of this device's queries and one part of the keys."""
-        cut = partial(self.cut, number=number)
-        tokens = self.keys.map(partial(cut, axis=1), self.size, self.keys.start)
-        return dataclasses.replace(
-            self.problem,
-            k=k,
-            v=v,
-            k_tokens=_placed(tokens, number),
-            mask=jax.tree.map(cut, self.problem.mask),
-            bias=jax.tree.map(cut, self.problem.bias),
-        )
+        whole = dataclasses.replace(self.problem, k_tokens=self.keys)
+        return of_keys(whole, k, v, number * self.size, self.size)
 
     def cut(self, x: Any, number: Any, axis: int = 3) -> Array:
         """Cut an array over all keys, one that has them, to a part."""

@@ -109,7 +109,7 @@ def norm_made_by(library: str, module: type, norm: Any) -> None:
     Raises:
       ShapeError: Naming it.
     """
-    if norm is None or isinstance(norm, str) or issubclass(_class(norm), module):
+    if not vectors.of_modules(norm) or issubclass(_class(norm), module):
         return
     raise ShapeError(
         f"qk_norm must be the class of a {library} module here, or the name of a norm: got {norm!r}. Pass "

@@ -164,9 +164,8 @@ def constrain(params: Params, *, kernel: Any = None, bias: Any = None) -> Params
             each = partial(project, stacked=kernel.ndim - 3)
             return jax.tree_util.tree_map_with_path(each, leaf)
         keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        of_norm = any(
-            name in NORMALIZED for name in keys[:-1]
-        )  # a module's, which has its own bias
+        # A norm may be a module, whose bias is no projection's.
+        of_norm = any(name in NORMALIZED for name in keys[:-1])
         rule = rules.get(keys[-1]) if keys and not of_norm else None
         if rule is None:
             return leaf

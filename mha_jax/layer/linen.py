@@ -211,7 +211,7 @@ class MultiHeadAttention(Arguments, nn.Module):
             name: Vector(kind, self.param_dtype, name=name)
             for name, kind in vectors.of(self).items()
         }
-        if self.qk_norm is not None and not isinstance(self.qk_norm, str):
+        if vectors.of_modules(self.qk_norm):
             kept |= {name: self.qk_norm(name=name) for name in vectors.NORMALIZED}
         weights = Weights.of(
             params,

@@ -190,7 +190,7 @@ class MultiHeadAttention(Arguments, nnx.Module):
             setattr(self, name, Projection(name, self.precision, drawn))
         for name, kind in vectors.of(self).items():
             setattr(self, name, Vector(kind, self.param_dtype))
-        if self.qk_norm is not None and not isinstance(self.qk_norm, str):
+        if vectors.of_modules(self.qk_norm):
             for name in vectors.NORMALIZED:
                 setattr(self, name, self.qk_norm(self.key_dim, rngs=rngs))
         losses = self._loss_names(list(shapes))

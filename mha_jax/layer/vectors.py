@@ -43,6 +43,11 @@ NORMS = {
 NORMALIZED = ("query_norm", "key_norm")
 
 
+def of_modules(norm: Any) -> bool:
+    """Say whether a layer's `qk_norm` is a module's class, and no norm of ours."""
+    return norm is not None and not isinstance(norm, str)
+
+
 class Vector(NamedTuple):
     """A parameter: its name in its sub-tree, its shape, and its first value."""
 
@@ -70,7 +75,7 @@ def init(layer: Any, rng: Any) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {
         name: {vector.part: vector.init(layer.param_dtype)} for name, vector in of(layer).items()
     }
-    if layer.qk_norm is None or isinstance(layer.qk_norm, str):
+    if not of_modules(layer.qk_norm):
         return found
     for i, (name, heads) in enumerate(zip(NORMALIZED, (layer.num_heads, layer.kv_heads))):
         x = jnp.zeros((1, 1, heads, layer.key_dim), layer.param_dtype)

@@ -7,6 +7,7 @@ an expert that all tokens share).
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from mha_jax.types import DType
+from mha_jax.types import Array, DType
 
 ACTIVATIONS = {
     "relu": nn.relu,
@@ -111,9 +112,7 @@ class Mixture(nn.Module):
     def __call__(self, x):
         experts = self.experts
         logits = nn.Dense(experts.count, dtype=self.dtype, name="router")(x)
-        best, places = jax.lax.top_k(logits, experts.chosen)
-        chosen = jax.nn.one_hot(places, experts.count, dtype=x.dtype)
-        share = jnp.einsum("btkx,btk->btx", chosen, nn.softmax(best))
+        share = _shares(logits, experts.chosen, nn.softmax, x.dtype)
         expert = partial(_OfExperts, experts.count)
         inner = expert(2 * self.hidden, name="experts_gate_up")(x[:, :, None])
         gate = jnp.minimum(inner[..., ::2], experts.limit)
@@ -135,15 +134,20 @@ class SharedMixture(nn.Module):
     def __call__(self, x):
         experts = self.experts
         logits = nn.Dense(experts.count, use_bias=False, dtype=self.dtype, name="router")(x)
-        best, places = jax.lax.top_k(logits, experts.chosen)
-        chosen = jax.nn.one_hot(places, experts.count, dtype=logits.dtype)
-        share = jnp.einsum("btkx,btk->btx", chosen, nn.sigmoid(best))
+        share = _shares(logits, experts.chosen, nn.sigmoid, logits.dtype)
         expert = partial(_OfExperts, experts.count, use_bias=False)
         read = x[:, :, None] * share[..., None]
         gate, up = jnp.split(expert(2 * self.hidden, name="experts_gate_up")(read), 2, axis=-1)
         out = expert(self.width, name="experts_down")(ACTIVATIONS[experts.activation](gate) * up)
         sizes = self.hidden, self.width, experts.activation, True, False, self.dtype
         return out.sum(2) + FeedForward(*sizes, name="shared")(x)
+
+
+def _shares(logits: Array, chosen: int, weigh: Callable[[Array], Array], dtype: DType) -> Array:
+    """Return what the best experts of every token count for, and 0 for the others: [B, T, X]."""
+    best, places = jax.lax.top_k(logits, chosen)
+    choice = jax.nn.one_hot(places, logits.shape[-1], dtype=dtype)
+    return jnp.einsum("btkx,btk->btx", choice, weigh(best))
 
 
 class _OfExperts(nn.Module):

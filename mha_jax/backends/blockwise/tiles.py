@@ -12,6 +12,7 @@ have no weights, and are cut off at the end.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -291,7 +292,7 @@ class Tiles:
             lines, blocks = (self.q_blocks, self.k_blocks)[:: 1 if by_rows else -1]
             every = np.full((1, lines), blocks, np.uint32)
             return Visits(np.zeros_like(every), every, None, True, single)
-        kind = self._kinds()
+        kind = self.kinds
         kind = kind if by_rows else kind.swapaxes(2, 3)
         live = self.layout.reduced(kind != visits.EMPTY, "any")
         every = self.layout.reduced(kind == visits.FULL, "all")
@@ -310,7 +311,9 @@ class Tiles:
             blocks = None
         return Visits(first[..., 0], count, blocks, masked, single)
 
-    def _kinds(self) -> Any:
+    @functools.cached_property
+    def kinds(self) -> Any:
+        """What is seen of every tile; see `visits.kinds`."""
         return visits.kinds(self.problem, self.tiling.block_q, self.tiling.block_k)
 
     def _is_written(self) -> bool:
@@ -318,7 +321,7 @@ class Tiles:
         sizes = self.t, self.s
         if not tiling.written or tiling.exhaustive or not all(isinstance(n, int) for n in sizes):
             return False
-        live = self.layout.reduced(self._kinds() != visits.EMPTY, "any")
+        live = self.layout.reduced(self.kinds != visits.EMPTY, "any")
         known = isinstance(live, np.ndarray) and len(live) == 1
         return known and int(live.sum()) <= tiling.written
 

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mha_jax.attention import hidden, softmax
 from mha_jax.attention.biases import floats
-from mha_jax.attention.call import Moves, Output, Problem, State, moving, without_constants
+from mha_jax.attention.call import Moves, Output, Problem, State, moving
 from mha_jax.attention.hidden import Rows
 from mha_jax.backends.pallas_tpu import kernels, rules
 from mha_jax.backends.pallas_tpu import operands as ops
@@ -130,8 +130,7 @@ def _with_line(tuning: Tuning, problem: Problem, state: State, ct: Output) -> Mo
     whole = dataclasses.replace(problem, bias=line, bias_rule=None, constants=())
     moves = cotangent(tuning, whole, state, ct)
     d_bias, d_rule = pull(moves.bias)
-    moves = moves._replace(bias=d_bias, bias_rule=_like(floats(problem.bias_rule), d_rule))
-    return without_constants(problem, moves)
+    return moves._replace(bias=d_bias, bias_rule=_like(floats(problem.bias_rule), d_rule))
 
 
 def _like(given: Any, moved: Any) -> Any:
