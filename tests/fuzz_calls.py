@@ -77,9 +77,9 @@ def read(text: str, words: dict[str, Any]) -> Any:
     return eval(text, {"__builtins__": {}}, words)
 
 
-def _tokens(text: str | None, length: int, lead: tuple[int, ...]) -> dict[str, Any]:
-    """Return what tokens say, in 64 bits, [B, L] each."""
-    tokens = mj.Tokens(length) if text is None else read(text, RULES)
+def _tokens(given: Any, length: int, lead: tuple[int, ...]) -> dict[str, Any]:
+    """Return what tokens, or their text, say, in 64 bits, [B, L] each."""
+    tokens = read(given, RULES) if isinstance(given, str) else given or mj.Tokens(length)
     rows = (
         tokens.start + np.arange(length, dtype=np.int64) if tokens.index is None else tokens.index
     )
