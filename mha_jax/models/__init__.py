@@ -5,9 +5,11 @@ import typing as _typing
 if _typing.TYPE_CHECKING:
     from mha_jax.models import bert as bert
     from mha_jax.models import decoder as decoder
+    from mha_jax.models import deepseek as deepseek
     from mha_jax.models import feed_forward as feed_forward
     from mha_jax.models import gguf as gguf
     from mha_jax.models import gpt as gpt
+    from mha_jax.models import latent as latent
     from mha_jax.models import layouts as layouts
     from mha_jax.models import llama as llama
     from mha_jax.models import minilm as minilm
@@ -31,9 +33,11 @@ else:
             __name__,
             "bert",
             "decoder",
+            "deepseek",
             "feed_forward",
             "gguf",
             "gpt",
+            "latent",
             "layouts",
             "llama",
             "minilm",

@@ -28,7 +28,14 @@ from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.layer import vectors
 from mha_jax.layer.linen import MultiHeadAttention
-from mha_jax.models.feed_forward import ACTIVATIONS, Experts, FeedForward, SharedExperts
+from mha_jax.models.feed_forward import (
+    ACTIVATIONS,
+    Experts,
+    FeedForward,
+    GroupedExperts,
+    SharedExperts,
+)
+from mha_jax.models.latent import Latent, LatentAttention
 from mha_jax.models.sizes import check_config
 from mha_jax.models.weights import fill
 from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int, Params
@@ -83,6 +90,7 @@ class Config:
       positions: Learned positions, as many; None has none.
       alibi: Whether logits fall with the distance, by the slopes of `biases.Alibi.of_heads`.
       qk_norm, use_sinks, scale, logit_cap: As of `MultiHeadAttention`.
+      latent: Of what keys and values are made, as in DeepSeek V3, instead of `MultiHeadAttention`.
       embedding_norm: Whether embeddings are normed, as in BLOOM.
       embedding_scale: What embeddings are multiplied by.
       output_cap: The logits of the vocabulary are `cap * tanh(logit / cap)`; None leaves them.
@@ -112,7 +120,7 @@ class Config:
     one_norm: bool = False
     activation: str = "silu"
     gated: bool = True
-    experts: Experts | SharedExperts | None = None
+    experts: Experts | SharedExperts | GroupedExperts | None = None
     dense_hidden: int | None = None
     use_bias: bool | tuple[str, ...] = False
     hidden_bias: bool = False
@@ -123,6 +131,7 @@ class Config:
     use_sinks: bool = False
     scale: float | None = None
     logit_cap: float | None = None
+    latent: Latent | None = None
     embedding_scale: float = 1.0
     output_cap: float | None = None
     output_scale: float = 1.0
@@ -181,6 +190,37 @@ def _feed_forward(config: Config, sparse: bool) -> nn.Module:
     return FeedForward(*sizes, config.hidden_bias, config.dtype, name="feed_forward")
 
 
+def _attention(config: Config, local: Local) -> Callable:
+    if config.latent is not None:
+        sizes = config.latent, config.num_heads, local.rotary or Rotary(), config.scale
+        options = {"use_bias": bool(config.use_bias), "dtype": config.dtype}
+        attend = LatentAttention(*sizes, **options, name="attention")
+        return lambda x, cache, value_mask=None, query_tokens=None, key_tokens=None: attend(
+            x, query_tokens, value_mask, cache
+        )
+    attend = MultiHeadAttention(
+        num_heads=config.num_heads,
+        key_dim=config.key_dim,
+        num_kv_heads=config.num_kv_heads,
+        use_bias=config.use_bias,
+        output_shape=config.width,
+        sliding_window=local.window,
+        rotary=local.rotary,
+        qk_norm=_qk_norm(config) if local.normed else None,
+        use_sinks=config.use_sinks,
+        scale=config.scale if local.scale is None else local.scale,
+        logit_cap=config.logit_cap,
+        dtype=config.dtype,
+        name="attention",
+    )
+    rules: dict[str, Any] = {"use_causal_mask": True}
+    if local.chunk is not None:
+        rules["mask"] = ChunkedCausal(local.chunk)
+    if config.alibi:
+        rules["bias"] = Alibi.of_heads(config.num_heads)
+    return lambda x, cache, **options: attend(x, x, cache=cache, **rules, **options)
+
+
 class Block(nn.Module):
     """Attention, then feed-forward, each in a residual connection with its norms."""
 
@@ -191,27 +231,8 @@ class Block(nn.Module):
     def __call__(self, x, cache, training, **options):
         config, local = self.config, self.local
         drop = nn.Dropout(config.dropout, deterministic=not training)
-        attend = MultiHeadAttention(
-            num_heads=config.num_heads,
-            key_dim=config.key_dim,
-            num_kv_heads=config.num_kv_heads,
-            use_bias=config.use_bias,
-            output_shape=config.width,
-            sliding_window=local.window,
-            rotary=local.rotary,
-            qk_norm=_qk_norm(config) if local.normed else None,
-            use_sinks=config.use_sinks,
-            scale=config.scale if local.scale is None else local.scale,
-            logit_cap=config.logit_cap,
-            dtype=config.dtype,
-            name="attention",
-        )
-        if local.chunk is not None:
-            options["mask"] = ChunkedCausal(local.chunk)
-        if config.alibi:
-            options["bias"] = Alibi.of_heads(config.num_heads)
         normed = _norm(config, "attention_norm")(x) if config.norm_before else x
-        attended = attend(normed, normed, use_causal_mask=True, cache=cache, **options)
+        attended = _attention(config, local)(normed, cache, **options)
         attended, cache = (attended, None) if cache is None else attended
         if config.norm_after:
             attended = _norm(config, "attention_norm_after")(attended)
@@ -331,14 +352,15 @@ class CausalLM(nn.Module):
         (3, 3, 11)
         """
         config = self.config
-        heads = config.num_kv_heads or config.num_heads
+        sizes = config.num_kv_heads or config.num_heads, config.key_dim, config.key_dim
+        if config.latent is not None:
+            sizes = config.latent.cached
         if rolling and config.positions is not None:
             raise ShapeError(
                 f"the model has learned {config.positions} positions, and rolling=True is for texts without "
                 "end. Leave it out."
             )
         windows = [local.window or local.chunk if rolling else None for local in config.layers]
-        sizes = heads, config.key_dim
         return tuple(
             Cache.empty(batch, window or capacity, *sizes, dtype=dtype, rolling=window is not None)
             for window in windows

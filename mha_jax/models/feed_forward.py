@@ -3,7 +3,7 @@
 B batch   T length   D width   F hidden width   X experts
 
 Source: Shazeer 2020, arXiv:2002.05202 (gates); OpenAI 2025, arXiv:2508.10925 (experts); Meta 2025 (Llama 4:
-an expert that all tokens share).
+an expert that all tokens share); DeepSeek-AI 2024, arXiv:2412.19437 (experts in groups).
 """
 
 import dataclasses
@@ -68,6 +68,53 @@ class SharedExperts:
     def layer(self, *sizes: Any, name: str) -> nn.Module:
         """Return the feed-forward layer of these experts: hidden, width, dtype."""
         return SharedMixture(self, *sizes, name=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedExperts:
+    """Experts in groups: a router chooses groups for every token, then experts of these, beside shared ones.
+
+    Groups are chosen by the sum of their two best scores. Scores are sigmoids; what is added to them for the
+    choice (the parameter "correction") has no gradient.
+
+    Args:
+      count: How many there are to choose from, X.
+      chosen: How many a token takes.
+      groups: How many groups they are in.
+      groups_chosen: How many groups a token's experts come from.
+      shared: How many experts all tokens share.
+      normalized: Whether a token's weights are divided by their sum.
+      scale: What they are multiplied by.
+      activation: One of `ACTIVATIONS`.
+
+    Source: DeepSeek-AI 2024, arXiv:2412.19437, section 2.1.2.
+    """
+
+    count: int
+    chosen: int
+    groups: int = 1
+    groups_chosen: int = 1
+    shared: int = 1
+    normalized: bool = True
+    scale: float = 1.0
+    activation: str = "silu"
+
+    def layer(self, *sizes: Any, name: str) -> nn.Module:
+        """Return the feed-forward layer of these experts: hidden, width, dtype."""
+        return GroupedMixture(self, *sizes, name=name)
+
+    def shares(self, logits: Array, correction: Array) -> Array:
+        """Return what every expert counts for: [B, T, X] of the router's logits, and what it adds, [X]."""
+        scores = nn.sigmoid(logits)
+        choice = scores + correction[None, None]
+        grouped = choice.reshape(*choice.shape[:2], self.groups, -1)
+        best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+        among = _chosen(best, self.groups_chosen)[..., None]
+        choice = jnp.where(among, grouped, -jnp.inf).reshape(choice.shape)
+        share = jnp.where(_chosen(choice, self.chosen), scores, 0)
+        if self.normalized:
+            share = share / (share.sum(-1, keepdims=True) + 1e-20)
+        return share * self.scale
 
 
 class FeedForward(nn.Module):
@@ -141,6 +188,36 @@ class SharedMixture(nn.Module):
         out = expert(self.width, name="experts_down")(ACTIVATIONS[experts.activation](gate) * up)
         sizes = self.hidden, self.width, experts.activation, True, False, self.dtype
         return out.sum(2) + FeedForward(*sizes, name="shared")(x)
+
+
+class GroupedMixture(nn.Module):
+    """Experts in groups, all computed: right, and as dear as all of them together."""
+
+    experts: GroupedExperts
+    hidden: int
+    width: int
+    dtype: DType = None
+
+    @nn.compact
+    def __call__(self, x):
+        experts = self.experts
+        route = nn.Dense(experts.count, use_bias=False, dtype=jnp.float32, name="router")
+        correction = self.param("correction", nn.initializers.zeros, (experts.count,))
+        share = experts.shares(route(x), correction).astype(x.dtype)
+        expert = partial(_OfExperts, experts.count, use_bias=False)
+        inner = expert(2 * self.hidden, name="experts_gate_up")(x[:, :, None])
+        gate, up = jnp.split(inner, 2, axis=-1)
+        out = expert(self.width, name="experts_down")(ACTIVATIONS[experts.activation](gate) * up)
+        sizes = self.hidden * experts.shared, self.width, experts.activation, True, False
+        return jnp.einsum("btx,btxd->btd", share, out) + FeedForward(
+            *sizes, self.dtype, name="shared"
+        )(x)
+
+
+def _chosen(scores: Array, count: int) -> Array:
+    """Return booleans that are true at the largest along the last axis."""
+    places = jax.lax.top_k(scores, count)[1]
+    return jax.nn.one_hot(places, scores.shape[-1], dtype=bool).any(-2)
 
 
 def _shares(logits: Array, chosen: int, weigh: Callable[[Array], Array], dtype: DType) -> Array:

@@ -9,7 +9,8 @@ import pytest
 
 from mha_jax import ShapeError, UnsupportedError, WeightsError
 from mha_jax.attention.rotary import Rotary
-from mha_jax.models import decoder, gpt, llama
+from mha_jax.models import decoder, deepseek, gpt, llama
+from mha_jax.models.latent import Latent
 
 VOCABULARY, LENGTH = 37, 13
 _LLAMA3 = {
@@ -69,7 +70,31 @@ _LLAMA4_PLAIN = {
     "num_experts_per_tok": 1,
     "attention_bias": True,
 }
-
+_DEEPSEEK = _EPSILON | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 5,
+    "kv_lora_rank": 7,
+    "qk_nope_head_dim": 3,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "moe_intermediate_size": 11,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 3,
+    "n_group": 3,
+    "topk_group": 2,
+    "n_shared_experts": 2,
+    "rope_parameters": _YARN | {"mscale": 0.7, "mscale_all_dim": 1.0, "truncate": True},
+}
+_DEEPSEEK_PLAIN = {
+    "q_lora_rank": None,
+    "attention_bias": True,
+    "rope_interleave": False,
+    "norm_topk_prob": False,
+    "n_group": 1,
+    "topk_group": 1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+}
 _NEO = {
     "vocab_size": VOCABULARY,
     "hidden_size": 12,
@@ -124,6 +149,13 @@ FAMILIES = {
         llama,
         _SIZES | _LLAMA4 | _LLAMA4_PLAIN,
     ),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3", deepseek, _SIZES | _DEEPSEEK),
+    "deepseek_v3_plain": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3",
+        deepseek,
+        _SIZES | _DEEPSEEK | _DEEPSEEK_PLAIN,
+    ),
     "gpt_neo": ("GPTNeoForCausalLM", "GPTNeo", gpt, _NEO),
     "bloom": ("BloomForCausalLM", "Bloom", gpt, _BLOOM),
     "gptj": ("GPTJForCausalLM", "GPTJ", gpt, _GPTJ),
@@ -150,12 +182,13 @@ def make(name, torch):
     model_name, config_name, module, fields = FAMILIES[name]
     model_name = model_name if model_name.endswith("LM") else f"{model_name}Model"
     config = getattr(transformers, f"{config_name}Config")(**fields)
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     torch.manual_seed(0)
     theirs = getattr(transformers, model_name)(config).eval()
     draw = np.random.default_rng(1).standard_normal
     with torch.no_grad():
-        for x in theirs.parameters():
+        chosen = [x for name, x in theirs.named_buffers() if "correction" in name]
+        for x in (*theirs.parameters(), *chosen):
             x.copy_(torch.from_numpy(0.3 * draw(tuple(x.shape), np.float32)))
     return theirs, config.to_dict(), module
 
@@ -187,7 +220,10 @@ def test_a_family_gives_its_logits_and_gradients(name, torch):
     np.testing.assert_allclose(logits[MASK], want[MASK], atol=1e-5, rtol=1e-5)
 
     # What reads weights is linear but for Gemma's 1 +, so that it reads their gradients, too.
-    _, gradients = module.read(config, tensors_of(theirs, lambda x: x.grad))
+    def gradient(x):  # what chooses experts has none
+        return x.grad if x.requires_grad else torch.zeros_like(x)
+
+    _, gradients = module.read(config, tensors_of(theirs, gradient))
     _, nothing = module.read(config, tensors_of(theirs, lambda x: torch.zeros_like(x).detach()))
     expected = jax.tree.map(np.subtract, gradients, nothing)
     largest = max(np.abs(y).max() for y in jax.tree.leaves(expected))
@@ -346,3 +382,32 @@ def test_dropout_is_there_in_training_alone():
     assert np.abs(one - other).max() > 0.1
     plain = jax.jit(decoder.CausalLM(SMALL).apply)(variables, tokens)
     np.testing.assert_array_equal(apply(variables, tokens), plain)
+
+
+def test_experts_of_deepseek_are_read_one_by_one_too(torch):
+    """As the published files hold them."""
+    theirs, config, module = make("deepseek_v3", torch)
+    tensors = tensors_of(theirs)
+    single = {}
+    for name, x in tensors.items():
+        place, kind = name.rsplit(".", 1)
+        if kind == "gate_up_proj":
+            for part, both in zip(("gate", "up"), np.split(x, 2, axis=1)):
+                single |= {f"{place}.{j}.{part}_proj.weight": w for j, w in enumerate(both)}
+        elif kind == "down_proj":
+            single |= {f"{place}.{j}.{kind}.weight": w for j, w in enumerate(x)}
+        else:
+            single[name] = x
+    assert len(single) > len(tensors)
+    found, want = module.read(config, single), module.read(config, tensors)
+    assert found[0] == want[0]
+    jax.tree.map(np.testing.assert_array_equal, found[1], want[1])
+
+
+def test_what_a_relative_of_deepseek_has_beyond_is_refused():
+    with pytest.raises(UnsupportedError, match="family 'deepseek_v2', where deepseek_v3 can be"):
+        deepseek.config_of({"model_type": "deepseek_v2"})
+    with pytest.raises(UnsupportedError, match="hidden_act='gelu', expected silu"):
+        deepseek.config_of({"model_type": "deepseek_v3", "hidden_act": "gelu"})
+    with pytest.raises(ShapeError, match="rank must be"):
+        Latent(0, 3, 2, 3)
