@@ -9,6 +9,8 @@ import pytest
 
 import mha_jax as mj
 from mha_jax import Call, Causal, Dense, Dropout, Tokens, ValidKeys, ValidQueries, Window
+from mha_jax.backends.blockwise import Blockwise
+from mha_jax.backends.pallas_tpu import PallasTPU
 from mha_jax.backends.reference import Reference
 from tests import oracles
 from tests.backends import backends, tiles
@@ -138,3 +140,37 @@ def test_the_layer_gives_its_bias_and_no_gradient(name, scores):
     assert np.abs(flowing).max() > 0
     for gradient in jax.tree.leaves((of_params, of_inputs)):
         np.testing.assert_array_equal(gradient, 0)
+
+
+LEAST = np.finfo(np.float32).min
+EVERY = BACKENDS | {
+    "apart": Blockwise(block_q=4, block_k=4, apart=True),
+    "pallas_tpu": PallasTPU(interpret=True),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_smallest_logit_is_more_than_a_hidden_one(name):
+    """An additive mask may end at the smallest number; what a rule or -inf hides has less."""
+    bias = np.full((1, 1, T, S), LEAST, np.float32)
+    bias[..., 0, 2] = bias[..., 1, :] = -np.inf
+    bias[..., 2, 5] = 0.0  # hidden by the rule
+    visible = np.broadcast_to(np.arange(S) < 4, (T, S))
+    call = dataclasses.replace(call_of(Dense(visible)), q=draw(1, B, T, N, H) * 0.1, bias=bias)
+    v = np.array(call.v)
+    v[:, 4:] = 1e18
+    call = dataclasses.replace(call, v=v, q_tokens=None, k_tokens=None)
+
+    def run(bias):
+        return mj.attend(dataclasses.replace(call, bias=bias), EVERY[name])
+
+    (out, lse), vjp = jax.vjp(run, jnp.asarray(bias))
+    shown = visible & (bias[0, 0] > -np.inf)
+    p = shown / np.maximum(shown.sum(-1, keepdims=True), 1)
+    values = np.repeat(v, N // K, axis=2)
+    np.testing.assert_allclose(out, np.einsum("ts,bsnv->btnv", p, values), atol=1e-5)
+    expected = np.where(shown.any(-1), LEAST, -np.inf)
+    np.testing.assert_array_equal(lse, np.broadcast_to(expected, lse.shape))
+    (d_bias,) = vjp(mj.Output(jnp.ones_like(out), jnp.zeros_like(lse)))
+    total = values.sum((0, 2, 3))
+    np.testing.assert_allclose(d_bias[0, 0], p * (total - (p @ total)[:, None]), atol=1e-4)

@@ -63,6 +63,15 @@ KEPT = [
         magnitudes=(1e6, 1e3, 1e18),
         traced=True,
     ),
+    # Rows whose largest logit is the smallest number: hidden keys weighed as much.
+    FunctionCall(
+        seed=898674,
+        lengths=(11, 2),
+        mask="ChunkedCausal(1)",
+        q_tokens="Tokens(11, pos=ints(851519, -3, 9, 11))",
+        bias="Array(either(890607, -3.4028234663852886e+38, 11, 2))",
+        poison=1e18,
+    ),
 ]
 
 

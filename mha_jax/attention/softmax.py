@@ -36,8 +36,12 @@ def start(rows: tuple[Size, ...], value_size: int, dtype) -> Running:
 
 
 def finite(m: Float[Array, "*R"]) -> Float[Array, "*R"]:
-    """Replace -inf by 0: the shift of a row that sees nothing may be any number, but finite."""
-    return jnp.where(m == -jnp.inf, jnp.zeros_like(m), m)
+    """Replace -inf by 0: the shift of a row that sees nothing may be any number, but finite.
+
+    A row with a logit of inf has no weights: its shift is NaN, 0 times inf.
+    """
+    shift = jnp.where(m == -jnp.inf, jnp.zeros_like(m), m)
+    return shift + 0 * shift
 
 
 def weights(x: Float[Array, "*R"], m: Float[Array, "..."]) -> Float[Array, "*R"]:
@@ -55,7 +59,7 @@ def first(x: Float[Array, "*R T S"]) -> tuple[Array, Array, Array]:
 def apart(x: Float[Array, "*R T S"]) -> tuple[Array, Array, Array]:
     """Return what `first` does, by two passes over the logits with nothing between them: two launches."""
     m = jnp.max(x, axis=-1, keepdims=True)
-    p = jnp.where(x == -jnp.inf, jnp.zeros((), x.dtype), jnp.exp(_settled(x) - m))
+    p = jnp.where(x == -jnp.inf, jnp.zeros((), x.dtype), jnp.exp(_settled(x) - finite(m)))
     return p, m, jnp.sum(p, axis=-1, keepdims=True)
 
 
@@ -108,9 +112,10 @@ def _settled(x: Float[Array, "*R"]) -> Float[Array, "*R"]:
     """Return logits as they are, as far as weights go, after an operation that no compiler merges.
 
     Else `scale * dot - m` may be rounded once, as one operation, or twice, as what is around the pass has it:
-    then asking for scores would change bits of the output.
+    then asking for scores would change bits of the output. What is hidden stays -inf: the smallest number may
+    be the largest logit of a row.
     """
-    return jnp.maximum(x, jnp.finfo(x.dtype).min)
+    return jnp.minimum(x, jnp.finfo(x.dtype).max)
 
 
 def reciprocal(l: Float[Array, "*R"]) -> Float[Array, "*R"]:

@@ -20,8 +20,8 @@ from mha_jax.backends.pallas_tpu.patterns import LANES
 from mha_jax.backends.pallas_tpu.view import Part, View, across
 from mha_jax.types import Array
 
-# Less than any logit, but finite, so that a row that has seen nothing subtracts it without a NaN.
-LEAST = float(np.finfo(np.float32).min) / 2
+# No more than any logit, but finite, so that a row that has seen nothing subtracts it without a NaN.
+LEAST = float(np.finfo(np.float32).min)
 # Less than any sum of weights, the largest of which is 1.
 TINY = 0.5
 
