@@ -301,7 +301,7 @@ _ELSEWHERE = {
         "",
         'the key is the stream "dropout" of rngs, or that of dropout=Dropout(key, rate) without a module',
     ),
-    "out_sharding": ("", "outputs lie where their inputs do, jax.reshard moves them"),
+    "out_sharding": ("", "outputs lie where their inputs do, jax.device_put moves them"),
     "qkv_sharding": ("", "projections lie where inputs and kernels do"),
     **dict.fromkeys(
         ("qkv_dot_general", "out_dot_general", "qkv_dot_general_cls", "out_dot_general_cls"),
