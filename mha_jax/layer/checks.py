@@ -294,6 +294,7 @@ _ELSEWHERE = {
     "inputs_k": ("key", ""),
     "inputs_v": ("value", ""),
     "inputs_kv": ("value", "which is key, too, unless that is given"),
+    "input_positions": ("query_tokens", "mj.Tokens(T, pos=positions)"),
     "out_kernel_init": ("kernel_initializer", "of all projections"),
     "out_bias_init": ("bias_initializer", "of all projections"),
     "force_fp32_for_softmax": ("", "the softmax is never narrower than float32"),
