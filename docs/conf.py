@@ -21,6 +21,7 @@ html_title = f"mha_jax {version}"
 html_show_sourcelink = html_show_copyright = False
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_parser"]
+myst_heading_anchors = 3  # Links to headings, as GitHub has them.
 default_role = "code"  # One backtick in a docstring is code.
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -4,7 +4,9 @@
 """
 
 import contextlib
+import difflib
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -58,7 +60,18 @@ def lazy(
         if name in rooms:
             with packages():
                 return importlib.import_module(rooms[name])
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        raise AttributeError(f"module {package!r} has no attribute {name!r}{meant(name)}")
+
+    def meant(name: str) -> str:
+        """Say in which room a name is that the package does not show, or which one is near."""
+        if name.startswith("_"):
+            return ""
+        for room, module in rooms.items():
+            found = getattr(sys.modules.get(module), name, None)
+            if str(getattr(found, "__module__", "")).startswith(package):
+                return f". It is {package}.{room}.{name}"
+        near = difflib.get_close_matches(name, listed(), 1)
+        return f". Did you mean {near[0]!r}?" if near else ""
 
     def listed() -> list[str]:
         return sorted({*rooms, *names})

@@ -3,8 +3,10 @@
 import dataclasses
 import inspect
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 import pytest
 from flax import nnx
@@ -162,6 +164,64 @@ def test_names_from_elsewhere_in_the_call_of_a_module(given, message):
         with pytest.raises(ArgumentError, match=r"^MultiHeadAttention\.__call__\(\) got") as caught:
             call(**given)
         assert message in str(caught.value)
+
+
+OF_TORCH = (
+    "embed_dim num_heads dropout bias add_bias_kv add_zero_attn kdim vdim batch_first device dtype",
+    "query key value key_padding_mask need_weights attn_mask average_attn_weights is_causal",
+)
+THEIRS = {
+    "keras": (keras.layers.MultiHeadAttention.__init__, keras.layers.MultiHeadAttention.call),
+    "linen": (nn.MultiHeadDotProductAttention, nn.MultiHeadDotProductAttention.__call__),
+    "nnx": (nnx.MultiHeadAttention.__init__, nnx.MultiHeadAttention.__call__),
+}
+
+
+def names_of(function):
+    kinds = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
+    parameters = inspect.signature(function).parameters.values()
+    # Metadata of parameters are nnx's own, and others in every version.
+    other = ("self", "parent", *(p.name for p in parameters if p.name.endswith("_metadata")))
+    return [p.name for p in parameters if p.kind not in kinds and p.name not in other]
+
+
+@pytest.mark.parametrize("whose", [*THEIRS, "torch"])
+def test_every_name_of_a_peer_is_taken_or_answered(whose):
+    if whose == "torch":
+        made, called = (names.split() for names in OF_TORCH)
+    else:
+        made, called = map(names_of, THEIRS[whose])
+    for name in {*made} - {*FIELDS, "name"}:
+        with pytest.raises(ArgumentError, match=r"Did you mean|Leave it out"):
+            mj.MultiHeadAttention(**more({name: None}))
+    for name in {*called} - {*names_of(NNX.__call__)}:
+        for call in (lambda **o: LINEN.apply(VARIABLES, X, Y, **o), lambda **o: NNX(X, Y, **o)):
+            with pytest.raises(ArgumentError, match=r"Did you mean|Leave it out"):
+                call(**{name: None})
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (
+            {"bias": False},
+            r"argument of the call.*in flax\.nnx\. Did you mean 'use_bias', for biases of",
+        ),
+        ({"kdim": 3}, r"'kdim'\. Leave it out: widths are read off the inputs\.$"),
+        ({"batch_first": True}, r"Leave it out: inputs are always \[batch, length, features\]"),
+        ({"d_model": 12}, "'key_dim', the size of one head: d_model // num_heads"),
+        ({"hidden_size": 12}, "'key_dim', the size of one head: hidden_size // num_heads"),
+        ({"in_features": 12}, "'in_features'. Leave it out: .* but in mj.nnx.MultiHeadAttention"),
+        ({"rngs": None}, "'rngs'. Leave it out: .* but in mj.nnx.MultiHeadAttention"),
+        (
+            {"padding_mask": None},
+            "'value_mask', where True .*? That one is an argument of the call",
+        ),
+    ],
+)
+def test_names_from_elsewhere_in_the_constructor(given, message):
+    with pytest.raises(ArgumentError, match=message):
+        mj.MultiHeadAttention(**more(given))
 
 
 def test_a_config_says_what_was_meant():

@@ -13,7 +13,7 @@ from flax import nnx
 import mha_jax as mj
 from mha_jax.attention import attention_fn
 from mha_jax.attention.attention_fn import SharedDropout
-from mha_jax.errors import ShapeError, UnsupportedError
+from mha_jax.errors import ArgumentError, ShapeError, UnsupportedError
 from tests.drawn import draw_variables
 from tests.oracles import attention as oracle
 
@@ -301,8 +301,43 @@ def _wrong():
     for name in attention_fn._REFUSED:
         yield {name: jnp.einsum}, UnsupportedError, rf"{name} would replace the products"
     yield {"is_casual": True}, TypeError, r"keyword argument 'is_casual'\. Did you mean 'is_causal'"
-    yield {"zzz": 1}, TypeError, r"unexpected keyword argument 'zzz'\.$"
+    yield (
+        {"zzz": 1},
+        TypeError,
+        r"unexpected keyword argument 'zzz'\. It takes query, key, value, mask",
+    )
     yield {"is_causal": True, "mask": jnp.ones((4, T, T))}, ShapeError, r"does not fit the logits"
+
+
+THEIRS = {
+    "jax.nn": [*inspect.signature(jax.nn.dot_product_attention).parameters],
+    "torch": [
+        "query",
+        "key",
+        "value",
+        "attn_mask",
+        "dropout_p",
+        "is_causal",
+        "scale",
+        "enable_gqa",
+    ],
+    "the layer": [*inspect.signature(mj.MultiHeadAttention.__call__).parameters][1:],
+    "others": ["causal", "segment_ids", "window_size", "softmax_scale", "sm_scale", "softcap"],
+}
+
+
+@pytest.mark.parametrize("whose", THEIRS)
+def test_names_from_elsewhere_are_answered(whose):
+    x, ours = jnp.ones((B, T, N, H)), inspect.signature(ATTEND).parameters
+    names = {*THEIRS[whose]} - {*ours} - {"on_projection"}
+    for name in names:
+        with pytest.raises(
+            ArgumentError, match=rf"argument '{name}'\. Here (pass|call|leave) .*\. It"
+        ):
+            ATTEND(x, x, x, **{name: None})
+        with pytest.raises(ArgumentError, match=rf"argument '{name}'\. Here"):
+            ATTEND(x, x, x, cache=mj.Cache.empty(B, T, N, H), **{name: None})
+    assert names
 
 
 @pytest.mark.parametrize("arguments, error, message", list(_wrong()))

@@ -267,6 +267,20 @@ CORE = [
     wrong("mask_of_keys", lambda: dot(mask=np.ones((B, S), bool)), "ValidKeys()", "key_mask"),
     wrong("mask_rank", lambda: dot(mask=np.ones(S, bool)), "mask of shape (7,)", "does not fit"),
     wrong("mask_too_many_axes", lambda: dot(mask=np.ones((1, 1, 1, T, S), bool)), "does not fit"),
+    wrong("bias_is_a_class", lambda: dot(bias=mj.biases.Alibi), "class Alibi", "write Alibi(...)"),
+    wrong("bias_is_a_mask", lambda: dot(bias=mj.Causal()), "bias must be", "mask=", "not Causal"),
+    wrong(
+        "bias_of_heads", lambda: dot(bias=ones(N)), "(6,)", "bias[:, None, None]", "Alibi(slopes)"
+    ),
+    wrong("bias_of_all", lambda: dot(bias=ones(N, T, S)), "(6, 5, 7)", "[N, T, S], is bias[None]"),
+    wrong(
+        "tokens_of_ids",
+        lambda: dot(key_tokens=mj.Tokens(np.zeros((B, S), int))),
+        "key_tokens begin with their number: got Tokens(int64[2, 7])",
+        "Tokens(7, segment=ids)",
+        "Tokens.packed(ids)",
+    ),
+    wrong("rate_before_key", lambda: mj.Dropout(0.1, RNG), "Dropout(key, rate) in this order"),
     wrong("boolean_bias", lambda: dot(bias=BOOL_TS), "floating point", "bool", "as `mask`"),
     wrong("bias_shape", lambda: dot(bias=ones(S, T)), "bias of shape (7, 5)", "does not fit"),
     wrong("bias_without_heads", lambda: dot(bias=ones(B, T, S)), "bias of shape (2, 5, 7)"),
@@ -574,6 +588,18 @@ CALLING = [
         lambda: functional(key_mask=ones(B, S)),
         "key_mask holds True or False",
         "float32",
+    ),
+    wrong(
+        "rule_as_query_mask",
+        lambda: apply(X, Y, Y, mj.Causal()),
+        "query_mask must be an array of booleans",
+        "goes into mask=",
+    ),
+    wrong(
+        "pictures_of_a_result",
+        lambda: mj.visualize.html(apply(X, X, return_attention_scores=True)),
+        "got tuple",
+        "y, scores = layer.apply(...)",
     ),
     wrong(
         "mask_as_array", lambda: functional(mask=BOOL_TS), "mask", "attention_mask", kind=MhaError

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mha_jax as mj
 from mha_jax import (
     Causal,
     ChunkedCausal,
@@ -361,3 +362,17 @@ def test_reach_combines_as_its_masks_do():
     yes, no, maybe = (Reach(*map(np.bool_, x)) for x in ((1, 1), (0, 0), (1, 0)))
     assert yes & no == no and yes & maybe == maybe and no | maybe == maybe and yes | maybe == yes
     assert ~yes == no and ~no == yes and ~maybe == maybe
+
+
+def test_masks_biases_tokens_and_dropout_are_printed_without_their_numbers():
+    table, valid = np.ones((8, 2), np.float32), np.ones((1, 50), bool)
+    for value, text in (
+        (Causal() & Dense(np.ones((50, 50), bool)), "And(a=Causal(), b=Dense(array=bool[50,50]))"),
+        (~Window(3, 0), "Not(a=Window(left=3, right=0))"),
+        (mj.PrefixLM(jnp.arange(2)), "PrefixLM(lengths=[0, 1])"),
+        (mj.biases.Alibi(np.ones(50, np.float32)), "Alibi(slopes=float32[50])"),
+        (mj.biases.Buckets(table, max_distance=9), "Buckets(table=float32[8,2], max_distance=9)"),
+        (mj.Tokens(50, valid=valid), "Tokens(length=50, valid=bool[1,50])"),
+        (mj.Dropout(jax.random.key(0), 0.5), "Dropout(key=key<fry>[], rate=0.5)"),
+    ):
+        assert repr(value) == text

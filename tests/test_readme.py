@@ -8,6 +8,12 @@ README = (ROOT / "README.md").read_text()
 SAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+def anchors(text):
+    """Return the anchors of a page's headings, as GitHub and MyST make them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_the_samples_run_from_first_to_last():
     names = {}
     for sample in SAMPLES:
@@ -25,7 +31,9 @@ def test_links_work_outside_the_clone_and_lead_to_files_in_it():
     links = re.findall(r"\]\((.*?)\)", README)
     assert links and all(link.startswith("https://") for link in links)
     for path in re.findall(rf"\]\({ours}(.*?)\)", README):
-        assert (ROOT / path).is_file(), path
+        file, _, heading = path.partition("#")
+        assert (ROOT / file).is_file(), path
+        assert not heading or heading in anchors((ROOT / file).read_text()), path
 
 
 def test_two_commands_do_all_the_set_up():

@@ -59,6 +59,22 @@ def test_a_room_that_is_none_is_an_attribute_error():
             _ = package.cellar
 
 
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("MultiheadAttention", r"\. Did you mean 'MultiHeadAttention'\?$"),
+        ("Casual", r"\. Did you mean 'Causal'\?$"),
+        ("Alibi", r"\. It is mha_jax\.biases\.Alibi$"),
+        ("YaRN", r"\. It is mha_jax\.rotary\.YaRN$"),
+        ("jnp", "$"),
+        ("_Window", "$"),
+    ],
+)
+def test_a_name_that_is_none_says_which_may_be_meant(name, hint):
+    with pytest.raises(AttributeError, match=f"module 'mha_jax' has no attribute '{name}'.*{hint}"):
+        getattr(mha_jax, name)
+
+
 def test_what_shows_without_underscore_is_public_or_a_folder():
     folders = {p.stem for p in (ROOT / "mha_jax").iterdir() if not p.name.startswith("_")}
     code = "import mha_jax, json; print(json.dumps([n for n in vars(mha_jax) if n[0] != '_']))"

@@ -12,6 +12,7 @@ values in Flax, and the bits of the dropout are those of `mha_jax.attention.drop
 import dataclasses
 import difflib
 import inspect
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -25,7 +26,7 @@ from mha_jax.attention.call import Call
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.given import as_array, floating, switch
 from mha_jax.attention.masks import Causal, Dense
-from mha_jax.errors import ShapeError, UnsupportedError
+from mha_jax.errors import ArgumentError, ShapeError, UnsupportedError
 from mha_jax.types import Array, DType, PRNGKey
 
 _Function = TypeVar("_Function")
@@ -62,6 +63,38 @@ class FlaxArguments(TypedDict, total=False):
 
 
 _NAMES = tuple(FlaxArguments.__annotations__)
+# What other libraries, and the layer, call what is said otherwise here.
+_SEEN = "pass mask=, where True means that a query may attend, and numbers that are added as bias="
+_LENGTHS = "pass mask=ValidKeys(), key_tokens=Tokens(S, valid=jnp.arange(S) < lengths[:, None])"
+_DROPPED = "pass dropout=Dropout(key, rate)"
+_SCORES = "call attention_scores(Call(q, k, v, ...))"
+_ELSEWHERE = {
+    "attn_mask": _SEEN,
+    "attention_mask": _SEEN,
+    "key_padding_mask": _LENGTHS,
+    "key_mask": _LENGTHS,
+    "value_mask": _LENGTHS,
+    "key_value_seq_lengths": _LENGTHS,
+    "query_mask": "pass mask=ValidQueries(), query_tokens=Tokens(T, valid=flags)",
+    "query_seq_lengths": "pass mask=ValidQueries(), query_tokens=Tokens(T, valid=...)",
+    "causal": "pass mask=Causal()",
+    "use_causal_mask": "pass mask=Causal()",
+    "local_window_size": "pass mask=Window(left, right)",
+    "window_size": "pass mask=Window(left, right)",
+    "sliding_window": "pass mask=Window(w - 1, w - 1)",
+    "segment_ids": "pass mask=SameSegment(), query_tokens= and key_tokens=Tokens.packed(ids)",
+    "dropout_p": _DROPPED,
+    "training": _DROPPED,
+    "return_attention_scores": _SCORES,
+    "need_weights": _SCORES,
+    "return_residual": "call attend(Call(q, k, v, ...)), whose second result it is",
+    "softmax_scale": "pass scale=",
+    "sm_scale": "pass scale=",
+    "softcap": "pass logit_cap=",
+    "logits_soft_cap": "pass logit_cap=",
+    "implementation": "pass backend=",
+    "enable_gqa": "leave it out: fewer heads in key and value than in query are groups",
+}
 _REFUSED = (
     "einsum_dot_general",
     "qk_attn_weights_einsum",
@@ -110,11 +143,8 @@ def with_flax_arguments(call: Call, flax: FlaxArguments) -> Call:
     True where they are not 0: so they mean what they mean in Flax.
 
     Raises:
-      TypeError: If a name is not one of Flax's.
       ShapeError: If the dropout is given twice, or has no key.
-      UnsupportedError: If an argument would replace the products of attention.
     """
-    _check_names(flax)
     for name in ("is_causal", "deterministic", "broadcast_dropout"):
         if flax.get(name) is not None:
             switch(name, flax.get(name))
@@ -157,13 +187,23 @@ def sow(module: Any, scores: Array) -> None:
     module.sow(nnx.Intermediate, "attention_weights", scores)
 
 
-def _check_names(flax: FlaxArguments) -> None:
+def check_names(function: Callable[..., Any], flax: FlaxArguments) -> None:
+    """Refuse what is neither an argument of a function of ours nor one that Flax's layers pass.
+
+    Raises:
+      ArgumentError: Saying what it is here, or what may be meant.
+      UnsupportedError: If an argument would replace the products of attention.
+    """
     for name, value in flax.items():
         if name not in _NAMES:
-            near = difflib.get_close_matches(name, _NAMES, 1)
+            known = list(inspect.signature(function).parameters)
+            near = difflib.get_close_matches(name, known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise TypeError(
-                f"dot_product_attention() got an unexpected keyword argument {name!r}.{hint}"
+            if name in _ELSEWHERE:
+                hint = f" Here {_ELSEWHERE[name]}."
+            raise ArgumentError(
+                f"{function.__name__}() got an unexpected keyword argument {name!r}.{hint} It takes "
+                f"{', '.join(known)}."
             )
         if name in _REFUSED and value is not None:
             raise UnsupportedError(

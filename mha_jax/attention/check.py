@@ -207,7 +207,12 @@ def _tokens(name: str, tokens: Tokens | None, length: Size, lead: tuple[int, ...
     if tokens is None:
         return Tokens(length)
     check_tokens(name, tokens, length)
-    if isinstance(tokens.length, (jax.Array, np.ndarray)) or tokens.length != length:
+    if isinstance(tokens.length, (jax.Array, np.ndarray)):
+        raise ShapeError(
+            f"{name} begin with their number: got Tokens({_of(tokens.length)}). Pass Tokens({length}, "
+            "segment=ids), or Tokens.packed(ids) with positions that restart, valid=flags for padding."
+        )
+    if tokens.length != length:
         raise ShapeError(
             f"{name} must describe every token: got Tokens(length={tokens.length}) for {length} "
             "tokens. Queries (length T) have their own, keys and values (length S) theirs."

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mha_jax.attention.brief import brief
 from mha_jax.attention.given import random_key
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, ArrayLike, Int, PRNGKey, Size, UInt32
@@ -90,12 +91,16 @@ class Dropout:
     batch_start: Int[ArrayLike, ""] | int = 0
     head_start: Int[ArrayLike, ""] | int = 0
 
+    def __repr__(self) -> str:
+        return brief(self)
+
     def __post_init__(self):
         number = isinstance(self.rate, numbers.Real) and not isinstance(self.rate, bool)
         if not number or not 0 <= self.rate < 1:
             raise ShapeError(
                 f"the dropout rate must be a number in [0, 1): got {self.rate!r}. "
-                "It is the share of attention weights to drop; pass dropout=None for none."
+                "It is the share of attention weights to drop, Dropout(key, rate) in this order; pass "
+                "dropout=None for none."
             )
 
     @property

@@ -142,10 +142,18 @@ def _broadcastable(name: str, a: Array, shape: tuple[int, ...], missing_heads: b
         forms = ["[T, S]", "[*B, N, T, S]"]
         if missing_heads:
             forms.insert(1, "[*B, T, S]")
+        hint = (
+            "A mask over keys alone, [B, S], goes into Tokens(S, valid=...) with ValidKeys(), or key_mask= "
+            "of the layer."
+        )
+        if name == "bias":
+            hint = (
+                "One for all examples, [N, T, S], is bias[None]; a number for every head, "
+                "bias[:, None, None]; slopes of ALiBi, mj.biases.Alibi(slopes)."
+            )
         raise ShapeError(
             f"{name} of shape {given} does not fit the logits [*B, N, T, S] = {shape}. "
-            f"Expected {', '.join(forms)}, each axis of that size or 1. A mask over keys alone, "
-            "[B, S], goes into Tokens(S, valid=...) with ValidKeys(), or key_mask= of the layer."
+            f"Expected {', '.join(forms)}, each axis of that size or 1. {hint}"
         )
     return fold_batch(a, shape[:-3], 3)
 

@@ -173,7 +173,7 @@ def dot_product_attention(
 
     Raises:
       ShapeError, UnsupportedError: As `attend`; and if an argument of Flax's cannot be honoured.
-      TypeError: If a keyword is unknown.
+      ArgumentError: If a keyword is unknown, with what it is here.
 
     Cost: As `attend`.
 
@@ -194,6 +194,7 @@ def dot_product_attention(
         precision=precision,
     )
     if flax:
+        attention_fn.check_names(dot_product_attention, flax)
         if cache is not None:
             raise ShapeError(
                 f"a cache and what Flax's layers pass do not go together: got cache= and {', '.join(flax)}. "

@@ -4,6 +4,7 @@
 what was expected, and how to fix it.
 """
 
+import dataclasses
 import functools
 import numbers
 from collections.abc import Sequence
@@ -49,11 +50,22 @@ def as_array(name: str, x: Any, wanted: str) -> ArrayLike:
     kinds = jnp.floating, jnp.integer, jnp.bool_
     if a is None or not any(jnp.issubdtype(a.dtype, kind) for kind in kinds):
         got = type(x).__name__ if not hasattr(x, "dtype") else f"{x.dtype}{list(np.shape(x))}"
-        fix = "Convert it with np.asarray first."
+        fix = _cure(x)
         if a is not None and jnp.issubdtype(a.dtype, jnp.complexfloating):
             fix = real_numbers(a.dtype)
         raise ShapeError(f"{name} must be {wanted}: got {got}. {fix}")
     return a
+
+
+def _cure(x: Any) -> str:
+    """Return how to make an array of what is none."""
+    if isinstance(x, type):
+        return f"That is the class {x.__name__}, not one of its values: write {x.__name__}(...)."
+    if dataclasses.is_dataclass(x):
+        return f"A rule for masks goes into mask=, one for biases into bias=: not {type(x).__name__} here."
+    if isinstance(x, tuple):
+        return "Of what a call returned pass one part: y, scores = layer.apply(...)."
+    return "Convert it with np.asarray first."
 
 
 def real_numbers(dtype: Any) -> str:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mha_jax.attention.brief import brief
 from mha_jax.attention.given import as_array
 from mha_jax.errors import ShapeError
 from mha_jax.types import ArrayLike, Bool, Int, Size
@@ -61,6 +62,9 @@ class Tokens:
     pos: Int[ArrayLike, "#B L"] | None = None
     segment: Int[ArrayLike, "#B L"] | None = None
     valid: Bool[ArrayLike, "#B L"] | None = None
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @classmethod
     def packed(cls, ids: Int[ArrayLike, "*B L"]) -> "Tokens":

@@ -223,19 +223,19 @@ def import_masks(
 
     Args:
       attn_mask: [T, S] or [B * N, T, S], or [N, T, S] unbatched, True where a query may not attend. Floats
-        that are added to the logits count if they are 0 and -inf only.
+        are added to the logits: -inf hides, and if others are not 0, they are a bias.
       key_padding_mask: [B, S], or [S] unbatched, True (or -inf) for padding.
       num_heads: Heads N, which torch folds into the batch of `attn_mask`.
       batch: B. If None, `key_padding_mask` tells it; without one, an `attn_mask` of N rows is that of an
         unbatched call: pass 1 for a batch of one.
 
     Returns:
-      {"attention_mask": ..., "value_mask": ...}, each where given: `layer.apply(variables, query,
-      value, key, **import_masks(...))`. torch's `is_causal=True` is `use_causal_mask=True`.
+      {"attention_mask": ..., "bias": ..., "value_mask": ...}, each where given: `layer.apply(variables,
+      query, value, key, **import_masks(...))`. torch's `is_causal=True` is `use_causal_mask=True`.
 
     Raises:
       ShapeError: If a mask holds integers, or its shape does not fit.
-      UnsupportedError: If a float mask holds more than 0 and -inf.
+      UnsupportedError: If a float `key_padding_mask` holds more than 0 and -inf.
 
     >>> hidden = np.triu(np.ones((3, 3), bool), 1)               # torch's causal mask
     >>> import_masks(hidden, num_heads=2)["attention_mask"].astype(int).tolist()
@@ -247,48 +247,57 @@ def import_masks(
     result = {}
     axes = None if batch is None else (batch,)  # before the heads; () for an unbatched call
     if key_padding_mask is not None:
-        padding = _shown("key_padding_mask", key_padding_mask, ranks=(1, 2))
+        hidden, added = _given("key_padding_mask", key_padding_mask, ranks=(1, 2))
+        if added is not None:
+            raise UnsupportedError(
+                "key_padding_mask holds floats other than 0 and -inf, which torch adds to the logits of "
+                "every query. Pass them as bias=key_padding_mask[:, None, None], of the layer or of "
+                "dot_product_attention."
+            )
+        padding = ~hidden
         if axes not in (None, padding.shape[:-1]):
             raise ShapeError(
                 f"key_padding_mask must be [B, S] with B = batch: got {padding.shape} and batch={batch}."
             )
         axes, result["value_mask"] = padding.shape[:-1], padding
     if attn_mask is not None:
-        shown = _shown("attn_mask", attn_mask, ranks=(2, 3))
-        if shown.ndim == 3:
-            rows = shown.shape[0]
+        hidden, added = _given("attn_mask", attn_mask, ranks=(2, 3))
+        shape = hidden.shape
+        if len(shape) == 3:
+            rows = shape[0]
             if axes is None:
                 axes = () if rows == num_heads else (rows // num_heads,)
             if rows != num_heads * math.prod(axes):
                 raise ShapeError(
                     f"an attn_mask of three axes is [B * num_heads, T, S], or [num_heads, T, S] of an "
-                    f"unbatched call: got {shown.shape} with num_heads={num_heads}"
+                    f"unbatched call: got {shape} with num_heads={num_heads}"
                     + (f" and a batch of {axes[0]}." if axes else ".")
                 )
-            shown = shown.reshape(*axes, num_heads, *shown.shape[1:])
-        result["attention_mask"] = shown
+            shape = (*axes, num_heads, *shape[1:])
+        if added is None or hidden.any():
+            result["attention_mask"] = ~hidden.reshape(shape)
+        if added is not None:
+            result["bias"] = added.reshape(shape)
     return result
 
 
-def _shown(name: str, mask: Any, ranks: tuple[int, ...]) -> np.ndarray:
+def _given(name: str, mask: Any, ranks: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return what a mask of torch's hides, and what it adds to the logits beside, or None."""
     mask = as_array(name, _numpy(mask), "an array of booleans, or of 0 and -inf")
     if mask.ndim not in ranks:
         raise ShapeError(
             f"{name} must have {ranks[0]} or {ranks[1]} axes, as torch takes it: got {mask.shape}."
         )
     if mask.dtype == np.bool_:
-        return ~mask
+        return mask, None
     if not jnp.issubdtype(mask.dtype, jnp.floating):
         raise ShapeError(
             f"{name} must hold booleans, True for hidden, or floats: got dtype {mask.dtype}. "
             "torch refuses it too; pass mask != 0."
         )
-    if not np.all((mask == 0) | np.isneginf(mask)):
-        raise UnsupportedError(
-            f"{name} holds floats other than 0 and -inf, which torch adds to the logits; the layer takes no "
-            "bias. Project by hand and pass them as bias= of mha_jax.dot_product_attention."
-        )
-    return mask == 0
+    hidden = np.isneginf(mask)
+    added = np.where(hidden, np.zeros((), mask.dtype), mask)
+    return hidden, added if added.any() else None
 
 
 def _numpy(x: Any) -> np.ndarray:

@@ -266,15 +266,52 @@ _ELSEWHERE = {
     "qkv_features": ("key_dim", "the size of one head: qkv_features // num_heads"),
     "embed_dim": ("key_dim", "the size of one head: embed_dim // num_heads"),
     "head_dim": ("key_dim", ""),
+    "hidden_size": ("key_dim", "the size of one head: hidden_size // num_heads"),
+    "d_model": ("key_dim", "the size of one head: d_model // num_heads"),
     "out_features": ("output_shape", ""),
     "kernel_init": ("kernel_initializer", ""),
     "bias_init": ("bias_initializer", ""),
-    "bias": ("use_bias", ""),
+    "bias": ("use_bias", "for biases of the projections"),
+    "add_bias_kv": ("", "keys and values have no token beside those of the inputs"),
+    "add_zero_attn": ("", "keys and values have no token beside those of the inputs"),
+    "kdim": ("", "widths are read off the inputs"),
+    "vdim": ("", "widths are read off the inputs"),
+    "in_features": ("", "widths are read off the inputs, but in mj.nnx.MultiHeadAttention"),
+    "rngs": ("", "keys are given to init and apply, but in mj.nnx.MultiHeadAttention"),
+    "batch_first": ("", "inputs are always [batch, length, features]"),
+    "device": ("", "arrays say where they lie: jax.device_put(variables, device)"),
+    "flash_attention": ("backend", "None, which takes the best"),
+    "keep_rngs": ("", "keys of dropout are always kept"),
+    "normalize_qk": ("qk_norm", "'layer' for Flax's"),
+    "attention_fn": ("backend", ""),
+    "promote_dtype": ("dtype", ""),
+    "average_attn_weights": ("return_attention_scores", "of which scores.mean(1) is the average"),
+    "init_cache": ("cache", "layer.empty_cache(batch, capacity)"),
+    "padding_mask": ("value_mask", "where True means a real token"),
     "num_query_heads": ("num_heads", ""),
     "num_key_value_heads": ("num_kv_heads", ""),
     "inputs_q": ("query", ""),
     "inputs_k": ("key", ""),
     "inputs_v": ("value", ""),
+    "inputs_kv": ("value", "which is key, too, unless that is given"),
+    "input_positions": ("query_tokens", "mj.Tokens(T, pos=positions)"),
+    "out_kernel_init": ("kernel_initializer", "of all projections"),
+    "out_bias_init": ("bias_initializer", "of all projections"),
+    "force_fp32_for_softmax": ("", "the softmax is never narrower than float32"),
+    "dropout_rng": (
+        "",
+        'the key is the stream "dropout" of rngs, or that of dropout=Dropout(key, rate) without a module',
+    ),
+    "out_sharding": ("", "outputs lie where their inputs do, jax.device_put moves them"),
+    "qkv_sharding": ("", "projections lie where inputs and kernels do"),
+    **dict.fromkeys(
+        ("qkv_dot_general", "out_dot_general", "qkv_dot_general_cls", "out_dot_general_cls"),
+        ("precision", "of the products, which are the layer's own"),
+    ),
+    **dict.fromkeys(
+        ("qk_attn_weights_einsum_cls", "attn_weights_value_einsum_cls"),
+        ("backend", "whose products they are"),
+    ),
     "attn_mask": ("attention_mask", "where True means that a query may attend"),
     "key_padding_mask": ("key_mask", "where True means a real token"),
     "need_weights": ("return_attention_scores", ""),
@@ -300,10 +337,13 @@ def refuse_unknown(
     owner, parameters = function.__qualname__, inspect.signature(function).parameters.values()
     known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "parent"]
     name = next(name for name in given if name not in known)
+    near, remark = _ELSEWHERE.get(name, ("", ""))
     if name in other:
-        raise ArgumentError(f"{owner}() got {name}, which {there.format(name=name)}")
+        own = meant(name, ()) if near in known else ""  # torch's bias= is another one
+        raise ArgumentError(f"{owner}() got {name}, which {there.format(name=name)}{own}")
     said = f"{owner}() got an unexpected keyword argument {name!r}."
-    near = _ELSEWHERE.get(name, ("",))[0]
+    if remark and not near:
+        raise ArgumentError(f"{said} Leave it out: {remark}.")
     if near not in known and near in other:
         raise ArgumentError(f"{said}{meant(name, ())} That one {there.format(name=near)}")
     raise ArgumentError(f"{said}{meant(name, known)} It takes {', '.join(known)}.")

@@ -53,6 +53,13 @@ def parse_flags(arguments: list[str]) -> list[str]:
                 arguments[place] = f"--config={find_config(value)}"
             elif place + 1 < len(arguments):
                 arguments[place + 1] = str(find_config(arguments[place + 1]))
+    names = [argument.lstrip("-").partition("=")[0] for argument in arguments]
+    keys = [name for name in names if name.startswith("config.")]
+    if keys and "config" not in names:
+        raise ConfigError(
+            f"--{keys[0]} sets a key of an experiment, and none was named. Pass --config= with one of "
+            f"{', '.join(NAMED)}, or with the path of a Python file."
+        )
     try:
         rest = app.parse_flags_with_usage(arguments)
     except AttributeError as error:

@@ -27,6 +27,7 @@ X, KEY, VALUE = (RNG.standard_normal((B, *s), np.float32) for s in ((T, E), (S, 
 SAME = RNG.standard_normal((B, S, E), np.float32)
 HIDDEN = RNG.random((B * N, T, S)) < 0.3
 HIDDEN[..., 0] = False  # a query that sees nothing is NaN in torch
+ADDED = RNG.standard_normal(HIDDEN.shape, np.float32)
 PADDING = np.arange(S)[None] >= np.array([[S], [4]])
 SETTINGS = {
     "packed": {},
@@ -102,7 +103,9 @@ def test_there_and_back(settings):
 
 
 @needs_torch
-@pytest.mark.parametrize("masks", ["none", "dense", "two axes", "padding", "both", "floats"])
+@pytest.mark.parametrize(
+    "masks", ["none", "dense", "two axes", "padding", "both", "floats", "bias"]
+)
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_outputs(settings, masks):
     layer = peer(**SETTINGS[settings])
@@ -115,12 +118,14 @@ def test_outputs(settings, masks):
         "padding": {"key_padding_mask": PADDING},
         "both": {"attn_mask": HIDDEN, "key_padding_mask": PADDING},
         "floats": {"attn_mask": np.where(HIDDEN, np.float32(-np.inf), np.float32(0))},
+        "bias": {"attn_mask": np.where(HIDDEN, np.float32(-np.inf), ADDED)},
     }[masks]
     ours = interop.import_masks(**given, num_heads=N)
     got = module.apply(variables, query, value, key, **ours)
     want = call(layer, query, key, value, **given)
     np.testing.assert_allclose(got, want, atol=1e-6, rtol=1e-6)
-    exact = oracle(variables["params"], query, value, key, visible=_visible(given))[0]
+    bias = ADDED.reshape(B, N, T, S) if masks == "bias" else 0.0
+    exact = oracle(variables["params"], query, value, key, visible=_visible(given), bias=bias)[0]
     errors = [np.abs(np.asarray(x) - exact).max() for x in (got, want)]
     assert errors[0] <= max(2 * errors[1], 5e-7)
 
@@ -321,8 +326,22 @@ def test_masks():
         interop.import_masks(HIDDEN.reshape(B, N, T, S), num_heads=N)
     with pytest.raises(ShapeError, match=r"key_padding_mask must hold booleans.*dtype int64"):
         interop.import_masks(key_padding_mask=PADDING.astype(np.int64), num_heads=N)
-    with pytest.raises(UnsupportedError, match=r"attn_mask holds floats other than 0 and -inf"):
-        interop.import_masks(np.full((T, S), -1e9), num_heads=N)
+    with pytest.raises(
+        UnsupportedError, match=r"key_padding_mask holds floats .* bias=key_padding"
+    ):
+        interop.import_masks(key_padding_mask=np.full((B, S), -1e9), num_heads=N)
+
+
+def test_floats_of_a_mask_are_a_bias_and_what_they_hide():
+    added = ADDED.reshape(B, N, T, S)
+    got = interop.import_masks(ADDED, num_heads=N)
+    assert set(got) == {"bias"} and got["bias"].tobytes() == added.tobytes()
+    got = interop.import_masks(np.where(HIDDEN[0], -np.inf, ADDED[0]), num_heads=N)
+    np.testing.assert_array_equal(got["attention_mask"], ~HIDDEN[0])
+    np.testing.assert_array_equal(got["bias"], np.where(HIDDEN[0], 0, ADDED[0]))
+    assert set(interop.import_masks(np.zeros((T, S), np.float32), num_heads=N)) == {
+        "attention_mask"
+    }
 
 
 def test_a_mask_of_every_head_tells_an_unbatched_call_from_a_batch_of_one():

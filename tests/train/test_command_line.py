@@ -41,6 +41,10 @@ def run(*arguments):
         (["--config=configs/../lm.py"], "is no experiment and no file"),
         (["--config=lm", "--config.task=../../lm"], "config.task='../../lm' is not a task"),
         ([], "error: no experiment was named. Pass --config=g2p"),
+        (
+            ["--config.steps=3"],
+            "error: --config.steps sets a key of an experiment, and none was named",
+        ),
         (["--config=lm", "steps=3"], "error: unexpected argument 'steps=3'"),
         (["--config=lm", "--config.task=lmm"], "error: config.task='lmm' is not a task"),
         (["--config=vaswani_base"], "error: config.data='' is not a file"),
