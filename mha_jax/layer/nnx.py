@@ -26,8 +26,9 @@ from mha_jax.errors import ShapeError, UnsupportedError
 from mha_jax.layer import checks, constraints, penalties, projections, vectors
 from mha_jax.layer.arguments import FIELDS, IN_THE_CONSTRUCTOR, Arguments, closed, documented
 from mha_jax.layer.called import as_nnx
-from mha_jax.layer.functional import Inputs, Weights, attend_layer
+from mha_jax.layer.functional import Weights, attend_layer
 from mha_jax.layer.initializers import Unflattened, VarianceScaling
+from mha_jax.layer.inputs import Inputs
 from mha_jax.layer.linen import MultiHeadAttention as LinenAttention
 from mha_jax.types import Array, ArrayLike, Float, Params, Precision
 
@@ -260,16 +261,8 @@ class MultiHeadAttention(Arguments, nnx.Module):
             checks.refuse_unknown(self.__call__, unknown, FIELDS, IN_THE_CONSTRUCTOR)
         inputs = Inputs(
             *(query, value, key, query_mask, value_mask, key_mask, attention_mask),
-            *(
-                return_attention_scores,
-                use_causal_mask,
-                mask,
-                query_tokens,
-                key_tokens,
-                cache,
-                bias,
-            ),
-            on_projection,
+            *(return_attention_scores, use_causal_mask, mask, query_tokens, key_tokens),
+            *(cache, bias, on_projection),
         )
         training = checks.switch_or_none("training", training)
         training = self.training if training is None else training
