@@ -24,11 +24,7 @@ _SIZE = "key_dim and value_dim are the sizes of one head; torch's embed_dim is n
 
 
 def positive(name: str, x: Any, wanted: str = "a positive integer") -> int:
-    """Return a positive integer.
-
-    Raises:
-      ShapeError: If it is none.
-    """
+    """Return a positive integer."""
     if not is_integer(x) or not 0 < x < 2**31:
         hint = _WIDTH if name.endswith("_features") else _SIZE
         raise ShapeError(f"{name} must be {wanted}: got {x!r}. {hint}")
@@ -36,20 +32,12 @@ def positive(name: str, x: Any, wanted: str = "a positive integer") -> int:
 
 
 def positive_or_none(name: str, x: Any) -> int | None:
-    """Return a positive integer or None.
-
-    Raises:
-      ShapeError: If it is neither.
-    """
+    """Return a positive integer or None."""
     return None if x is None else positive(name, x, "a positive integer or None")
 
 
 def switch_or_none(name: str, x: Any) -> bool | None:
-    """Return a switch or None.
-
-    Raises:
-      ShapeError: If it is neither.
-    """
+    """Return a switch or None."""
     return None if x is None else switch(name, x, "True, False or None")
 
 
@@ -57,11 +45,7 @@ PROJECTIONS = ("query", "key", "value", "gate", "attention_output")
 
 
 def biased(name: str, x: Any) -> bool | tuple[str, ...]:
-    """Return True, False, or the names of the projections that have biases.
-
-    Raises:
-      ShapeError: If it is none of these.
-    """
+    """Return True, False, or the names of the projections that have biases."""
     if not isinstance(x, (tuple, list, set, frozenset)):
         return switch(name, x, "True or False, or names of projections")
     unknown = [one for one in x if one not in PROJECTIONS]
@@ -74,11 +58,7 @@ def biased(name: str, x: Any) -> bool | tuple[str, ...]:
 
 
 def rotary_or_none(name: str, x: Any) -> Rotary | None:
-    """Return rotary positions or None; those of a configuration as themselves.
-
-    Raises:
-      ShapeError: If it is neither.
-    """
+    """Return rotary positions or None; those of a configuration as themselves."""
     if isinstance(x, Mapping):
         return from_plain(x)
     if x is None or isinstance(x, Rotary):
@@ -90,11 +70,7 @@ def rotary_or_none(name: str, x: Any) -> Rotary | None:
 
 
 def norm_or_none(name: str, x: Any) -> Any:
-    """Return the name of a norm, a class that makes one, or None.
-
-    Raises:
-      ShapeError: If it is neither.
-    """
+    """Return the name of a norm, a class that makes one, or None."""
     if x is None or (isinstance(x, str) and x in vectors.NORMS) or isinstance(_class(x), type):
         return x
     raise ShapeError(
@@ -122,11 +98,7 @@ def _class(x: Any) -> Any:
 
 
 def function_or_none(name: str, x: Any) -> Any:
-    """Return a function of a name and an array, or None.
-
-    Raises:
-      ShapeError: If it is neither.
-    """
+    """Return a function of a name and an array, or None."""
     if x is None or callable(x):
         return x
     raise ShapeError(
@@ -136,11 +108,7 @@ def function_or_none(name: str, x: Any) -> Any:
 
 
 def scale_or_none(name: str, x: Any) -> Any:
-    """Return a finite number, a function of positions, or None.
-
-    Raises:
-      ShapeError: If it is neither.
-    """
+    """Return a finite number, a function of positions, or None."""
     if x is None or (callable(x) and not isinstance(x, type)):
         return x
     if isinstance(x, bool) or not isinstance(x, numbers.Real) or not math.isfinite(x):
@@ -152,11 +120,7 @@ def scale_or_none(name: str, x: Any) -> Any:
 
 
 def cap_or_none(name: str, x: Any) -> float | None:
-    """Return a positive number or None.
-
-    Raises:
-      ShapeError: If it is neither.
-    """
+    """Return a positive number or None."""
     if x is None:
         return None
     if isinstance(x, bool) or not isinstance(x, numbers.Real) or not 0 < float(x) < math.inf:
@@ -231,11 +195,7 @@ def axes_or_none(name: str, x: Any) -> tuple[int, ...] | None:
 
 
 def floating_or_none(name: str, x: Any) -> Any:
-    """Return a dtype, as it was given, or None.
-
-    Raises:
-      ShapeError: If it is neither.
-    """
+    """Return a dtype, as it was given, or None."""
     return None if x is None else floating(name, x, "a floating-point dtype or None")
 
 
