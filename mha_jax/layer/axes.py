@@ -100,7 +100,7 @@ class Folding:
         y = y if y.shape == shape else y.reshape(shape)
         return _transposed(y, tuple(sorted(range(len(order)), key=order.__getitem__)))
 
-    def fold_flags(self, name: str, flags: ArrayLike) -> Array:
+    def fold_flags(self, name: str, flags: Any) -> Array:
         """Fold a padding mask over the input's axes, missing leading ones broadcast, to [B, length].
 
         Raises:

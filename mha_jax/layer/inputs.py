@@ -115,7 +115,7 @@ def positions(inputs: Inputs, q_tokens: Tokens, k_tokens: Tokens) -> tuple[Any, 
     return inputs.cache.positions(q_tokens, k_tokens, inputs.query_tokens, inputs.key_tokens)
 
 
-def _valid(tokens: Tokens, folding: axes.Folding, name: str, flags: ArrayLike) -> Tokens:
+def _valid(tokens: Tokens, folding: axes.Folding, name: str, flags: Any) -> Tokens:
     """Return tokens that are valid only where `flags`, a mask over the input's axes, is True."""
     valid = folding.fold_flags(name, flags)
     if tokens.valid is not None:

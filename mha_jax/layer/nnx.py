@@ -259,6 +259,11 @@ class MultiHeadAttention(Arguments, nnx.Module):
         """
         if unknown:
             checks.refuse_unknown(self.__call__, unknown, FIELDS, IN_THE_CONSTRUCTOR)
+        if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):
+            raise ShapeError(
+                f"rngs must be nnx.Rngs or one of its streams: got {type(rngs).__name__}. Pass "
+                "rngs=nnx.Rngs(dropout=key)."
+            )
         inputs = Inputs(
             *(query, value, key, query_mask, value_mask, key_mask, attention_mask),
             *(return_attention_scores, use_causal_mask, mask, query_tokens, key_tokens),
@@ -337,11 +342,6 @@ class MultiHeadAttention(Arguments, nnx.Module):
         return dtypes or (jnp.dtype(self.param_dtype),)
 
     def _dropout_key(self, rngs: nnx.Rngs | nnx.RngStream | None) -> Array:
-        if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):
-            raise ShapeError(
-                f"rngs must be nnx.Rngs or one of its streams: got {type(rngs).__name__}. Pass "
-                "rngs=nnx.Rngs(dropout=key)."
-            )
         if rngs is None:
             stream = getattr(self, "stream", None)
         else:

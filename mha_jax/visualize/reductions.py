@@ -49,7 +49,7 @@ def entropy(
     colors, largest = colormaps["viridis"], max(float(values.max()), 1e-6)
     axes.imshow(values, cmap=colors, vmin=0.0, vmax=largest, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        ink = contrasting(colors, value / largest)
+        ink = contrasting(colors, float(value / largest))
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
     axes.set_xticks(range(columns), [str(head) for head in range(columns)], fontsize=9)
     axes.set_yticks(range(rows), [plain(name) for name in names], fontsize=9)
