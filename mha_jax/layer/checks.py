@@ -9,7 +9,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from mha_jax.attention.given import floating as floating
 from mha_jax.attention.given import is_integer as is_integer
@@ -107,11 +107,15 @@ def function_or_none(name: str, x: Any) -> Any:
     )
 
 
+def _real(x: Any) -> TypeGuard[float]:
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
+
+
 def scale_or_none(name: str, x: Any) -> Any:
     """Return a finite number, a function of positions, or None."""
     if x is None or (callable(x) and not isinstance(x, type)):
         return x
-    if isinstance(x, bool) or not isinstance(x, numbers.Real) or not math.isfinite(x):
+    if not _real(x) or not math.isfinite(x):
         raise ShapeError(
             f"{name} must be a finite number, a function of the queries' positions, or None: got {x!r}. It "
             "multiplies queries times keys; None is 1 / sqrt(key_dim)."
@@ -123,7 +127,7 @@ def cap_or_none(name: str, x: Any) -> float | None:
     """Return a positive number or None."""
     if x is None:
         return None
-    if isinstance(x, bool) or not isinstance(x, numbers.Real) or not 0 < float(x) < math.inf:
+    if not _real(x) or not 0 < float(x) < math.inf:
         raise ShapeError(
             f"{name} must be a positive number or None: got {x!r}. Logits become {name} * tanh(x / {name}); "
             "Gemma 2 has 50.0."
@@ -132,12 +136,8 @@ def cap_or_none(name: str, x: Any) -> float | None:
 
 
 def rate(name: str, x: Any) -> float:
-    """Return a rate of dropout.
-
-    Raises:
-      ShapeError: If it is no number in [0, 1).
-    """
-    if isinstance(x, bool) or not isinstance(x, numbers.Real) or not 0 <= float(x) < 1:
+    """Return a rate of dropout, a number in [0, 1)."""
+    if not _real(x) or not 0 <= float(x) < 1:
         raise ShapeError(
             f"{name} must be a number in [0, 1): got {x!r}. It is the share of attention weights to drop in "
             "training; 0.0 drops none."
@@ -146,11 +146,7 @@ def rate(name: str, x: Any) -> float:
 
 
 def seed(name: str, x: Any) -> int | None:
-    """Return the seed of a key.
-
-    Raises:
-      ShapeError: If it is no integer that `jax.random.key` takes, nor None.
-    """
+    """Return the seed of a key, an integer that `jax.random.key` takes, or None."""
     if x is not None and (not is_integer(x) or not -(2**63) <= x < 2**63):
         raise ShapeError(
             f"{name} must be an integer or None, of at most 64 bits: got {x!r}. "
@@ -160,11 +156,7 @@ def seed(name: str, x: Any) -> int | None:
 
 
 def sizes_or_none(name: str, x: Any) -> tuple[int, ...] | None:
-    """Return positive sizes as a tuple, or None.
-
-    Raises:
-      ShapeError: If they are neither.
-    """
+    """Return positive sizes as a tuple, or None."""
     sizes = (x,) if is_integer(x) else x
     if sizes is None:
         return None
@@ -178,11 +170,7 @@ def sizes_or_none(name: str, x: Any) -> tuple[int, ...] | None:
 
 
 def axes_or_none(name: str, x: Any) -> tuple[int, ...] | None:
-    """Return axes as a tuple, or None.
-
-    Raises:
-      ShapeError: If they are neither.
-    """
+    """Return axes as a tuple, or None."""
     axes = (x,) if is_integer(x) else x
     if axes is None:
         return None

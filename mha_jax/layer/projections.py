@@ -45,7 +45,7 @@ def init(
     bias_initializer: Any | None,
     dtype: Any,
 ) -> dict[str, Any]:
-    """Return the kernel of one projection, and its bias unless `bias_initializer` is None; boxed if drawn so."""
+    """Return the kernel of one projection, and its bias unless its initializer is None; boxed if drawn so."""
     kernel_key, bias_key = jax.random.split(rng)
     params = {
         "kernel": initializers.initialize(
