@@ -6,8 +6,9 @@
 import contextlib
 import difflib
 import importlib
+import pkgutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mha_jax.errors import MissingPackageError
@@ -82,3 +83,8 @@ def lazy(
 def inside(package: str, *modules: str) -> dict[str, str]:
     """Name modules of a package as its rooms."""
     return {module: f"{package}.{module}" for module in modules}
+
+
+def modules(folders: Iterable[str]) -> list[str]:
+    """Return the names of all modules of a package, which lie in its `__path__`."""
+    return [name for _, name, _ in pkgutil.iter_modules(folders) if name != "__main__"]

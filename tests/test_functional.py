@@ -197,6 +197,8 @@ def test_packed_queries_tell_the_segments_of_the_keys_in_self_attention(door):
         "function": lambda *a, **k: mj.multi_head_attention(variables["params"], *a, **k),
     }[door]
     np.testing.assert_array_equal(call(X, X, **packed), call(X, X, key_tokens=tokens, **packed))
+    own = np.asarray(X)
+    np.testing.assert_array_equal(call(own, own, **packed), call(X, X, **packed))
     for other in ((X, X + 0), (X, X, X + 0)):
         with pytest.raises(mj.ShapeError, match=r"key_tokens\.segment=None"):
             call(*other, **packed)

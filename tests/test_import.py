@@ -53,3 +53,15 @@ mha_jax.dot_product_attention(x, x, x, backend="reference")
 """
     found = {name for name in modules_after(code) if name.startswith("mha_jax.backends.pallas")}
     assert not found
+
+
+def test_no_experimental_module_that_jax_may_drop_is_needed():
+    code = """
+import os, sys
+os.environ["JAX_PLATFORMS"] = "cpu"
+sys.modules["jax.experimental.jet"] = None
+import mha_jax, jax, jax.numpy as jnp
+x = jnp.ones((1, 2, 1, 2))
+assert jax.grad(lambda x: mha_jax.dot_product_attention(x, x, x).sum())(x).shape == x.shape
+"""
+    assert "mha_jax.engine.derivative" in modules_after(code)

@@ -314,7 +314,7 @@ WRONG = {
 WRONG_CONFIGS = {
     "setting": ({"class_name": "HeNormal", "config": {"gain": 1}}, "argument 'gain'"),
     "fixed setting": ({"class_name": "HeNormal", "config": {"scale": 1}}, "'scale'"),
-    "unflattened what": ("unflattened", "missing 1 required positional argument: 'initializer'"),
+    "unflattened what": ("unflattened", "argument: 'initializer'"),
     "no class_name": ({"name": "HeNormal"}, "is not the config of an initializer: 'class_name'"),
 }
 

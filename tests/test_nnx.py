@@ -339,8 +339,9 @@ def test_wrong_calls():
         layer(X, Y, Z, training=True)
     with pytest.raises(ShapeError, match=r'there is no "dropout" stream'):
         layer(X, Y, Z, training=True, rngs=nnx.Rngs(params=1))
-    with pytest.raises(ShapeError, match=r"rngs must be nnx.Rngs or one .*Rngs\(dropout=key\)"):
-        layer(X, Y, Z, training=True, rngs=jax.random.key(0))
+    for training in (True, False):  # of a call that drops nothing, too
+        with pytest.raises(ShapeError, match=r"rngs must be nnx.Rngs or one .*Rngs\(dropout=key\)"):
+            layer(X, Y, Z, training=training, rngs=jax.random.key(0))
     layer.train()
     assert layer(X, Y, Z, training=False).ndim == 3  # the call wins
     with pytest.raises(

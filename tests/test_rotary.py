@@ -254,6 +254,7 @@ WRONG = [
     (lambda: Llama3(8.0, low=4.0, high=1.0), r"low of Llama3 must be below high: got low=4\.0"),
     (lambda: Rotary(interleaved=True).to_config(), r"nothing of interleaved=True and axes=None"),
     (lambda: Rotary(scaling=NTK(2.0)).to_config(), r"got head_size=None"),
+    (lambda: Rotary().to_config(head_size="8"), r"head_size must be an integer.*got '8'"),
     (
         lambda: Rotary.from_config({"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
         r"type 'dynamic' are none of \['linear', 'llama3', 'yarn'\].*cache",

@@ -43,6 +43,7 @@ def layers(x: jax.Array, cache: mj.Cache) -> None:
     assert_type(linen(x, x, return_attention_scores=True, value_mask=x), Both)
     assert_type(linen(x, x, cache=cache), tuple[jax.Array, mj.Cache])
     linen(x, x, deterministic=True)  # wrong
+    linen(x, x, rngs=nnx.Rngs(0))  # wrong
     layer = mj.nnx.MultiHeadAttention(2, 8, in_features=16, rngs=nnx.Rngs(0))
     assert_type(layer(x, x, rngs=nnx.Rngs(1)), jax.Array)
     assert_type(layer(x, x, return_attention_scores=True), Both)

@@ -32,8 +32,11 @@ def checked(function: Callable) -> Callable:
     if function.__name__ == "__init__" or not any(re.fullmatch(r"ret\d+", x) for x in arguments):
         return function
     for name, kind in function.__annotations__.items():
-        # Never is an argument that there is not, which the package refuses by name.
-        function.__annotations__[name] = Any if kind is Never else widened(kind)
+        if kind is Never:  # an argument that there is not, which the package refuses by name
+            kind = Any
+        elif kind is int and not re.fullmatch(r"ret\d+", name):
+            kind = int | np.integer  # NumPy's numbers are taken for ours, and never returned
+        function.__annotations__[name] = widened(kind)
     return _typed(function)
 
 
@@ -44,6 +47,8 @@ def widened(kind: Any) -> Any:
     if isinstance(kind, type) and issubclass(kind, AbstractArray):
         return kind.dtype[widened(kind.array_type), kind.dim_str]
     origin, inner = typing.get_origin(kind), tuple(map(widened, typing.get_args(kind)))
+    if origin is typing.Unpack and typing.get_origin(*typing.get_args(kind)):
+        return Any  # a generic TypedDict, which beartype does not read
     if origin in (typing.Union, types.UnionType):
         return functools.reduce(operator.or_, inner)
     if origin in (tuple, list, dict, Sequence, Mapping):

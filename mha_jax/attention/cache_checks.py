@@ -12,8 +12,9 @@ import numpy as np
 
 from mha_jax.attention.biases import Bias
 from mha_jax.attention.call import Call
+from mha_jax.attention.check import rules_of
 from mha_jax.attention.given import floating, integers, is_integer, switch
-from mha_jax.attention.masks import And, Dense, Mask, Not, Or
+from mha_jax.attention.masks import Dense
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, ArrayLike, Bool, DType
@@ -194,7 +195,7 @@ def rolling(cache: Any, call: Call, key_tokens: Tokens | None) -> None:
     window(behind, capacity)
     over_slots = {
         "key_tokens": key_tokens is not None,
-        "a mask array": _has_array(call.mask),
+        "a mask array": any(isinstance(rule, Dense) for rule in rules_of(call.mask)),
         "a bias array": call.bias is not None and not isinstance(call.bias, Bias),
     }
     for name, given in over_slots.items():
@@ -213,9 +214,3 @@ def rolling(cache: Any, call: Call, key_tokens: Tokens | None) -> None:
                 f"longest draft that may be rejected: its capacity is {capacity}, the mask sees {behind + 1} "
                 "tokens."
             )
-
-
-def _has_array(mask: Mask) -> bool:
-    if isinstance(mask, (And, Or)):
-        return _has_array(mask.a) or _has_array(mask.b)
-    return _has_array(mask.a) if isinstance(mask, Not) else isinstance(mask, Dense)

@@ -6,6 +6,7 @@ H query-key head size   V value head size
 
 import math
 import numbers
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -266,34 +267,39 @@ def _check_rules(mask: Mask, q: Tokens, k: Tokens, shape: tuple[Any, ...]) -> No
     Raises:
       ShapeError: Naming the class, and what it returned.
     """
-    if isinstance(mask, (And, Or)):
-        _check_rules(mask.a, q, k, shape)
-        return _check_rules(mask.b, q, k, shape)
-    if isinstance(mask, Not):
-        return _check_rules(mask.a, q, k, shape)
-    if type(mask).__module__.startswith("mha_jax.attention."):
-        return None
-    said = jax.eval_shape(mask.visible, q.as_queries(), k.as_keys())
-    fits = (
-        isinstance(said, jax.ShapeDtypeStruct)
-        and said.dtype == jnp.bool_
-        and len(said.shape) in (0, 4)
-        and all(x in (1, y) for x, y in zip(said.shape, shape))
-    )
-    if not fits:
-        got = _of(said) if isinstance(said, jax.ShapeDtypeStruct) else type(said).__name__
-        raise ShapeError(
-            f"{type(mask).__name__}.visible must return booleans that broadcast to [B, N, T, S] = {shape}: "
-            f"got {got}. Compare (==, <=) what it reads of q and k, and combine comparisons by &, | and ~."
+    for rule in rules_of(mask):
+        if type(rule).__module__.startswith("mha_jax.attention."):
+            continue
+        said = jax.eval_shape(rule.visible, q.as_queries(), k.as_keys())
+        fits = (
+            isinstance(said, jax.ShapeDtypeStruct)
+            and said.dtype == jnp.bool_
+            and len(said.shape) in (0, 4)
+            and all(x in (1, y) for x, y in zip(said.shape, shape))
         )
-    return None
+        if not fits:
+            got = _of(said) if isinstance(said, jax.ShapeDtypeStruct) else type(said).__name__
+            raise ShapeError(
+                f"{type(rule).__name__}.visible must return booleans that broadcast to [B, N, T, S] = "
+                f"{shape}: got {got}. Compare (==, <=) what it reads of q and k, and combine comparisons by "
+                "&, | and ~."
+            )
+
+
+def rules_of(mask: Mask) -> Iterator[Mask]:
+    """Yield the rules that a mask is made of by &, | and ~."""
+    if isinstance(mask, Not):
+        yield from rules_of(mask.a)
+    elif isinstance(mask, (And, Or)):
+        yield from rules_of(mask.a)
+        yield from rules_of(mask.b)
+    else:
+        yield mask
 
 
 def reads_segments(mask: Mask) -> bool:
     """Return whether a mask compares the segments of tokens."""
-    if isinstance(mask, (And, Or)):
-        return reads_segments(mask.a) or reads_segments(mask.b)
-    return reads_segments(mask.a) if isinstance(mask, Not) else isinstance(mask, SameSegment)
+    return any(isinstance(rule, SameSegment) for rule in rules_of(mask))
 
 
 def _scale(x: Any, size: int) -> tuple[float, Array | None]:

@@ -24,22 +24,14 @@ def is_integer(x: Any) -> bool:
 
 
 def integer(name: str, x: Any, least: int, most: int, hint: str) -> int:
-    """Return an integer from `least` to `most`.
-
-    Raises:
-      ShapeError: If it is none.
-    """
+    """Return an integer from `least` to `most`."""
     if not is_integer(x) or not least <= x <= most:
         raise ShapeError(f"{name} must be an integer from {least} to {most}: got {x!r}. {hint}")
     return int(x)
 
 
 def as_array(name: str, x: Any, wanted: str) -> ArrayLike:
-    """Return an array of real numbers or truth values, of a nested list too.
-
-    Raises:
-      ShapeError: If it is none.
-    """
+    """Return an array of real numbers or truth values, of a nested list too."""
     a = x
     if not isinstance(x, (jax.Array, np.ndarray)):
         text = any(isinstance(leaf, str) for leaf in jax.tree.leaves(x))  # a dtype, for JAX
@@ -105,11 +97,7 @@ def integers(
 
 
 def of_kind(name: str, x: Any, kind: type, hint: str) -> Any:
-    """Return a value that is of a class.
-
-    Raises:
-      ShapeError: If it is not.
-    """
+    """Return a value that is of a class."""
     if not isinstance(x, kind):
         got = x.__name__ + " itself" if isinstance(x, type) else type(x).__name__
         raise ShapeError(f"{name} must be of class {kind.__name__}: got {got}. {hint}")
@@ -117,11 +105,7 @@ def of_kind(name: str, x: Any, kind: type, hint: str) -> Any:
 
 
 def text(name: str, x: Any, hint: str) -> str:
-    """Return a text.
-
-    Raises:
-      ShapeError: If it is none.
-    """
+    """Return a text."""
     if not isinstance(x, str):
         raise ShapeError(f"{name} must be a text: got {type(x).__name__}. {hint}")
     return x

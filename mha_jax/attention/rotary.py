@@ -183,12 +183,14 @@ class Rotary:
           head_size: Needed for `NTK`, which a config knows only as a larger base.
 
         Raises:
-          ShapeError: If no config can say it: neighbours, several axes, a scaling of one's own.
+          ShapeError: If no config can say it: neighbours, several axes, a scaling of one's own; or the head
+            size does not fall into pairs.
 
         >>> Rotary(fraction=0.5).to_config()
         {'rope_theta': 10000.0, 'partial_rotary_factor': 0.5, 'rope_scaling': None}
         """
         base, scaling = self.base, self.scaling
+        turned = None if head_size is None else self.size(head_size)
         if self.interleaved or self.axes is not None:
             raise ShapeError(
                 f"a Hugging Face config says nothing of interleaved={self.interleaved} and axes={self.axes}: "
@@ -196,12 +198,12 @@ class Rotary:
                 "axes=None)."
             )
         if isinstance(scaling, NTK):
-            if head_size is None:
+            if turned is None:
                 raise ShapeError(
                     "NTK is a larger base, which the head size decides: got head_size=None. "
                     "Call to_config(head_size=key_dim)."
                 )
-            base, scaling = scaling.base(base, self.size(head_size)), None
+            base, scaling = scaling.base(base, turned), None
         said = None if scaling is None else _said(scaling)
         return {"rope_theta": base, "partial_rotary_factor": self.fraction, "rope_scaling": said}
 

@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.jet import jet_rules
 from jax.interpreters import ad
 
 from mha_jax.attention.call import Moves, Output, Problem, State
@@ -129,4 +128,9 @@ def _series(primals: Sequence, series: Sequence, **params: Any) -> tuple[list, l
 
 
 ad.primitive_jvps[attention_pass_p] = _jvp
-jet_rules[attention_pass_p] = _series
+try:
+    from jax.experimental.jet import jet_rules
+except ImportError:  # an experimental module: without it there is nobody to ask for series
+    pass
+else:
+    jet_rules[attention_pass_p] = _series

@@ -10,12 +10,4 @@ else:
     from mha_jax.rooms import inside as _inside
     from mha_jax.rooms import lazy as _lazy
 
-    __getattr__, __dir__ = _lazy(
-        __name__,
-        _inside(
-            __name__,
-            "flax",
-            "keras",
-            "torch",
-        ),
-    )
+    __getattr__, __dir__ = _lazy(__name__, _inside(__name__, "flax", "keras", "torch"))

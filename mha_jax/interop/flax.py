@@ -81,9 +81,7 @@ def import_linen(
     return _assemble(
         _renamed(params, _OURS),
         name=layer.name,
-        num_heads=layer.num_heads,
         output_shape=layer.out_features,
-        use_bias=layer.use_bias,
         kernel_initializer=_named(layer.kernel_init),
         bias_initializer=_named(layer.bias_init),
         **_shared(layer),
@@ -113,12 +111,7 @@ def export_linen(
     params = weights.params_of(variables)
     weights.check_shapes(module, params, *weights.widths(params))
     layer = nn.MultiHeadDotProductAttention(
-        num_heads=module.num_heads,
-        qkv_features=module.num_heads * module.key_dim,
         out_features=None if module.output_shape is None else module.output_shape[0],  # type: ignore[index]
-        use_bias=bool(module.use_bias),
-        kernel_init=_unnamed(module.kernel_initializer),
-        bias_init=_unnamed(module.bias_initializer),
         name=module.name,
         **_shared_of(module),
     )
@@ -164,10 +157,8 @@ def import_nnx(nnx_layer: Any) -> tuple[MultiHeadAttention, dict[str, Params]]:
     tree = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
     return _assemble(
         _renamed(tree, _OURS),
-        num_heads=layer.num_heads,
         num_kv_heads=None if kv_heads == layer.num_heads else kv_heads,
         output_shape=None if layer.out_features == layer.in_features else layer.out_features,
-        use_bias=layer.use_bias,
         kernel_initializer="lecun_normal",
         bias_initializer="zeros",
         **_shared(layer),
@@ -205,14 +196,9 @@ def export_nnx(module: MultiHeadAttention, variables: dict[str, Params], *, rngs
     weights.require_plain(module, "flax.nnx.MultiHeadAttention", also, num_kv_heads=grouped)
     weights.check_shapes(module, params, query_size, value_size, key_size)
     layer = nnx.MultiHeadAttention(
-        num_heads=module.num_heads,
         in_features=query_size,
-        qkv_features=module.num_heads * module.key_dim,
         out_features=query_size if module.output_shape is None else module.output_shape[0],  # type: ignore[index]
         in_kv_features=key_size,
-        use_bias=bool(module.use_bias),
-        kernel_init=_unnamed(module.kernel_initializer),
-        bias_init=_unnamed(module.bias_initializer),
         decode=False,
         rngs=rngs,
         **({"num_kv_heads": module.num_kv_heads} if grouped else {}),
@@ -245,6 +231,8 @@ def _without_counterpart(layer: Any, own: Any, hooks: tuple[str, ...]) -> dict[s
 def _shared(layer: Any) -> dict[str, Any]:
     """Return our arguments for those that both of Flax's layers have under one name."""
     return {
+        "num_heads": layer.num_heads,
+        "use_bias": layer.use_bias,
         "attention_axes": -2,
         "dropout": layer.dropout_rate,
         "training": None if layer.deterministic is None else not layer.deterministic,
@@ -257,6 +245,11 @@ def _shared(layer: Any) -> dict[str, Any]:
 def _shared_of(module: MultiHeadAttention) -> dict[str, Any]:
     """Return Flax's arguments, the reverse of `_shared`."""
     return {
+        "num_heads": module.num_heads,
+        "qkv_features": module.num_heads * module.key_dim,
+        "use_bias": bool(module.use_bias),
+        "kernel_init": _unnamed(module.kernel_initializer),
+        "bias_init": _unnamed(module.bias_initializer),
         "dropout_rate": module.dropout,
         "broadcast_dropout": module.dropout == 0,
         "deterministic": None if module.training is None else not module.training,

@@ -19,21 +19,14 @@ from mha_jax.errors import UnsupportedError, WeightsError
 from mha_jax.interop import weights
 from mha_jax.interop.keras_file import Stored, read
 from mha_jax.layer import axes
+from mha_jax.layer.arguments import FIELDS
 from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.types import Array, Params
 
 _CLASSES = ("MultiHeadAttention", "GroupedQueryAttention")
 # What a subclass may not replace: it would compute something else.
 _COMPUTING = ("call", "_compute_attention", "_compute_attention_mask", "_masked_softmax")
-_OBJECTS = (
-    "kernel_initializer",
-    "bias_initializer",
-    "kernel_regularizer",
-    "bias_regularizer",
-    "activity_regularizer",
-    "kernel_constraint",
-    "bias_constraint",
-)
+_OBJECTS = tuple(name for name, field in FIELDS.items() if "object" in field.metadata)
 _GROUPED = {
     "num_heads": "num_query_heads",
     "key_dim": "head_dim",

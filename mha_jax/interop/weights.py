@@ -11,18 +11,12 @@ import numpy as np
 from mha_jax.attention.given import of_kind
 from mha_jax.errors import UnsupportedError, WeightsError
 from mha_jax.layer import projections
+from mha_jax.layer.arguments import FIELDS
 from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.types import Array, Params
 
 # Arguments of the layer that shape training only, and their values where there is nothing to carry over.
-_TRAINING_ONLY = (
-    "kernel_regularizer",
-    "bias_regularizer",
-    "activity_regularizer",
-    "kernel_constraint",
-    "bias_constraint",
-    "seed",
-)
+_TRAINING_ONLY = (*(x for x in FIELDS if x.endswith(("_regularizer", "_constraint"))), "seed")
 
 
 def params_of(variables: dict[str, Params]) -> Params:

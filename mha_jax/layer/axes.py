@@ -100,7 +100,7 @@ class Folding:
         y = y if y.shape == shape else y.reshape(shape)
         return _transposed(y, tuple(sorted(range(len(order)), key=order.__getitem__)))
 
-    def fold_flags(self, name: str, flags: ArrayLike) -> Array:
+    def fold_flags(self, name: str, flags: Any) -> Array:
         """Fold a padding mask over the input's axes, missing leading ones broadcast, to [B, length].
 
         Raises:
@@ -246,3 +246,11 @@ def as_input(name: str, x: Any) -> Array:
             "real and imaginary parts as features, jnp.concatenate([x.real, x.imag], -1)."
         )
     return x if isinstance(x, jax.Array) else jnp.asarray(x)
+
+
+def nothing(query: Array, attention_axes: int | tuple[int, ...] | None, width: int) -> Array:
+    """Return an input of no tokens beside a query."""
+    shape = list(query.shape)
+    for axis in resolve(attention_axes, query.ndim):
+        shape[axis] = 0
+    return jnp.zeros((*shape[:-1], width), query.dtype)

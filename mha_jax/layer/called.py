@@ -6,10 +6,13 @@ A signature for each of the three doors, linen, nnx and the function; at run tim
 from collections.abc import Callable
 from typing import (
     Any,
+    Generic,
     Literal,
+    Never,
     Protocol,
     TypeAlias,
     TypedDict,
+    TypeVar,
     Unpack,
     cast,
     overload,
@@ -39,12 +42,12 @@ class _Options(TypedDict, total=False):
     on_projection: Callable[[str, Array], Array] | None
 
 
-class _OfLinen(_Options, total=False):
+_Rngs = TypeVar("_Rngs")
+
+
+class _OfModule(_Options, Generic[_Rngs], total=False):
     training: bool | None
-
-
-class _OfNnx(_OfLinen, total=False):
-    rngs: Any
+    rngs: _Rngs
 
 
 class _OfFunction(_Options, total=False):
@@ -61,8 +64,8 @@ class _OfFunction(_Options, total=False):
 
 
 @runtime_checkable
-class OfLinen(Protocol):
-    """The call of `mj.MultiHeadAttention`."""
+class OfModule(Protocol[_Rngs]):
+    """The call of `mj.MultiHeadAttention` and of `mj.nnx.MultiHeadAttention`, which takes `rngs`."""
 
     @overload
     def __call__(
@@ -73,7 +76,7 @@ class OfLinen(Protocol):
         *masks: _Flags,
         return_attention_scores: Literal[False] = False,
         cache: None = None,
-        **options: Unpack[_OfLinen],
+        **options: Unpack[_OfModule[_Rngs]],
     ) -> Array: ...
 
     @overload
@@ -85,7 +88,7 @@ class OfLinen(Protocol):
         *masks: _Flags,
         return_attention_scores: Literal[True],
         cache: None = None,
-        **options: Unpack[_OfLinen],
+        **options: Unpack[_OfModule[_Rngs]],
     ) -> tuple[Array, Array]: ...
 
     @overload
@@ -97,7 +100,7 @@ class OfLinen(Protocol):
         *masks: _Flags,
         return_attention_scores: Literal[False] = False,
         cache: Cache,
-        **options: Unpack[_OfLinen],
+        **options: Unpack[_OfModule[_Rngs]],
     ) -> tuple[Array, Cache]: ...
 
     @overload
@@ -109,7 +112,7 @@ class OfLinen(Protocol):
         *masks: _Flags,
         return_attention_scores: Literal[True],
         cache: Cache,
-        **options: Unpack[_OfLinen],
+        **options: Unpack[_OfModule[_Rngs]],
     ) -> tuple[Array, Array, Cache]: ...
 
     @overload
@@ -121,73 +124,12 @@ class OfLinen(Protocol):
         *masks: _Flags,
         return_attention_scores: bool = False,
         cache: Cache | None = None,
-        **options: Unpack[_OfLinen],
+        **options: Unpack[_OfModule[_Rngs]],
     ) -> Any: ...
 
 
-@runtime_checkable
-class OfNnx(Protocol):
-    """The call of `mj.nnx.MultiHeadAttention`."""
-
-    @overload
-    def __call__(
-        self,
-        query: ArrayLike,
-        value: ArrayLike | None,
-        key: ArrayLike | None = None,
-        *masks: _Flags,
-        return_attention_scores: Literal[False] = False,
-        cache: None = None,
-        **options: Unpack[_OfNnx],
-    ) -> Array: ...
-
-    @overload
-    def __call__(
-        self,
-        query: ArrayLike,
-        value: ArrayLike | None,
-        key: ArrayLike | None = None,
-        *masks: _Flags,
-        return_attention_scores: Literal[True],
-        cache: None = None,
-        **options: Unpack[_OfNnx],
-    ) -> tuple[Array, Array]: ...
-
-    @overload
-    def __call__(
-        self,
-        query: ArrayLike,
-        value: ArrayLike | None,
-        key: ArrayLike | None = None,
-        *masks: _Flags,
-        return_attention_scores: Literal[False] = False,
-        cache: Cache,
-        **options: Unpack[_OfNnx],
-    ) -> tuple[Array, Cache]: ...
-
-    @overload
-    def __call__(
-        self,
-        query: ArrayLike,
-        value: ArrayLike | None,
-        key: ArrayLike | None = None,
-        *masks: _Flags,
-        return_attention_scores: Literal[True],
-        cache: Cache,
-        **options: Unpack[_OfNnx],
-    ) -> tuple[Array, Array, Cache]: ...
-
-    @overload
-    def __call__(
-        self,
-        query: ArrayLike,
-        value: ArrayLike | None,
-        key: ArrayLike | None = None,
-        *masks: _Flags,
-        return_attention_scores: bool = False,
-        cache: Cache | None = None,
-        **options: Unpack[_OfNnx],
-    ) -> Any: ...
+OfLinen: TypeAlias = OfModule[Never]
+OfNnx: TypeAlias = OfModule[Any]
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from mha_jax.attention.given import floating as floating
 from mha_jax.attention.given import is_integer as is_integer
@@ -24,11 +24,7 @@ _SIZE = "key_dim and value_dim are the sizes of one head; torch's embed_dim is n
 
 
 def positive(name: str, x: Any, wanted: str = "a positive integer") -> int:
-    """Return a positive integer.
-
-    Raises:
-      ShapeError: If it is none.
-    """
+    """Return a positive integer."""
     if not is_integer(x) or not 0 < x < 2**31:
         hint = _WIDTH if name.endswith("_features") else _SIZE
         raise ShapeError(f"{name} must be {wanted}: got {x!r}. {hint}")
@@ -36,20 +32,12 @@ def positive(name: str, x: Any, wanted: str = "a positive integer") -> int:
 
 
 def positive_or_none(name: str, x: Any) -> int | None:
-    """Return a positive integer or None.
-
-    Raises:
-      ShapeError: If it is neither.
-    """
+    """Return a positive integer or None."""
     return None if x is None else positive(name, x, "a positive integer or None")
 
 
 def switch_or_none(name: str, x: Any) -> bool | None:
-    """Return a switch or None.
-
-    Raises:
-      ShapeError: If it is neither.
-    """
+    """Return a switch or None."""
     return None if x is None else switch(name, x, "True, False or None")
 
 
@@ -57,11 +45,7 @@ PROJECTIONS = ("query", "key", "value", "gate", "attention_output")
 
 
 def biased(name: str, x: Any) -> bool | tuple[str, ...]:
-    """Return True, False, or the names of the projections that have biases.
-
-    Raises:
-      ShapeError: If it is none of these.
-    """
+    """Return True, False, or the names of the projections that have biases."""
     if not isinstance(x, (tuple, list, set, frozenset)):
         return switch(name, x, "True or False, or names of projections")
     unknown = [one for one in x if one not in PROJECTIONS]
@@ -74,11 +58,7 @@ def biased(name: str, x: Any) -> bool | tuple[str, ...]:
 
 
 def rotary_or_none(name: str, x: Any) -> Rotary | None:
-    """Return rotary positions or None; those of a configuration as themselves.
-
-    Raises:
-      ShapeError: If it is neither.
-    """
+    """Return rotary positions or None; those of a configuration as themselves."""
     if isinstance(x, Mapping):
         return from_plain(x)
     if x is None or isinstance(x, Rotary):
@@ -90,11 +70,7 @@ def rotary_or_none(name: str, x: Any) -> Rotary | None:
 
 
 def norm_or_none(name: str, x: Any) -> Any:
-    """Return the name of a norm, a class that makes one, or None.
-
-    Raises:
-      ShapeError: If it is neither.
-    """
+    """Return the name of a norm, a class that makes one, or None."""
     if x is None or (isinstance(x, str) and x in vectors.NORMS) or isinstance(_class(x), type):
         return x
     raise ShapeError(
@@ -122,11 +98,7 @@ def _class(x: Any) -> Any:
 
 
 def function_or_none(name: str, x: Any) -> Any:
-    """Return a function of a name and an array, or None.
-
-    Raises:
-      ShapeError: If it is neither.
-    """
+    """Return a function of a name and an array, or None."""
     if x is None or callable(x):
         return x
     raise ShapeError(
@@ -135,15 +107,15 @@ def function_or_none(name: str, x: Any) -> Any:
     )
 
 
-def scale_or_none(name: str, x: Any) -> Any:
-    """Return a finite number, a function of positions, or None.
+def _real(x: Any) -> TypeGuard[float]:
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
-    Raises:
-      ShapeError: If it is neither.
-    """
+
+def scale_or_none(name: str, x: Any) -> Any:
+    """Return a finite number, a function of positions, or None."""
     if x is None or (callable(x) and not isinstance(x, type)):
         return x
-    if isinstance(x, bool) or not isinstance(x, numbers.Real) or not math.isfinite(x):
+    if not _real(x) or not math.isfinite(x):
         raise ShapeError(
             f"{name} must be a finite number, a function of the queries' positions, or None: got {x!r}. It "
             "multiplies queries times keys; None is 1 / sqrt(key_dim)."
@@ -152,14 +124,10 @@ def scale_or_none(name: str, x: Any) -> Any:
 
 
 def cap_or_none(name: str, x: Any) -> float | None:
-    """Return a positive number or None.
-
-    Raises:
-      ShapeError: If it is neither.
-    """
+    """Return a positive number or None."""
     if x is None:
         return None
-    if isinstance(x, bool) or not isinstance(x, numbers.Real) or not 0 < float(x) < math.inf:
+    if not _real(x) or not 0 < float(x) < math.inf:
         raise ShapeError(
             f"{name} must be a positive number or None: got {x!r}. Logits become {name} * tanh(x / {name}); "
             "Gemma 2 has 50.0."
@@ -168,12 +136,8 @@ def cap_or_none(name: str, x: Any) -> float | None:
 
 
 def rate(name: str, x: Any) -> float:
-    """Return a rate of dropout.
-
-    Raises:
-      ShapeError: If it is no number in [0, 1).
-    """
-    if isinstance(x, bool) or not isinstance(x, numbers.Real) or not 0 <= float(x) < 1:
+    """Return a rate of dropout, a number in [0, 1)."""
+    if not _real(x) or not 0 <= float(x) < 1:
         raise ShapeError(
             f"{name} must be a number in [0, 1): got {x!r}. It is the share of attention weights to drop in "
             "training; 0.0 drops none."
@@ -182,11 +146,7 @@ def rate(name: str, x: Any) -> float:
 
 
 def seed(name: str, x: Any) -> int | None:
-    """Return the seed of a key.
-
-    Raises:
-      ShapeError: If it is no integer that `jax.random.key` takes, nor None.
-    """
+    """Return the seed of a key, an integer that `jax.random.key` takes, or None."""
     if x is not None and (not is_integer(x) or not -(2**63) <= x < 2**63):
         raise ShapeError(
             f"{name} must be an integer or None, of at most 64 bits: got {x!r}. "
@@ -196,11 +156,7 @@ def seed(name: str, x: Any) -> int | None:
 
 
 def sizes_or_none(name: str, x: Any) -> tuple[int, ...] | None:
-    """Return positive sizes as a tuple, or None.
-
-    Raises:
-      ShapeError: If they are neither.
-    """
+    """Return positive sizes as a tuple, or None."""
     sizes = (x,) if is_integer(x) else x
     if sizes is None:
         return None
@@ -214,11 +170,7 @@ def sizes_or_none(name: str, x: Any) -> tuple[int, ...] | None:
 
 
 def axes_or_none(name: str, x: Any) -> tuple[int, ...] | None:
-    """Return axes as a tuple, or None.
-
-    Raises:
-      ShapeError: If they are neither.
-    """
+    """Return axes as a tuple, or None."""
     axes = (x,) if is_integer(x) else x
     if axes is None:
         return None
@@ -231,11 +183,7 @@ def axes_or_none(name: str, x: Any) -> tuple[int, ...] | None:
 
 
 def floating_or_none(name: str, x: Any) -> Any:
-    """Return a dtype, as it was given, or None.
-
-    Raises:
-      ShapeError: If it is neither.
-    """
+    """Return a dtype, as it was given, or None."""
     return None if x is None else floating(name, x, "a floating-point dtype or None")
 
 

@@ -125,13 +125,7 @@ def get(spec: Any) -> Callable[..., Any] | None:
 
 
 def serialize(constraint: Any) -> dict[str, Any] | None:
-    """Return the JSON-able config of a constraint, which `get` and Keras read.
-
-    Args:
-      constraint: Anything that `get` takes.
-
-    Raises:
-      WeightsError: The constraint is a plain function, which no config can hold.
+    """Return the JSON-able config of a constraint, as `initializers.serialize` does.
 
     >>> serialize("unit_norm")["class_name"], serialize("unit_norm")["config"]
     ('UnitNorm', {'axis': 0})

@@ -6,7 +6,6 @@ D input width   E output width   H query-key head size   V value head size
 Fold the attention axes, project, attend, combine, unfold. Sizes are read off the parameters.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,15 +17,14 @@ from mha_jax.attention import cache_checks, softmax
 from mha_jax.attention.biases import Bias
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.call import Call
-from mha_jax.attention.check import Names, check_mask, check_tokens, reads_segments
+from mha_jax.attention.check import Names
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.functions import after_sinks, attention_scores, checked
 from mha_jax.attention.given import random_key
-from mha_jax.attention.masks import Causal, Dense, Full, Mask, ValidKeys, ValidQueries, Window
-from mha_jax.attention.tokens import Tokens, zero_invalid
+from mha_jax.attention.masks import Dense, Mask
+from mha_jax.attention.tokens import Tokens
 from mha_jax.backends.sequence import Shards
 from mha_jax.engine.run import run
-from mha_jax.errors import ShapeError
 from mha_jax.layer import axes, checks, prepared, projections, vectors
 from mha_jax.layer.arguments import (
     FIELDS,
@@ -37,6 +35,7 @@ from mha_jax.layer.arguments import (
     shows,
 )
 from mha_jax.layer.called import as_function
+from mha_jax.layer.inputs import Inputs, checked_inputs, entering, positions, rule_and_tokens
 from mha_jax.types import Array, ArrayLike, DType, Float, Params, PRNGKey
 
 _NAMES = Names(q_tokens="query_tokens", k_tokens="key_tokens")
@@ -162,8 +161,8 @@ def multi_head_attention(
 
     inputs = Inputs(
         *(query, value, key, query_mask, value_mask, key_mask, attention_mask),
-        *(return_attention_scores, use_causal_mask, mask, query_tokens, key_tokens, cache, bias),
-        on_projection,
+        *(return_attention_scores, use_causal_mask, mask, query_tokens, key_tokens),
+        *(cache, bias, on_projection),
     )
     kinds = vectors.of(layer)
 
@@ -173,26 +172,6 @@ def multi_head_attention(
         return layer.qk_norm(parent=None).apply({"params": params.get(name, {})}, *x)
 
     return attend_layer(layer, Weights.of(params, project, beside), inputs, dropout)
-
-
-class Inputs(NamedTuple):
-    """What a call of the layer is given, as the caller wrote it."""
-
-    query: Any
-    value: Any
-    key: Any = None
-    query_mask: ArrayLike | None = None
-    value_mask: ArrayLike | None = None
-    key_mask: ArrayLike | None = None
-    attention_mask: ArrayLike | None = None
-    return_attention_scores: bool = False
-    use_causal_mask: bool = False
-    mask: Mask | None = None
-    query_tokens: Tokens | None = None
-    key_tokens: Tokens | None = None
-    cache: Cache | None = None
-    bias: Any = None
-    on_projection: Callable[[str, Array], Array] | None = None
 
 
 class Weights(NamedTuple):
@@ -233,11 +212,11 @@ def attend_layer(
     Args:
       observe: As `on_projection`, and before it: what is there to be watched is what the kernels gave.
     """
-    given = _checked(layer, weights, inputs)
+    given = checked_inputs(layer, inputs, weights.widths, weights.dtypes)
     query, value, key, cache = given.query, given.value, given.key, given.cache
     q_fold, k_fold = axes.foldings(query, value, layer.attention_axes)
     s_fold = k_fold if cache is None else axes.slots(q_fold, cache.capacity)
-    rule, q_tokens, k_tokens = _seen(layer, given, q_fold, k_fold)
+    rule, q_tokens, k_tokens = rule_and_tokens(layer, given, q_fold, k_fold)
 
     def project(name: str, x: Array) -> Array:
         y = weights.project(name, x)
@@ -247,10 +226,10 @@ def attend_layer(
         return y
 
     watching = [watch for watch in (observe, given.on_projection) if watch is not None]
-    seen, hides = bool(watching), cache is not None or rule.hides_invalid_keys
-    x_q = _entering(q_fold.fold(query), q_tokens, rule.hides_invalid_queries, seen)
-    x_v = _entering(k_fold.fold(value), k_tokens, hides, seen)
-    x_k = x_v if key is value else _entering(k_fold.fold(key), k_tokens, hides, seen)
+    watched, hides = bool(watching), cache is not None or rule.hides_invalid_keys
+    x_q = entering(q_fold.fold(query), q_tokens, rule.hides_invalid_queries, watched)
+    x_v = entering(k_fold.fold(value), k_tokens, hides, watched)
+    x_k = x_v if key is value else entering(k_fold.fold(key), k_tokens, hides, watched)
     q, k, v = project("query", x_q), project("key", x_k), project("value", x_v)
     q, k = prepared.normalized(layer.qk_norm, weights.beside, q, k)
     scale = layer.scale
@@ -258,7 +237,7 @@ def attend_layer(
         sides = q_tokens, k_tokens
         if isinstance(layer.backend, Shards):  # shards in a shard_map of the caller's own
             sides = map(layer.backend.placed, sides)
-        q, k, scale = prepared.placed(layer, q, k, _positions(given, *sides))
+        q, k, scale = prepared.placed(layer, q, k, positions(given, *sides))
     if given.attention_mask is not None:
         rule = rule & Dense(axes.fold_mask(given.attention_mask, q_fold, s_fold, q.shape[2]))
     call = Call(
@@ -282,116 +261,3 @@ def attend_layer(
     if cache is not None:
         results.append(cache)
     return tuple(results) if len(results) > 1 else results[0]
-
-
-def _checked(layer: Arguments, weights: Weights, inputs: Inputs) -> Inputs:
-    """Return inputs that can be meant, as arrays of the computation's dtype; those of no tokens for None.
-
-    Raises:
-      ShapeError: Naming the argument.
-    """
-    for name in ("use_causal_mask", "return_attention_scores"):
-        checks.switch(name, getattr(inputs, name))
-    for name in ("query_tokens", "key_tokens"):
-        check_tokens(name, getattr(inputs, name))
-    checks.function_or_none("on_projection", inputs.on_projection)
-    query, value, key, cache = inputs.query, inputs.value, inputs.key, inputs.cache
-    if cache is not None and not isinstance(cache, Cache):
-        raise ShapeError(
-            f"cache must be a Cache or None: got {type(cache).__name__}. Pass what "
-            "layer.empty_cache(batch, capacity) or the call before returned."
-        )
-    query = axes.as_input("query", query)
-    if cache is not None and value is None:
-        value = _nothing(layer, query, weights.widths[1])
-        key = _nothing(layer, query, weights.widths[2]) if key is None else key
-    value = axes.as_input("value", value)
-    key = value if key is None else axes.as_input("key", key)
-    if value.shape[:-1] != key.shape[:-1]:
-        raise ShapeError(
-            "value and key must agree in every axis but the features: got "
-            f"value.shape={value.shape}, key.shape={key.shape}. The arguments of the layer are query, "
-            "value, key, in this order."
-        )
-    if key is value and value is query and cache is None and _packed(inputs):
-        inputs = inputs._replace(key_tokens=inputs.query_tokens)
-    dtype = _compute_dtype(layer, weights, (query, value, key))
-    query, cast = _cast(query, dtype), _cast(value, dtype)
-    return inputs._replace(query=query, value=cast, key=cast if key is value else _cast(key, dtype))
-
-
-def _packed(inputs: Inputs) -> bool:
-    """Return whether a mask compares segments that the queries alone were given."""
-    tokens = inputs.query_tokens
-    given = tokens is not None and tokens.segment is not None and inputs.key_tokens is None
-    return given and isinstance(inputs.mask, Mask) and reads_segments(inputs.mask)
-
-
-def _cast(x: Array, dtype: Any) -> Array:
-    return x if x.dtype == dtype else x.astype(dtype)
-
-
-def _seen(
-    layer: Arguments, inputs: Inputs, q_fold: axes.Folding, k_fold: axes.Folding
-) -> tuple[Mask, Tokens, Tokens]:
-    """Return the rule and the tokens of a call, all masks but `attention_mask` taken together."""
-    rule: Mask = Causal() if inputs.use_causal_mask else Full()
-    if layer.sliding_window is not None:
-        rule = rule & Window(layer.sliding_window - 1, layer.sliding_window - 1)
-    if inputs.mask is not None:
-        check_mask("mask", inputs.mask)
-        rule = rule & inputs.mask
-    cached = inputs.cache is not None
-    q_tokens = inputs.query_tokens or Tokens(q_fold.length)
-    k_tokens = inputs.key_tokens
-    k_tokens = Tokens(k_fold.length) if k_tokens is None or cached else k_tokens
-    if inputs.query_mask is not None:
-        q_tokens = _valid(q_tokens, q_fold, "query_mask", inputs.query_mask)
-        rule = rule & ValidQueries()
-    for name in ("value_mask", "key_mask"):
-        if (flags := getattr(inputs, name)) is not None:
-            k_tokens = _valid(k_tokens, k_fold, name, flags)
-            rule = rule if cached else rule & ValidKeys()
-    return rule, q_tokens, k_tokens
-
-
-def _positions(inputs: Inputs, q_tokens: Tokens, k_tokens: Tokens) -> tuple[Any, Any]:
-    """Return the positions at which queries and keys are turned: those of their tokens."""
-    if inputs.cache is None:
-        return q_tokens.positions, k_tokens.positions
-    return inputs.cache.positions(q_tokens, k_tokens, inputs.query_tokens, inputs.key_tokens)
-
-
-def _valid(tokens: Tokens, folding: axes.Folding, name: str, flags: ArrayLike) -> Tokens:
-    """Return tokens that are valid only where `flags`, a mask over the input's axes, is True."""
-    valid = folding.fold_flags(name, flags)
-    if tokens.valid is not None:
-        valid = valid & tokens.valid
-    return dataclasses.replace(tokens, valid=valid)
-
-
-def _entering(x: Array, tokens: Tokens, hidden: bool, seen: bool) -> Array:
-    """Return an input without what hidden tokens hold, so that NaN and Inf there reach no kernel's gradient.
-
-    They are zero; where their projections are seen, as Keras's penalties do, only NaN and Inf are.
-    """
-    if not hidden or tokens.valid is None:
-        return x
-    zeroed = zero_invalid(x, tokens)
-    return jnp.where(jnp.isfinite(x), x, zeroed) if seen else zeroed
-
-
-def _nothing(layer: Arguments, query: Array, width: int) -> Array:
-    """Return an input of no tokens beside a query."""
-    shape = list(query.shape)
-    for axis in axes.resolve(layer.attention_axes, query.ndim):
-        shape[axis] = 0
-    return jnp.zeros((*shape[:-1], width), query.dtype)
-
-
-def _compute_dtype(layer: Arguments, weights: Weights, inputs: tuple[Array, ...]) -> Any:
-    """Return the dtype of the computation."""
-    if layer.dtype is not None:
-        return jnp.dtype(layer.dtype)
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*{*(x.dtype for x in inputs), *weights.dtypes})

@@ -181,9 +181,9 @@ def _preset(name: str, kind: type[Initializer], **settings: Any) -> type[Initial
     """Return `kind` with some settings fixed, under the name that Keras has for it."""
     fixed = partial(dataclasses.field, init=False, repr=False)
     fields = [(key, Any, fixed(default=value)) for key, value in settings.items()]
-    preset = dataclasses.make_dataclass(name, fields, bases=(kind,), frozen=True)
-    preset.__module__ = __name__
-    return preset
+    said = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    known = {"__module__": __name__, "__doc__": f"`{kind.__name__}` with {said}."}
+    return dataclasses.make_dataclass(name, fields, bases=(kind,), namespace=known, frozen=True)
 
 
 def _scaled(name: str, scale: float, mode: str, distribution: str) -> type[Initializer]:

@@ -31,7 +31,8 @@ from mha_jax.layer import (
 )
 from mha_jax.layer.arguments import FIELDS, IN_THE_CONSTRUCTOR, Arguments, closed, documented
 from mha_jax.layer.called import as_linen
-from mha_jax.layer.functional import Inputs, Weights, attend_layer
+from mha_jax.layer.functional import Weights, attend_layer
+from mha_jax.layer.inputs import Inputs
 from mha_jax.types import Array, ArrayLike, DType, Float, Params, Precision
 
 
@@ -188,16 +189,8 @@ class MultiHeadAttention(Arguments, nn.Module):
             )
         inputs = Inputs(
             *(query, value, key, query_mask, value_mask, key_mask, attention_mask),
-            *(
-                return_attention_scores,
-                use_causal_mask,
-                mask,
-                query_tokens,
-                key_tokens,
-                cache,
-                bias,
-            ),
-            on_projection,
+            *(return_attention_scores, use_causal_mask, mask, query_tokens, key_tokens),
+            *(cache, bias, on_projection),
         )
         training = checks.merged("training", self.training, training)
         projected = _projections(self, inputs)

@@ -26,8 +26,9 @@ from mha_jax.errors import ShapeError, UnsupportedError
 from mha_jax.layer import checks, constraints, penalties, projections, vectors
 from mha_jax.layer.arguments import FIELDS, IN_THE_CONSTRUCTOR, Arguments, closed, documented
 from mha_jax.layer.called import as_nnx
-from mha_jax.layer.functional import Inputs, Weights, attend_layer
+from mha_jax.layer.functional import Weights, attend_layer
 from mha_jax.layer.initializers import Unflattened, VarianceScaling
+from mha_jax.layer.inputs import Inputs
 from mha_jax.layer.linen import MultiHeadAttention as LinenAttention
 from mha_jax.types import Array, ArrayLike, Float, Params, Precision
 
@@ -258,18 +259,15 @@ class MultiHeadAttention(Arguments, nnx.Module):
         """
         if unknown:
             checks.refuse_unknown(self.__call__, unknown, FIELDS, IN_THE_CONSTRUCTOR)
+        if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):
+            raise ShapeError(
+                f"rngs must be nnx.Rngs or one of its streams: got {type(rngs).__name__}. Pass "
+                "rngs=nnx.Rngs(dropout=key)."
+            )
         inputs = Inputs(
             *(query, value, key, query_mask, value_mask, key_mask, attention_mask),
-            *(
-                return_attention_scores,
-                use_causal_mask,
-                mask,
-                query_tokens,
-                key_tokens,
-                cache,
-                bias,
-            ),
-            on_projection,
+            *(return_attention_scores, use_causal_mask, mask, query_tokens, key_tokens),
+            *(cache, bias, on_projection),
         )
         training = checks.switch_or_none("training", training)
         training = self.training if training is None else training
@@ -344,11 +342,6 @@ class MultiHeadAttention(Arguments, nnx.Module):
         return dtypes or (jnp.dtype(self.param_dtype),)
 
     def _dropout_key(self, rngs: nnx.Rngs | nnx.RngStream | None) -> Array:
-        if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):
-            raise ShapeError(
-                f"rngs must be nnx.Rngs or one of its streams: got {type(rngs).__name__}. Pass "
-                "rngs=nnx.Rngs(dropout=key)."
-            )
         if rngs is None:
             stream = getattr(self, "stream", None)
         else:

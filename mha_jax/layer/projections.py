@@ -44,8 +44,8 @@ def init(
     kernel_initializer: Any,
     bias_initializer: Any | None,
     dtype: Any,
-) -> dict[str, Array]:
-    """Return the kernel of one projection, and its bias unless `bias_initializer` is None."""
+) -> dict[str, Any]:
+    """Return the kernel of one projection, and its bias unless its initializer is None; boxed if drawn so."""
     kernel_key, bias_key = jax.random.split(rng)
     params = {
         "kernel": initializers.initialize(

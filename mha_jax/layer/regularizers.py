@@ -131,13 +131,7 @@ def get(spec: Any) -> Callable[..., Any] | None:
 
 
 def serialize(regularizer: Any) -> dict[str, Any] | None:
-    """Return the JSON-able config of a regularizer, which `get` and Keras read.
-
-    Args:
-      regularizer: Anything that `get` takes.
-
-    Raises:
-      WeightsError: The regularizer is a plain function, which no config can hold.
+    """Return the JSON-able config of a regularizer, as `initializers.serialize` does.
 
     >>> serialize("l2")["class_name"], serialize("l2")["config"]
     ('L2', {'l2': 0.01})

@@ -26,30 +26,6 @@ if _typing.TYPE_CHECKING:
 else:
     from mha_jax.rooms import inside as _inside
     from mha_jax.rooms import lazy as _lazy
+    from mha_jax.rooms import modules as _modules
 
-    __getattr__, __dir__ = _lazy(
-        __name__,
-        _inside(
-            __name__,
-            "bert",
-            "decoder",
-            "deepseek",
-            "feed_forward",
-            "gguf",
-            "gpt",
-            "latent",
-            "layouts",
-            "llama",
-            "minilm",
-            "rxnmapper",
-            "sizes",
-            "smiles",
-            "smollm2",
-            "t5",
-            "torch_file",
-            "transformer",
-            "vit",
-            "weights",
-            "wordpiece",
-        ),
-    )
+    __getattr__, __dir__ = _lazy(__name__, _inside(__name__, *_modules(__path__)))

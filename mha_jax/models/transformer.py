@@ -74,7 +74,7 @@ class Config:
         check_config(self, "dropout", "attention_dropout", **sizes)
 
 
-def sinusoids(positions: jax.Array, width: int) -> jax.Array:
+def sinusoids(positions: jax.typing.ArrayLike, width: int) -> jax.Array:
     """Encode positions as sines and cosines of geometric wavelengths.
 
     Args:

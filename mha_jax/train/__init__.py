@@ -33,32 +33,6 @@ if _typing.TYPE_CHECKING:
 else:
     from mha_jax.rooms import inside as _inside
     from mha_jax.rooms import lazy as _lazy
+    from mha_jax.rooms import modules as _modules
 
-    __getattr__, __dir__ = _lazy(
-        __name__,
-        _inside(
-            __name__,
-            "checkpoints",
-            "cmudict",
-            "command",
-            "configs",
-            "data",
-            "decoding",
-            "digits",
-            "g2p",
-            "layout",
-            "lm",
-            "loop",
-            "losses",
-            "modern",
-            "optimizer",
-            "predict",
-            "processes",
-            "progress",
-            "scoring",
-            "settings",
-            "tasks",
-            "translation",
-            "workdir",
-        ),
-    )
+    __getattr__, __dir__ = _lazy(__name__, _inside(__name__, *_modules(__path__)))

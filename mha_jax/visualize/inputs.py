@@ -7,9 +7,9 @@ import numpy as np
 
 from mha_jax.attention.given import as_array, text
 from mha_jax.errors import ShapeError
-from mha_jax.types import Float
+from mha_jax.types import ArrayLike, Float
 
-Labels: TypeAlias = Sequence[str] | None
+Labels: TypeAlias = Sequence[Any] | ArrayLike | None
 
 
 def numbers(name: str, array: Any, *forms: str) -> np.ndarray:

@@ -85,50 +85,37 @@ def alignment(
     """
     scores = numbers("scores", scores, "[N, T, S]")
     row_labels, column_labels = check_labels(scores, queries, keys)
-    from mha_jax.visualize.pictures import (
-        Picture,
-        draw_map,
-        draw_scale,
-        finish,
-        label_space,
-        panel,
-        plain,
-    )
+    from mha_jax.visualize import pictures
 
     count, rows, columns = scores.shape
-    large = panel(rows, columns, labelled=True, cell=0.42)
+    large = pictures.panel(rows, columns, labelled=True, cell=0.42)
     across = int(np.ceil(np.sqrt(count)))
     down = -(-count // across)
     # As large as the mean is high, within what a page has beside it.
-    small = panel(rows, columns, True, cell=max(0.1, large.height / rows / down * 0.8))
-    beside = label_space(row_labels, small.size) + 0.15
-    below = label_space(column_labels, small.size, turned=True) + 0.25
-    left_width = large.width + label_space(row_labels, large.size) + 1.5
+    small = pictures.panel(rows, columns, True, cell=max(0.1, large.height / rows / down * 0.8))
+    beside = pictures.label_space(row_labels, small.size) + 0.15
+    below = pictures.label_space(column_labels, small.size, turned=True) + 0.25
+    left_width = large.width + pictures.label_space(row_labels, large.size) + 1.5
     right_width = across * (small.width + beside)
     height = max(large.height + 0.8, down * (small.height + below)) + (0.4 if title else 0.1)
-    picture = Picture(figsize=(left_width + right_width, height), layout="constrained")
+    picture = pictures.Picture(figsize=(left_width + right_width, height), layout="constrained")
     left, right = picture.subfigures(
         1, 2, width_ratios=(left_width, right_width), wspace=0.02, squeeze=False
     )[0]
-    if title:
-        picture.suptitle(plain(title), fontsize=12)
 
     axes = left.subplots()
     largest = float(scores.max())
-    draw_map(axes, scores.mean(axis=0), row_labels, column_labels, large, largest)
+    pictures.draw_map(axes, scores.mean(axis=0), row_labels, column_labels, large, largest)
     axes.set_title("mean over heads", fontsize=10)
-    axes.set_xlabel(plain(key_name))
-    axes.set_ylabel(plain(query_name))
-    draw_scale(left, axes, "attention weight", largest=largest, height=large.height)
+    axes.set_xlabel(pictures.plain(key_name))
+    axes.set_ylabel(pictures.plain(query_name))
+    pictures.draw_scale(left, axes, "attention weight", largest=largest, height=large.height)
 
     grid = right.subplots(down, across, squeeze=False)
-    for head, axes in enumerate(grid.flat):
-        if head >= count:
-            axes.set_axis_off()
-            continue
-        draw_map(axes, scores[head], row_labels, column_labels, small, largest)
+    for head, axes in pictures.used(grid, count):
+        pictures.draw_map(axes, scores[head], row_labels, column_labels, small, largest)
         axes.set_title(f"head {head}", fontsize=8, pad=3)
-    return finish(picture, path)
+    return pictures.finish(picture, path, title)
 
 
 def layers(
@@ -178,9 +165,7 @@ def layers(
     for head, axes in enumerate(grid[0]):
         axes.set_title(f"head {head}", fontsize=9, pad=4)
     draw_scale(picture, grid, "attention weight", largest=largest, height=len(every) * side)
-    if title:
-        picture.suptitle(plain(title), fontsize=12)
-    return finish(picture, path)
+    return finish(picture, path, title)
 
 
 def masks(
@@ -248,44 +233,31 @@ def _grid(
     label: str | None = None,
 ) -> Any:
     """Draw maps of one size side by side, labelled at the left and below only."""
-    from mha_jax.visualize.pictures import (
-        Picture,
-        draw_map,
-        draw_scale,
-        finish,
-        label_space,
-        panel,
-        plain,
-    )
+    from mha_jax.visualize import pictures
 
     rows, columns = next(iter(maps.values())).shape
     labelled = queries is not None or keys is not None
-    beside = 0.45 + label_space(queries, 8)
+    beside = 0.45 + pictures.label_space(queries, 8)
     # Four maps across a page, if their labels can be read then.
     share = (_PAGE - beside - 1.0) / min(len(maps), 4) - 0.15
-    sized = panel(rows, columns, labelled, cell=float(np.clip(share / columns, 0.13, 0.3)))
+    sized = pictures.panel(rows, columns, labelled, cell=float(np.clip(share / columns, 0.13, 0.3)))
     across = max(1, min(len(maps), int((_PAGE - beside - 0.9) // (sized.width + 0.15))))
     down = -(-len(maps) // across)
     across = -(-len(maps) // down)
-    below = 0.35 + label_space(keys, sized.size, turned=True)
+    below = 0.35 + pictures.label_space(keys, sized.size, turned=True)
     width = across * (sized.width + 0.15) + beside + (0.9 if label else 0.1)
     height = down * (sized.height + 0.3) + below + (0.45 if title else 0.1)
-    picture = Picture(figsize=(width, height), layout="constrained")
+    picture = pictures.Picture(figsize=(width, height), layout="constrained")
     grid = picture.subplots(down, across, squeeze=False)
-    for place, axes in enumerate(grid.flat):
-        if place >= len(maps):
-            axes.set_axis_off()
-            continue
+    for place, axes in pictures.used(grid, len(maps)):
         name, weights = list(maps.items())[place]
-        draw_map(axes, weights, queries, keys, sized, largest)
+        pictures.draw_map(axes, weights, queries, keys, sized, largest)
         fitting = sized.width * 72 / (0.6 * len(name))
-        axes.set_title(plain(name), fontsize=float(np.clip(fitting, 6, 9)), pad=4)
+        axes.set_title(pictures.plain(name), fontsize=float(np.clip(fitting, 6, 9)), pad=4)
         first, last = place % across == 0, place + across >= len(maps)
         axes.tick_params(labelleft=first, labelbottom=last)
-        axes.set_ylabel(plain(names[0]) if first else "", fontsize=9)
-        axes.set_xlabel(plain(names[1]) if last else "", fontsize=9)
+        axes.set_ylabel(pictures.plain(names[0]) if first else "", fontsize=9)
+        axes.set_xlabel(pictures.plain(names[1]) if last else "", fontsize=9)
     if label:
-        draw_scale(picture, grid, label, largest=largest, height=height)
-    if title:
-        picture.suptitle(plain(title), fontsize=12)
-    return finish(picture, path)
+        pictures.draw_scale(picture, grid, label, largest=largest, height=height)
+    return pictures.finish(picture, path, title)

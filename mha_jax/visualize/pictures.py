@@ -2,7 +2,7 @@
 
 import io
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,8 +44,19 @@ class Picture(Figure):
         return buffer.getvalue()
 
 
-def finish(picture: Picture, path: str | pathlib.Path | None) -> Picture | None:
-    """Write the picture to a file, or return it if there is none to write."""
+def used(grid: Any, count: int) -> Iterator[tuple[int, Axes]]:
+    """Number the first axes of a grid; those after them are left blank."""
+    for place, axes in enumerate(grid.flat):
+        if place < count:
+            yield place, axes
+        else:
+            axes.set_axis_off()
+
+
+def finish(picture: Picture, path: str | pathlib.Path | None, title: str = "") -> Picture | None:
+    """Write the picture, with its title, to a file, or return it if there is none to write."""
+    if title:
+        picture.suptitle(plain(title), fontsize=12)
     if path is None:
         return picture
     picture.savefig(path, dpi=150)

@@ -49,7 +49,7 @@ def entropy(
     colors, largest = colormaps["viridis"], max(float(values.max()), 1e-6)
     axes.imshow(values, cmap=colors, vmin=0.0, vmax=largest, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        ink = contrasting(colors, value / largest)
+        ink = contrasting(colors, float(value / largest))
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
     axes.set_xticks(range(columns), [str(head) for head in range(columns)], fontsize=9)
     axes.set_yticks(range(rows), [plain(name) for name in names], fontsize=9)
@@ -57,9 +57,7 @@ def entropy(
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     draw_scale(picture, axes, "entropy (nats)", largest=largest, height=rows * 0.42, colors=colors)
-    if title:
-        picture.suptitle(plain(title), fontsize=12)
-    return finish(picture, path)
+    return finish(picture, path, title)
 
 
 def by_query(
@@ -84,7 +82,7 @@ def by_query(
     >>> figure = by_query(np.ones((2, 100)), name="largest weight")
     """
     values = numbers("values", values, "[N, T]")
-    from mha_jax.visualize.pictures import WEIGHTS, Picture, draw_scale, finish, plain
+    from mha_jax.visualize.pictures import WEIGHTS, Picture, draw_scale, finish
 
     count, length = values.shape
     picture = Picture(figsize=(9.0, count * 0.26 + (1.3 if title else 0.95)), layout="constrained")
@@ -108,9 +106,7 @@ def by_query(
     axes.tick_params(axis="y", length=0)
     axes.spines[:].set(color="#bbbbbb", linewidth=0.6)
     draw_scale(picture, axes, name, largest=float(shown.max()), height=count * 0.26)
-    if title:
-        picture.suptitle(plain(title), fontsize=12)
-    return finish(picture, path)
+    return finish(picture, path, title)
 
 
 def top_keys(
@@ -146,7 +142,7 @@ def top_keys(
             f"places must be keys from 0 to {length - 1}: got {places.min()} to {places.max()}. "
             "Pass length=S, the number of keys."
         )
-    from mha_jax.visualize.pictures import WEIGHTS, Picture, draw_scale, finish, plain
+    from mha_jax.visualize.pictures import WEIGHTS, Picture, draw_scale, finish, used
 
     count, queries, _ = weights.shape
     across = min(count, 4)
@@ -156,10 +152,7 @@ def top_keys(
     )
     grid = picture.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     largest = max(float(weights.max()), 1e-6)
-    for head, axes in enumerate(grid.flat):
-        if head >= count:
-            axes.set_axis_off()
-            continue
+    for head, axes in used(grid, count):
         seen = weights[head] > 0
         order = np.argsort(weights[head][seen])  # The largest weights on top.
         axes.scatter(
@@ -182,9 +175,7 @@ def top_keys(
     for axes in grid[-1]:
         axes.set_xlabel("key", fontsize=9)
     draw_scale(picture, grid, "attention weight", largest=largest, height=down * 2.2)
-    if title:
-        picture.suptitle(plain(title), fontsize=12)
-    return finish(picture, path)
+    return finish(picture, path, title)
 
 
 def _entropies(layer: np.ndarray) -> np.ndarray:

@@ -246,7 +246,8 @@ def _code_of_data(tiles: Array) -> tuple[Array, list[Pattern]]:
 def _can_be_first(way: tuple[Shape, int], code: Any) -> bool:
     """Return whether every block of rows has one tile with a pattern, and that reaches all rows."""
     shape, wanted = way
-    return all(row.strip(".") for row in shape.pattern) and ((code == wanted).sum(-1) == 1).all()
+    reached = all(row.strip(".") for row in shape.pattern)
+    return reached and bool(((code == wanted).sum(-1) == 1).all())
 
 
 def _listed(

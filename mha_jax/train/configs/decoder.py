@@ -11,38 +11,24 @@ Result: 1.94 bits a character on held-out topics, where `--config=lm` has 2.90 (
 
 from ml_collections import ConfigDict
 
+from mha_jax.train.configs import lm
+
 
 def get_config() -> ConfigDict:
-    """Return the experiment; every key can be set by `--config.<key>=<value>`."""
-    return ConfigDict(
+    """Return the experiment of `lm` with another model."""
+    config = lm.get_config()
+    config.task = "decoder"
+    config.model = ConfigDict(
         {
-            "task": "decoder",
-            "seed": 0,
-            "steps": 600,
-            "batch_size": 16,
-            "length": 256,
-            "model": {
-                "width": 128,
-                "num_heads": 4,
-                "num_kv_heads": 2,
-                "hidden": 352,
-                "layers": 3,
-                "window": 64,
-                "rotary_base": 10_000.0,
-                "qk_norm": "rms",
-                "dropout": 0.1,
-            },
-            "optimizer": {
-                "schedule": "linear",
-                "peak": 2e-3,
-                "warmup": 60,
-                "weight_decay": 0.01,
-                "clip": 1.0,
-            },
-            "log_every": 50,
-            "save_every": 300,
-            "tensorboard": True,
-            "resume": False,
-            "mesh": "",
+            "width": 128,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "hidden": 352,
+            "layers": 3,
+            "window": 64,
+            "rotary_base": 10_000.0,
+            "qk_norm": "rms",
+            "dropout": 0.1,
         }
     )
+    return config

@@ -8,40 +8,15 @@ it. Result: BLEU 28.4 in the paper for English to German, not measured here.
 
 from ml_collections import ConfigDict
 
-WIDTH, WARMUP = 1024, 4000
+from mha_jax.train.configs import vaswani_base
+
+WIDTH, WARMUP = 1024, vaswani_base.WARMUP
 
 
 def get_config() -> ConfigDict:
-    """Return the experiment; every key can be set by `--config.<key>=<value>`."""
-    return ConfigDict(
-        {
-            "task": "translation",
-            "data": "",
-            "vocabulary": 37_000,
-            "seed": 0,
-            "steps": 300_000,
-            "batch_size": 256,
-            "label_smoothing": 0.1,
-            "model": {
-                "width": WIDTH,
-                "num_heads": 16,
-                "hidden": 4096,
-                "encoder_layers": 6,
-                "decoder_layers": 6,
-                "dropout": 0.3,
-                "norm_first": False,
-            },
-            "optimizer": {
-                "schedule": "paper",
-                "peak": WIDTH**-0.5 * WARMUP**-0.5,
-                "warmup": WARMUP,
-                "weight_decay": 0.0,
-                "clip": 0.0,
-            },
-            "log_every": 100,
-            "save_every": 1000,
-            "tensorboard": True,
-            "resume": False,
-            "mesh": "",
-        }
-    )
+    """Return the base model's experiment, larger, longer and with more dropout."""
+    config = vaswani_base.get_config()
+    model = {"width": WIDTH, "num_heads": 16, "hidden": 4096, "dropout": 0.3}
+    optimizer = {"peak": WIDTH**-0.5 * WARMUP**-0.5}
+    config.update({"steps": 300_000, "model": model, "optimizer": optimizer})
+    return config
