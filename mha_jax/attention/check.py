@@ -203,7 +203,7 @@ def check_tokens(name: str, tokens: Any, length: Any = "length") -> None:
         )
 
 
-def _tokens(name: str, tokens: Tokens | None, length: Size, lead: tuple[int, ...]) -> Tokens:
+def _tokens(name: str, tokens: Tokens | None, length: Size, lead: tuple[Size, ...]) -> Tokens:
     """Return tokens whose arrays are [1 or B, length], integers as int32."""
     if tokens is None:
         return Tokens(length)

@@ -17,7 +17,7 @@ from mha_jax.attention.given import as_array, is_integer
 from mha_jax.attention.masks import Dense, Mask
 from mha_jax.attention.patterns import PrefixLM
 from mha_jax.errors import ShapeError
-from mha_jax.types import Array
+from mha_jax.types import Array, Size
 
 
 def mask_array(a, name: str = "a mask") -> Array:
@@ -51,7 +51,7 @@ def mask_array(a, name: str = "a mask") -> Array:
     return jnp.asarray(a == 1 if a.dtype != jnp.bool_ else a)
 
 
-def fitted_mask(mask: Mask, shape: tuple[int, ...]) -> Mask:
+def fitted_mask(mask: Mask, shape: tuple[Size, ...]) -> Mask:
     """Return a mask whose arrays broadcast to the logits with one batch axis."""
 
     def fit(part):
@@ -64,7 +64,7 @@ def fitted_mask(mask: Mask, shape: tuple[int, ...]) -> Mask:
     return jax.tree.map(fit, mask, is_leaf=lambda part: isinstance(part, (Dense, PrefixLM)))
 
 
-def _of_examples(name: str, a: Any, lead: tuple[int, ...]) -> Array:
+def _of_examples(name: str, a: Any, lead: tuple[Size, ...]) -> Array:
     """Return integers of examples as [#B, 1, 1, 1]."""
     # A Python integer stays one that can be looked at, in 64 bits too.
     a = np.asarray(a) if is_integer(a) else as_array(name, a, "an integer, or integers")
@@ -81,7 +81,7 @@ def _of_examples(name: str, a: Any, lead: tuple[int, ...]) -> Array:
     return jnp.asarray(fold_batch(int32(name, a)[..., None, None, None], lead, 3))
 
 
-def _mask_array(a, shape: tuple[int, ...]) -> Array:
+def _mask_array(a, shape: tuple[Size, ...]) -> Array:
     """Return an array of a mask as [#B, #N, #T, #S] booleans; missing axes go before T and S."""
     if isinstance(a, Mask):
         raise ShapeError(
@@ -94,7 +94,7 @@ def _mask_array(a, shape: tuple[int, ...]) -> Array:
 
 
 def fitted_bias(
-    bias: Any, shape: tuple[int, ...], wider: bool = False
+    bias: Any, shape: tuple[Size, ...], wider: bool = False
 ) -> tuple[Array | None, Bias | None]:
     """Return the array of a bias, those of a sum added up, and its rules.
 
@@ -124,7 +124,7 @@ def fitted_bias(
     return dense, biases.together(rules)
 
 
-def _bias(a, shape: tuple[int, ...]) -> Array:
+def _bias(a, shape: tuple[Size, ...]) -> Array:
     a = jnp.asarray(as_array("bias", a, "an array [*B, N, T, S] or a rule of mj.biases"))
     if not jnp.issubdtype(a.dtype, jnp.floating):
         raise ShapeError(
@@ -134,7 +134,7 @@ def _bias(a, shape: tuple[int, ...]) -> Array:
     return _broadcastable("bias", a, shape, missing_heads=False)
 
 
-def _broadcastable(name: str, a: Array, shape: tuple[int, ...], missing_heads: bool) -> Array:
+def _broadcastable(name: str, a: Array, shape: tuple[Size, ...], missing_heads: bool) -> Array:
     full, given = len(shape), a.shape
     if a.ndim == 2 or (missing_heads and 2 < a.ndim < full):
         a = a.reshape(*a.shape[:-2], *(1,) * (full - a.ndim), *a.shape[-2:])
@@ -158,7 +158,7 @@ def _broadcastable(name: str, a: Array, shape: tuple[int, ...], missing_heads: b
     return fold_batch(a, shape[:-3], 3)
 
 
-def fold_batch(a: Any, lead: tuple[int, ...], rest: int) -> Any:
+def fold_batch(a: Any, lead: tuple[Size, ...], rest: int) -> Any:
     """Fold the batch axes of `a` into one, of size 1 where all of them are 1 or left out."""
     own, tail = a.shape[: a.ndim - rest], a.shape[a.ndim - rest :]
     if math.prod(own) == 1:
