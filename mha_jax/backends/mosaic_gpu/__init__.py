@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import io_callback
 
-from mha_jax.attention.call import Moves, Output, Problem, State
+from mha_jax.attention.call import Moves, Output, Problem, State, moving
 from mha_jax.backends.base import Backend
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
@@ -35,6 +35,7 @@ class MosaicGPU(Backend):
       interpret: `plgpu.InterpretGPUParams()` runs the kernels on a CPU, slowly: for tests.
     """
 
+    bias_rules: ClassVar[bool] = True
     by_name: ClassVar[bool] = True
 
     interpret: Any = None
@@ -56,8 +57,10 @@ class MosaicGPU(Backend):
     # Pallas is imported where a kernel is compiled, and nowhere else.
 
     def forward(self, problem: Problem) -> State:
-        from mha_jax.backends.mosaic_gpu import passes
+        from mha_jax.backends.mosaic_gpu import passes, rules
 
+        if rules.why_not(problem):  # a part of the keys, whose places are data
+            return self.tiled().on("cuda").forward(problem)
         return passes.forward(problem, self.interpret)
 
     def cotangent(self, problem: Problem, state: State, cotangent: Output) -> Moves:
@@ -82,18 +85,25 @@ def _of_the_call(problem: Problem) -> str | None:
         return f"it rounds weights to {problem.q.dtype}; precision is {rules.precision}"
     if not all(isinstance(size, int) for size in (*problem.q.shape, problem.k.shape[1])):
         return f"its tiles need sizes known while compiling; q.shape={problem.q.shape} has symbols"
+    if problem.bias_rule is not None:
+        from mha_jax.backends.mosaic_gpu import rules as ruled
+
+        return ruled.why_not(problem)
     return None
 
 
 def _without_kernel(problem: Problem) -> bool:
     """Whether the tiles pull a problem's cotangent back: the kernels give none to a bias, say."""
+    from mha_jax.backends.mosaic_gpu import rules
+
+    asked = moving(problem)
+    if jax.tree.leaves((asked.bias, asked.bias_rule)) or rules.why_not(problem):
+        return True
     sizes = problem.q.shape[3], problem.v.shape[3]
     # Kernels of keys go over all query heads of a key-value head with one vector of their own.
-    own = any(
-        leaf.shape[1] > 1 and leaf.shape[2] == 1 and leaf.shape[3] > 1
-        for leaf in jax.tree.leaves(problem.mask)
-    )
-    return problem.bias is not None or max(sizes) > _LARGEST_BACKWARD or own
+    read = jax.tree.leaves((problem.mask, problem.bias, [x for _, x in rules.terms(problem)[0]]))
+    own = any(x.shape[1] > 1 and x.shape[2] == 1 and x.shape[3] > 1 for x in read)
+    return max(sizes) > _LARGEST_BACKWARD or (own and problem.groups > 1)
 
 
 def _capability() -> str | None:
