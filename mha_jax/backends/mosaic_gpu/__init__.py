@@ -50,6 +50,11 @@ class MosaicGPU(Backend):
             return f"its products are those of compute capability 9.0; this GPU has {capability}"
         return _of_the_call(problem)
 
+    def aside(self, problem: Problem) -> str | None:
+        if not (taken := _by_tiles(problem)):
+            return None
+        return f"all gradients go through the tiles, blockwise, {taken}"
+
     def effects(self) -> set[Any]:
         # The interpreter's memory lives in callbacks: they keep their order over the whole program.
         return set() if self.interpret is None else _ordered_effects()
@@ -66,7 +71,7 @@ class MosaicGPU(Backend):
     def cotangent(self, problem: Problem, state: State, cotangent: Output) -> Moves:
         from mha_jax.backends.mosaic_gpu import passes
 
-        if _without_kernel(problem):
+        if _by_tiles(problem):
             return self.tiled().on("cuda").cotangent(problem, state, cotangent)
         return passes.cotangent(problem, state, cotangent, self.interpret)
 
@@ -92,18 +97,23 @@ def _of_the_call(problem: Problem) -> str | None:
     return None
 
 
-def _without_kernel(problem: Problem) -> bool:
-    """Whether the tiles pull a problem's cotangent back: the kernels give none to a bias, say."""
+def _by_tiles(problem: Problem) -> str | None:
+    """Say where the tiles pull a problem's cotangent back, or return None."""
     from mha_jax.backends.mosaic_gpu import rules
 
-    asked = moving(problem)
-    if jax.tree.leaves((asked.bias, asked.bias_rule)) or rules.why_not(problem):
-        return True
-    sizes = problem.q.shape[3], problem.v.shape[3]
+    asked, largest = moving(problem), max(problem.q.shape[3], problem.v.shape[3])
+    if largest > _LARGEST_BACKWARD:
+        return f"as the sums of head sizes above {_LARGEST_BACKWARD} do not fit, and here are {largest}"
     # Kernels of keys go over all query heads of a key-value head with one vector of their own.
     read = jax.tree.leaves((problem.mask, problem.bias, [x for _, x in rules.terms(problem)[0]]))
     own = any(x.shape[1] > 1 and x.shape[2] == 1 and x.shape[3] > 1 for x in read)
-    return max(sizes) > _LARGEST_BACKWARD or (own and problem.groups > 1)
+    if own and problem.groups > 1:
+        return "as a mask or a bias has a line of keys for each of the heads that share keys"
+    if rules.why_not(problem):
+        return "as positions of a rule are data"
+    if jax.tree.leaves((asked.bias, asked.bias_rule)):
+        return "where that of the bias is asked for"
+    return None
 
 
 def _capability() -> str | None:
