@@ -1,11 +1,15 @@
 """Ahead-of-time compilation of the Mosaic GPU kernels: nothing spills, and the loops are short."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from benchmarks import gpu_kernels
 from mha_jax import Call, Causal, Dropout, Tokens, ValidKeys
+from mha_jax.attention.biases import Alibi
 from mha_jax.attention.call import Output, State
 from mha_jax.attention.check import check
 from mha_jax.backends.mosaic_gpu import MosaicGPU
@@ -27,8 +31,9 @@ def forward(rate):
     return function, (X, X, X, WORDS)
 
 
-def backward(q, k, v, out, m, l, d_out, d_lse):
-    problem = check(Call(q, k, v, mask=Causal()))
+def backward(bias, q, k, v, out, m, l, d_out, d_lse):
+    problem = check(Call(q, k, v, mask=Causal(), bias=bias))
+    problem = dataclasses.replace(problem, constants=("bias_rule",))
     moves = MosaicGPU().cotangent(problem, State(out, m, l), Output(d_out, d_lse))
     return moves.q, moves.k, moves.v
 
@@ -65,8 +70,10 @@ def test_no_head_size_spills_forward(shape, value_size, biased):
     assert kernel.spills == 0 and kernel.shared <= SHARED
 
 
-def test_the_backward_kernels_spill_nothing():
-    _, kernels = gpu_kernels.kernels("H100", backward, X, X, X, X, LINE, LINE, X, LINE)
+@pytest.mark.parametrize("bias", [None, Alibi.of_heads(4)], ids=["plain", "alibi"])
+def test_the_backward_kernels_spill_nothing(bias):
+    function = functools.partial(backward, bias)
+    _, kernels = gpu_kernels.kernels("H100", function, X, X, X, X, LINE, LINE, X, LINE)
     assert sorted(kernel.name for kernel in kernels) == [
         "attention_backward_keys",
         "attention_backward_queries",

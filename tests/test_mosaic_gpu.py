@@ -11,8 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mha_jax import Call, Causal, Dropout, Tokens, UnsupportedError, ValidKeys, attend, explain
+from mha_jax import (
+    Call,
+    Causal,
+    Dense,
+    Dropout,
+    Tokens,
+    UnsupportedError,
+    ValidKeys,
+    attend,
+    explain,
+)
 from mha_jax.attention import softmax
+from mha_jax.attention.biases import Alibi
 from mha_jax.attention.call import Output
 from mha_jax.attention.check import check
 from mha_jax.backends.mosaic_gpu import MosaicGPU
@@ -160,3 +171,24 @@ def test_where_the_kernels_do_not_run_is_said_in_words(monkeypatch):
     assert "it needs jax 0.11" in explain(Call(x, x, x))["mosaic_gpu"]
     with pytest.raises(UnsupportedError, match="backend MosaicGPU cannot run this call"):
         attend(Call(x, x, x), "mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "can run"),
+        ({"size": 136}, "as the sums of head sizes above 128 do not fit, and here are 136"),
+        ({"bias": jnp.zeros((8, 8))}, "where that of the bias is asked for"),
+        ({"bias": Alibi.of_heads(2)}, "where that of the bias is asked for"),
+        (
+            {"mask": Dense(np.ones((1, 2, 1, 8), bool))},
+            "as a mask or a bias has a line of keys for each of",
+        ),
+    ],
+)
+def test_explain_says_which_gradients_the_tiles_take(options, text, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    monkeypatch.setattr("mha_jax.backends.mosaic_gpu._capability", lambda: None)
+    says = choose.reasons(problem(8, 8, **options), "cuda")["mosaic_gpu"]
+    before = "can run; all gradients go through the tiles, blockwise, " if options else ""
+    assert says.startswith(before + text)

@@ -33,6 +33,10 @@ class Backend:
         """Say in words why this problem cannot run on `platform`, or return None."""
         return None
 
+    def aside(self, problem: Problem) -> str | None:
+        """Say in words what of a problem that it runs another backend does for it, or return None."""
+        return None
+
     def on(self, platform: str) -> "Backend":
         """Return this backend with what it leaves open chosen for a platform."""
         return self

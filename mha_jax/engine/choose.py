@@ -50,7 +50,14 @@ def reasons(problem: Problem, platform: str | None) -> dict[str, str]:
             f"unknown platform {platform!r}. Expected one of {', '.join(map(repr, PLATFORMS))}, "
             "or None for the platform of this process."
         )
-    return {name: why_not(load(name), problem, platform) or "can run" for name in BACKENDS}
+    return {name: _says(load(name), problem, platform) for name in BACKENDS}
+
+
+def _says(backend: Backend, problem: Problem, platform: str) -> str:
+    if (why := why_not(backend, problem, platform)) is not None:
+        return why
+    aside = backend.aside(problem)
+    return "can run" if aside is None else f"can run; {aside}"
 
 
 def why_not(backend: Backend, problem: Problem, platform: str) -> str | None:

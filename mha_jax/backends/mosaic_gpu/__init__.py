@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import io_callback
 
-from mha_jax.attention.call import Moves, Output, Problem, State
+from mha_jax.attention.call import Moves, Output, Problem, State, moving
 from mha_jax.backends.base import Backend
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
@@ -35,6 +35,7 @@ class MosaicGPU(Backend):
       interpret: `plgpu.InterpretGPUParams()` runs the kernels on a CPU, slowly: for tests.
     """
 
+    bias_rules: ClassVar[bool] = True
     by_name: ClassVar[bool] = True
 
     interpret: Any = None
@@ -49,6 +50,11 @@ class MosaicGPU(Backend):
             return f"its products are those of compute capability 9.0; this GPU has {capability}"
         return _of_the_call(problem)
 
+    def aside(self, problem: Problem) -> str | None:
+        if not (taken := _by_tiles(problem)):
+            return None
+        return f"all gradients go through the tiles, blockwise, {taken}"
+
     def effects(self) -> set[Any]:
         # The interpreter's memory lives in callbacks: they keep their order over the whole program.
         return set() if self.interpret is None else _ordered_effects()
@@ -56,14 +62,16 @@ class MosaicGPU(Backend):
     # Pallas is imported where a kernel is compiled, and nowhere else.
 
     def forward(self, problem: Problem) -> State:
-        from mha_jax.backends.mosaic_gpu import passes
+        from mha_jax.backends.mosaic_gpu import passes, rules
 
+        if rules.why_not(problem):  # a part of the keys, whose places are data
+            return self.tiled().on("cuda").forward(problem)
         return passes.forward(problem, self.interpret)
 
     def cotangent(self, problem: Problem, state: State, cotangent: Output) -> Moves:
         from mha_jax.backends.mosaic_gpu import passes
 
-        if _without_kernel(problem):
+        if _by_tiles(problem):
             return self.tiled().on("cuda").cotangent(problem, state, cotangent)
         return passes.cotangent(problem, state, cotangent, self.interpret)
 
@@ -82,18 +90,30 @@ def _of_the_call(problem: Problem) -> str | None:
         return f"it rounds weights to {problem.q.dtype}; precision is {rules.precision}"
     if not all(isinstance(size, int) for size in (*problem.q.shape, problem.k.shape[1])):
         return f"its tiles need sizes known while compiling; q.shape={problem.q.shape} has symbols"
+    if problem.bias_rule is not None:
+        from mha_jax.backends.mosaic_gpu import rules as ruled
+
+        return ruled.why_not(problem)
     return None
 
 
-def _without_kernel(problem: Problem) -> bool:
-    """Whether the tiles pull a problem's cotangent back: the kernels give none to a bias, say."""
-    sizes = problem.q.shape[3], problem.v.shape[3]
+def _by_tiles(problem: Problem) -> str | None:
+    """Say where the tiles pull a problem's cotangent back, or return None."""
+    from mha_jax.backends.mosaic_gpu import rules
+
+    asked, largest = moving(problem), max(problem.q.shape[3], problem.v.shape[3])
+    if largest > _LARGEST_BACKWARD:
+        return f"as the sums of head sizes above {_LARGEST_BACKWARD} do not fit, and here are {largest}"
     # Kernels of keys go over all query heads of a key-value head with one vector of their own.
-    own = any(
-        leaf.shape[1] > 1 and leaf.shape[2] == 1 and leaf.shape[3] > 1
-        for leaf in jax.tree.leaves(problem.mask)
-    )
-    return problem.bias is not None or max(sizes) > _LARGEST_BACKWARD or own
+    read = jax.tree.leaves((problem.mask, problem.bias, [x for _, x in rules.terms(problem)[0]]))
+    own = any(x.shape[1] > 1 and x.shape[2] == 1 and x.shape[3] > 1 for x in read)
+    if own and problem.groups > 1:
+        return "as a mask or a bias has a line of keys for each of the heads that share keys"
+    if rules.why_not(problem):
+        return "as positions of a rule are data"
+    if jax.tree.leaves((asked.bias, asked.bias_rule)):
+        return "where that of the bias is asked for"
+    return None
 
 
 def _capability() -> str | None:

@@ -19,13 +19,13 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mha_jax.backends.mosaic_gpu.operands import ROWS, WARPGROUPS, WHOLE, Plan
+from mha_jax.backends.mosaic_gpu.operands import LOG2E, ROWS, WARPGROUPS, WHOLE, Plan
 from mha_jax.backends.mosaic_gpu.products import TILE, Products, constant, load
 from mha_jax.backends.mosaic_gpu.view import Tile, place
 from mha_jax.types import Array
 
-# Less than any logit, but finite, so that a row that has seen nothing subtracts it without a NaN.
-LEAST = -1e30
+# No more than any logit, but finite, so that a row that has seen nothing subtracts it without a NaN.
+LEAST = float(np.finfo(np.float32).min)
 # Less than any sum of weights, the largest of which is 1.
 TINY = 0.5
 # Registers of a thread: who computes takes what who copies leaves.
@@ -257,7 +257,6 @@ def forward(sweep: Sweep, products: Products) -> None:
     """Attend; rows are queries."""
     plan = sweep.plan
     size = sweep.refs["v"].shape[3]
-    factor = plan.factor
 
     def start():
         return constant((ROWS, size), 0), constant((ROWS,), LEAST), constant((ROWS,), 0)
@@ -267,15 +266,12 @@ def forward(sweep: Sweep, products: Products) -> None:
         product = products.outer(sweep.row("q"), columns.wait("k"))
         columns.free("k")
         tile = columns.wait_vectors()
-        x = tile.logits(product)
-        if plan.bias:
-            x = jnp.maximum(x, LEAST / factor)
+        x = tile.biased(tile.capped(product))
         if columns.masked is not None:
             x = jnp.where(tile.visible(), x, -jnp.inf)
-        # m is kept times the factor, so that an exponent is one operation.
-        new = jnp.maximum(m, x.max(axis=1) * factor)
-        shrink = jnp.exp2(m - new)
-        p = jnp.exp2(x * factor - _across(new, plan.columns))
+        new = jnp.maximum(m, x.max(axis=1) * plan.factor)
+        shrink = jnp.exp2((m - new) * (LOG2E / plan.unit))
+        p = tile.powers(x, _across(new, plan.columns))
         l = l * shrink + p.sum(axis=1)
         if plan.dropout is not None:
             p = tile.kept(p, 0.0)
@@ -298,17 +294,17 @@ def forward(sweep: Sweep, products: Products) -> None:
 
 
 def _weights(tile: Tile, x: Array, masked: bool) -> Array:
-    """Rebuild the weights of a tile, but for what `softmax.shift` leaves to the rows' cotangents.
+    """Rebuild the weights of capped products, but for what `softmax.shift` leaves to the rows' cotangents.
 
     Those that dropout drops are negative: one number says both, where registers are scarce.
     """
-    p = jnp.exp2(x * tile.plan.factor - tile.vector("shift"))
+    p = tile.powers(tile.biased(x), tile.vector("shift"))
     p = jnp.where(tile.visible(), p, 0.0) if masked else p
     return p if tile.plan.dropout is None else tile.kept(p, -p)
 
 
 def _slopes(tile: Tile, x: Array, p: Array, dp: Array) -> Array:
-    """Return the cotangent of a tile's products over the scale."""
+    """Return the cotangent of a tile's products over the scale; x is capped."""
     plan = tile.plan
     if plan.dropout is not None:
         dp = jnp.where(p > 0, dp * plan.dropout.factor, 0.0)
@@ -328,7 +324,7 @@ def backward_queries(sweep: Sweep, products: Products) -> None:
         dp = products.outer(sweep.row("d_out"), columns.wait("v"))
         columns.free("v")
         tile = columns.wait_vectors()
-        x = tile.logits(product)
+        x = tile.capped(product)
         ds = _slopes(tile, x, _weights(tile, x, columns.masked is not None), dp)
         columns.free_vectors()
         total = products.add(total, ds.astype(sweep.refs["k"].dtype), k)
@@ -353,7 +349,7 @@ def backward_keys(sweep: Sweep, products: Products) -> None:
         q, dtype = columns.wait("q"), sweep.refs["q"].dtype
         product = products.outer(sweep.row("k"), q)
         tile = columns.wait_vectors()
-        x = tile.logits(product)
+        x = tile.capped(product)
         p = _weights(tile, x, columns.masked is not None)
         kept = p if plan.dropout is None else jnp.maximum(p, 0.0)
         d_out = columns.wait("d_out")

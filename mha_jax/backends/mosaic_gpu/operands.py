@@ -20,12 +20,15 @@ from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Facts
 from mha_jax.backends import visits
+from mha_jax.backends.mosaic_gpu import rules as ruled
 from mha_jax.types import Array
 
 # Rows of a warpgroup, of which two share the columns; lengths are padded to whole pairs of them.
 ROWS, WARPGROUPS = 64, 2
 WHOLE = ROWS * WARPGROUPS
 LOG2E = float(np.log2(np.e))
+HALVES = (jnp.bfloat16, jnp.float16)
+DIAGONALS = "diagonals"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Plan:
       mask: The rule; its leaves are names.
       integers: Names of leaves that are no booleans.
       padded: Whether keys are padded.
-      bias: Whether there is one.
+      bias: What is added to the logits.
+      diagonals: Where the tile at row 0, column 0 begins in numbers along the diagonals.
       dropout: Without its key.
       rules: How a product becomes a logit.
     """
@@ -60,7 +64,8 @@ class Plan:
     mask: Mask
     integers: tuple[str, ...]
     padded: bool
-    bias: bool
+    bias: tuple[ruled.Term, ...]
+    diagonals: int
     dropout: Dropout | None
     rules: Logits
 
@@ -79,8 +84,13 @@ class Plan:
 
     @property
     def factor(self) -> float:
-        """What turns a tile's logits into powers of two."""
-        return LOG2E * (self.rules.scale if self.folds else 1.0)
+        """What turns a tile's logits into the statistics' unit."""
+        return self.unit * (self.rules.scale if self.folds else 1.0)
+
+    @property
+    def unit(self) -> float:
+        """What statistics are multiplied by: powers of two save an operation, but a bias may be huge."""
+        return 1.0 if self.bias else LOG2E
 
 
 class Operands(NamedTuple):
@@ -103,11 +113,13 @@ def whole(length: int) -> int:
     return length + -length % WHOLE
 
 
-def pad(x: Array, axis: int, length: int, value: float = 0) -> Array:
-    """Pad one axis; nothing happens where the length fits."""
+def pad(x: Array, axis: int, length: int, value: float | None = 0) -> Array:
+    """Pad one axis by a value, or by the last one; nothing happens where the length fits."""
     if x.shape[axis] == length:
         return x
     widths = [(0, length - x.shape[axis] if a == axis else 0) for a in range(x.ndim)]
+    if value is None:
+        return jnp.pad(x, widths, mode="edge")
     return jnp.pad(x, widths, constant_values=value)
 
 
@@ -130,8 +142,10 @@ def plan(
 
     def dense(name: str, a: Any) -> None:
         a = jnp.asarray(a)
-        a = a.astype(jnp.float32 if jnp.issubdtype(a.dtype, jnp.floating) else jnp.int32)
-        if a.shape[2] == t > 1 and a.shape[3] == s > 1:
+        pairs = a.shape[2] == t > 1 and a.shape[3] == s > 1
+        if not (pairs and a.dtype in HALVES):  # of what is T x S no wider copy is made
+            a = a.astype(jnp.float32 if jnp.issubdtype(a.dtype, jnp.floating) else jnp.int32)
+        if pairs:
             a = pad(pad(a, 2, whole(t)), 3, whole(s))
             slabs[name] = a if rows == "q" else a.swapaxes(2, 3)
         elif a.shape[3] == s > 1:
@@ -151,16 +165,27 @@ def plan(
         if s != whole(s):
             real = np.arange(whole(s), dtype=np.int32)[None, None] < s
             vectors["k.real"] = "k", jnp.asarray(real, jnp.int32)
+    bias, lengths = [], {"q": whole(t), "k": whole(s)}
     if problem.bias is not None:
         dense("bias", problem.bias)
+        bias.append(ruled.Term((), ruled.Operand("bias", jnp.float32)))
+    arithmetic, others = ruled.terms(problem)
+    for term, read in arithmetic:
+        bias.append(term)
+        for name, array in read.items():
+            dense(name, array)
+    of_rows, of_columns = lengths[rows], lengths["k" if rows == "q" else "q"]
+    if others is not None:
+        slabs[DIAGONALS] = ruled.laid(problem, others, rows, ROWS, (of_rows, of_columns))[None]
+        bias.append(ruled.Term((), ruled.Operand(DIAGONALS, jnp.float32)))
     if problem.dropout is not None:
         b, n = problem.q.shape[0], problem.q.shape[2]
         words = problem.dropout.row_keys(b, n, jnp.asarray(problem.q_tokens.rows))
         vectors |= {f"dropout.{name}": ("q", word) for name, word in zip("ac", words)}
         vectors["dropout.rows"] = "k", jnp.asarray(problem.k_tokens.rows, jnp.int32)[:, None]
     vectors |= {name: ("q", a) for name, a in extra.items()}
-    padding = {"shift": np.inf}  # queries that only pad have no weights
-    lengths = {"q": whole(t), "k": whole(s)}
+    # Queries that only pad have no weights; what a rule makes of other tokens than there are is not asked.
+    padding = {"shift": np.inf} | {name: None for name in vectors if name.startswith("rule.")}
     arrays = {
         name: pad(a, 2, lengths[side], padding.get(name, 0)) for name, (side, a) in vectors.items()
     }
@@ -177,7 +202,8 @@ def plan(
         mask=jax.tree.unflatten(tree, names),
         integers=integers,
         padded="k.real" in vectors,
-        bias=problem.bias is not None,
+        bias=tuple(bias),
+        diagonals=of_rows - ROWS,
         dropout=problem.dropout
         and dataclasses.replace(problem.dropout, key=None, batch_start=None, head_start=None),
         rules=problem.logits,

@@ -58,7 +58,7 @@ def forward(problem: Problem, interpret: Any) -> State:
         grid=(n, whole(t) // WHOLE, b),
     )
     m, l = m[:, :, :t], l[:, :, :t]
-    m = jnp.where(l != 0, m * (1 / LOG2E), -jnp.inf)
+    m = jnp.where(l != 0, m * (1 / planned.unit), -jnp.inf)
     return State(out[:, :t, :, : problem.v.shape[3]], m, l)
 
 
@@ -75,7 +75,8 @@ def cotangent(problem: Problem, state: State, cotangent: Output, interpret: Any)
     q = problem.q
     if hides:
         q = jnp.where(jnp.isfinite(q), q, jnp.zeros((), q.dtype))
-    extra = {"shift": rows.shift * LOG2E + rows.q[..., 0], "delta": rows.delta}
+    unit = LOG2E if problem.bias is None and problem.bias_rule is None else 1.0
+    extra = {"shift": rows.shift * unit + rows.q[..., 0], "delta": rows.delta}
     d_out = rows.d_out.swapaxes(1, 2).astype(problem.v.dtype)
     (b, t, n, h), (s, kv, v_size) = problem.q.shape, problem.v.shape[1:]
     q, k, v, d_out = (_operand(x) for x in (q, problem.k, problem.v, d_out))

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mha_jax.attention.tokens import Facts
-from mha_jax.backends.mosaic_gpu.operands import ROWS, Plan
+from mha_jax.backends.mosaic_gpu.operands import DIAGONALS, LOG2E, ROWS, Plan
 from mha_jax.backends.mosaic_gpu.products import TILE, load
 from mha_jax.types import Array
 
@@ -56,7 +56,10 @@ class Tile:
             return self.vector(name)
         ref = self.slabs[name]
         at = place(ref, self.example, self.head)
-        rows, columns = pl.ds(self.row, ROWS), pl.ds(self.column, self.plan.columns)
+        row, column = self.row, self.column
+        if name == DIAGONALS:
+            row, column = 0, column - row + self.plan.diagonals
+        rows, columns = pl.ds(row, ROWS), pl.ds(column, self.plan.columns)
         return load(ref.at[(*at, rows, columns)], TILE)
 
     def visible(self) -> Array:
@@ -71,8 +74,8 @@ class Tile:
         seen = jnp.broadcast_to(seen, self.shape)
         return seen & (self.vector("k.real") != 0) if plan.padded else seen
 
-    def logits(self, product: Array) -> Array:
-        """Return scaled, capped and biased products; bare ones where the exponent takes the scale."""
+    def capped(self, product: Array) -> Array:
+        """Return scaled and capped products; bare ones where the exponent takes the scale."""
         plan = self.plan
         if plan.folds:
             return product
@@ -80,7 +83,19 @@ class Tile:
         if (cap := plan.rules.cap) is not None:
             # tanh by the exponential: the card's own has 11 bits.
             x = cap * (1 - 2 / (1 + jnp.exp(x * (2 / cap))))
-        return x + self.dense("bias") if plan.bias else x
+        return x
+
+    def biased(self, x: Array) -> Array:
+        """Return logits: capped products with what is added to them."""
+        for term in self.plan.bias:
+            x = x + term.tile(self.shape, self.dense)
+        return x
+
+    def powers(self, x: Array, m: Array) -> Array:
+        """Return exp(x - m) for logits and a number for each of them, in the statistics' unit."""
+        if self.plan.unit == 1:
+            return jnp.exp2((x - m) * LOG2E)
+        return jnp.exp2(x * self.plan.factor - m)
 
     def slope(self, capped: Array) -> Array:
         """Return the derivative of the cap at capped products."""
