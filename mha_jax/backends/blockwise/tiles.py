@@ -208,6 +208,16 @@ class Tiles:
         axis = 1 + len(self.layout.lead)
         return _cut(x, {0: (at.group, 1), axis: (at.k, self.tiling.block_k)})[0]
 
+    def through(self, clean: Callable, x: Array) -> Callable[[Place], Array]:
+        """Return what cuts `clean(x)`, of keys or values, to a tile's.
+
+        Tiles are cleaned as they are cut, in one loop and without a copy of the whole; where they are written
+        out, that would be a launch for each, and the whole is cleaned first.
+        """
+        if self.written:
+            return functools.partial(self.keys_of, clean(x))
+        return lambda at: clean(self.keys_of(x, at))
+
     def _block(self, x: Array, group: Any, block: int) -> Array:
         """Cut [g, blocks, ...] to a block, which lies in one piece: products read it where it is."""
         return lax.dynamic_index_in_dim(x, _start(group, 1), 0, keepdims=False)[block]
@@ -355,6 +365,7 @@ class ByQueries:
 
     tiles: Tiles
     order: Visits
+    mark: Array | None = None  # what is added to all logits of a key, laid as `Tiles.keys` does
 
     def masks(self, at: Place) -> bool:
         """Return whether something may be hidden in a tile."""
@@ -364,14 +375,18 @@ class ByQueries:
         line, block = (at.q, at.k) if self.by_rows else (at.k, at.q)
         return not order.full[line, block]
 
-    def logits(self, capped: Array, at: Place) -> Array:
-        """Turn capped products of a tile into logits, -inf where hidden."""
+    def logits(self, capped: Array, at: Place, shift: Array | None = None) -> Array:
+        """Turn capped products of a tile into logits minus a shift of rows, -inf where hidden."""
         tiles = self.tiles
         x = capped
+        if self.mark is not None:
+            x = x + self._columns(tiles.keys_of(self.mark, at)).astype(x.dtype)
         if tiles.bias is not None:
             x = x + self.dense(tiles.bias, at).astype(x.dtype)
         if tiles.rule is not None:
             x = x + self.ruled(x.shape, at)(tiles.rule_floats)
+        if shift is not None:
+            x = x - self._rows(shift)
         return jnp.where(self.visible(at), x, -jnp.inf) if self.masks(at) else x
 
     def ruled(self, shape: tuple[Size, ...], at: Place) -> Callable[[Any], Array]:
