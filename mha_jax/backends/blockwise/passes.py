@@ -122,8 +122,7 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
         if d_bias is not None:
             d_bias = tiles.add_dense(d_bias, dx.swapaxes(-1, -2), at)
         if d_rule is not None:
-            _, pull = jax.vjp(by.ruled(dx.shape, at), tiles.rule_floats)
-            d_rule = jax.tree.map(jnp.add, d_rule, *pull(dx))
+            d_rule = jax.tree.map(jnp.add, d_rule, by.pulled(dx, at))
         if rules.cap is not None:
             dx = tiles.shown(dx, dx * rules.slope(capped))
         dv = tiles.dot("...sr,...rv->...sv", kept, do)
