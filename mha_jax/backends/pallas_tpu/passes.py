@@ -104,8 +104,10 @@ def cotangent(tuning: Tuning, problem: Problem, state: State, cotangent: Output)
     d_out, out = (x.astype(jnp.float32).swapaxes(1, 2) for x in (cotangent.out, state.out))
     shift, ratio = _shift(problem, state)
     rows = Rows(problem.q.swapaxes(1, 2), d_out, shift, cotangent.lse)
-    rows = hidden.rows(rows, out, state.l, ratio, contains(problem))
-    extra = {"shift": rows.shift, "delta": rows.delta}
+    rows = hidden.rows(rows, out, state.l, None, contains(problem))
+    # The kernels multiply d_out by it; a row of NaN says so in what `hidden.rows` returns.
+    ratio = jnp.where(jnp.isfinite(ratio), ratio, 1)
+    extra = {"shift": rows.shift, "ratio": ratio, "delta": rows.delta}
     d_out = rows.d_out.swapaxes(1, 2).astype(problem.v.dtype)
     seen = hidden.cleaned(problem) if contains(problem) else problem
     problem = dataclasses.replace(seen, q=rows.q.swapaxes(1, 2))
@@ -174,6 +176,7 @@ def _backward(
         "dv": ops.outer_output(g, size_v, dtype if alone else jnp.float32),
     }
     scratch = {
+        "d_out_scaled": ((g.chunk, size_v), d_out.dtype),
         "dq_sum": ((g.chunk, size_h), jnp.float32),
         "dk_sum": ((g.rows, size_h), jnp.float32),
         "dv_sum": ((g.rows, size_v), jnp.float32),
