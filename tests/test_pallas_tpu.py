@@ -126,6 +126,33 @@ def test_the_interpreter_runs_inside_jit():
     )
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_the_rounding_of_large_logits_loses_is_in_every_gradient(bias):
+    """Keys alike: weights are 1 / S, and their shift, logit + log(S), has a last bit of 1/16."""
+    t, s, size = 37, 53, 5
+    r = np.random.default_rng(1)
+    q, d_out = (r.standard_normal((1, t, 1, size)).astype(np.float32) for _ in range(2))
+    k = np.broadcast_to(
+        np.float32(1e6) * r.standard_normal(size).astype(np.float32), (1, s, 1, size)
+    )
+    v = 1 + r.standard_normal((1, s, 1, size)).astype(np.float32)
+    b = np.zeros((1, 1, t, s), np.float32)
+
+    def run(q, v, b):
+        call = Call(q, jnp.asarray(k), v, bias=b if bias else None)
+        return attend(call, SMALL).out
+
+    dq, dv, db = jax.jit(lambda *a: jax.vjp(run, *a)[1](jnp.asarray(d_out)))(q, v, b)
+    dp = np.einsum("btnv,bsnv->ts", d_out.astype(np.float64), v)
+    ds = (dp - dp.mean(1, keepdims=True)) / s
+    large = np.abs(dp / s).sum(1).max() * np.abs(k).max() * size**-0.5
+    np.testing.assert_allclose(dq, 0, atol=1e-5 * large)
+    each = np.broadcast_to(d_out.sum(1, keepdims=True) / s, v.shape)
+    np.testing.assert_allclose(dv, each, rtol=1e-5, atol=1e-6)
+    if bias:
+        np.testing.assert_allclose(db[0, 0], ds, atol=1e-6)
+
+
 LONG_T, LONG_S = 389, 641
 _rows, _columns = np.arange(LONG_T)[:, None], np.arange(LONG_S)[None]
 _q_ids = np.repeat([0, 1, 2], [100, 200, 89])[None].repeat(2, 0).astype(np.int32)

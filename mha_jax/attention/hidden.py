@@ -100,20 +100,21 @@ class Rows(NamedTuple):
     delta: Float[Array, "*R"]
 
 
-def rows(given: Rows, out: Array, l: Array, ratio: Array, hides: bool) -> Rows:
+def rows(given: Rows, out: Array, l: Array, ratio: Array | None, hides: bool) -> Rows:
     """Return the rows of a backward pass.
 
     Args:
       given: Queries, the cotangent of out, the shift, and the cotangent of lse.
       out, l: What the forward pass returned.
       ratio: As `softmax.shift` returns it: what rebuilt weights lack to be weights, their rows' cotangents
-        take.
+        take. None where the pass multiplies by it itself.
       hides: Whether the mask may hide something.
     """
     q, d_out, shift, d_lse = given
     silent = (jnp.sum(jnp.where(d_out == 0, 0.0, 1.0), -1) == 0) & (d_lse == 0)
     delta = jnp.sum(d_out * out, -1) - d_lse
-    delta, d_out = delta * ratio, d_out * ratio[..., None]
+    if ratio is not None:
+        delta, d_out = delta * ratio, d_out * ratio[..., None]
     if not hides:
         return Rows(q, d_out, shift, delta)
     real = jnp.isfinite(delta)  # then all that it is made of is, too

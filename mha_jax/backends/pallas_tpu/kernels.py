@@ -260,7 +260,7 @@ def bias_gradient(view: View, precision: Any) -> None:
     def finish(part, x, dp):
         p = weights(view, x, part)
         keep = None if view.plan.dropout is None else view.kept(part)
-        ds = slopes(view, p, dp, keep, part)
-        out[part.rows, part.columns] = ds * view.vector("ratio", part)
+        dp = dp * view.vector("ratio", part)
+        out[part.rows, part.columns] = slopes(view, p, dp, keep, part)
 
     view.each_tile(lambda parts: staggered(parts, start, finish))

@@ -107,7 +107,7 @@ def cotangent(tuning: Tuning, problem: Problem, state: State, cotangent: Output)
     rows = hidden.rows(rows, out, state.l, None, contains(problem))
     # The kernels multiply d_out by it; a row of NaN says so in what `hidden.rows` returns.
     ratio = jnp.where(jnp.isfinite(ratio), ratio, 1)
-    extra = {"shift": rows.shift, "ratio": ratio, "delta": rows.delta}
+    extra = {"shift": rows.shift, "ratio": ratio, "delta": rows.delta * ratio}
     d_out = rows.d_out.swapaxes(1, 2).astype(problem.v.dtype)
     seen = hidden.cleaned(problem) if contains(problem) else problem
     problem = dataclasses.replace(seen, q=rows.q.swapaxes(1, 2))
