@@ -59,7 +59,8 @@ def first(x: Float[Array, "*R T S"]) -> tuple[Array, Array, Array]:
 def apart(x: Float[Array, "*R T S"]) -> tuple[Array, Array, Array]:
     """Return what `first` does, by two passes over the logits with nothing between them: two launches."""
     m = jnp.max(x, axis=-1, keepdims=True)
-    p = jnp.where(x == -jnp.inf, jnp.zeros((), x.dtype), jnp.exp(_settled(x) - finite(m)))
+    settled = jnp.maximum(x, jnp.finfo(x.dtype).min)  # a logit of inf stays, and makes its row NaN
+    p = jnp.where(x == -jnp.inf, jnp.zeros((), x.dtype), jnp.exp(settled - m))
     return p, m, jnp.sum(p, axis=-1, keepdims=True)
 
 
