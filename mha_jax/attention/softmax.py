@@ -175,12 +175,3 @@ def shift(m: Float[Array, "*R"], l: Float[Array, "*R"]) -> tuple[Array, Array]:
     c = lax.stop_gradient(finite(m) + log)
     r = jnp.exp((c - finite(m)) - log)
     return jnp.where(seen, c, jnp.inf), jnp.where(seen, r, jnp.zeros_like(r))
-
-
-def largest_as_shift(m: Float[Array, "*R"], l: Float[Array, "*R"]) -> Float[Array, "*R"]:
-    """Return the c that rebuilds weights, exp(x - c) / l, each of them at most 1 / l.
-
-    1 / l is for the rows' cotangents to take, as what `shift` returns beside its c. A row that saw no key has
-    c = inf: its weights are 0 whatever its logits are.
-    """
-    return jnp.where(l == 0, jnp.inf, m)

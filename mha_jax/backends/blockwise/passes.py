@@ -4,11 +4,11 @@ B batch   T query length   S key length   N query heads   K key-value heads   G 
 H query-key head size   V value head size; * stands for the examples and heads of a tile, r for its rows
 
 `forward` keeps a running softmax over the key blocks. `cotangent` and `tangent` rebuild the weights from a
-row's (m, l): see `softmax.largest_as_shift`. The backward pass walks down the key blocks and computes each
-tile transposed, [*, block_k, r], so that the gradients of keys and values are plain products.
+row's (m, l): see `softmax.shift`. The backward pass walks down the key blocks and computes each tile
+transposed, [*, block_k, r], so that the gradients of keys and values are plain products.
 """
 
-from functools import partial, reduce
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax import lax
 
 from mha_jax.attention import hidden, softmax
 from mha_jax.attention.call import Moves, Output, State, moving
+from mha_jax.attention.hidden import Rows
 from mha_jax.backends.blockwise.tiles import ByKeys, ByQueries, Place, Tiles, after, in_turn, scan
 from mha_jax.types import Array
 
@@ -23,10 +24,7 @@ from mha_jax.types import Array
 def forward(tiles: Tiles) -> State:
     """Attend; return the output and every row's (m, l)."""
     problem, order = tiles.problem, tiles.visits(by_rows=True)
-    by, v_of = ByQueries(tiles, order), partial(tiles.keys_of, tiles.v)
-    if tiles.hides and not problem.heads_first:  # what a cache holds is not looked through
-        by = ByQueries(tiles, order, hidden.mark(tiles.k, tiles.v))
-        v_of = tiles.through(hidden.numbers, tiles.v)
+    by = ByQueries(tiles, order)
     dropout = problem.dropout
 
     def tile(q_row, at, state):
@@ -40,8 +38,8 @@ def forward(tiles: Tiles) -> State:
             before = state.acc * fix
         if dropout is not None:
             p = jnp.where(by.kept(at), p, 0)
-        pv = tiles.dot("...rs,...sv->...rv", p, v_of(at).astype(tiles.dtype))
-        return softmax.Running(before + pv, m, l)
+        v_tile = tiles.keys_of(tiles.v, at).astype(tiles.dtype)
+        return softmax.Running(before + tiles.dot("...rs,...sv->...rv", p, v_tile), m, l)
 
     def finished(end):
         out = end.acc * softmax.inverse(end.l)
@@ -77,40 +75,24 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
     """Return the cotangents of q, k, v and bias."""
     problem, dtype, order = tiles.problem, tiles.dtype, tiles.visits(by_rows=False)
     by, rules = ByKeys(tiles, order), tiles.rules
-    d_out, out = (tiles.queries(x.astype(dtype)) for x in (cotangent.out, state.out))
-    m, l, d_lse = (
-        tiles.statistics(x) for x in (lax.stop_gradient(state.m), state.l, cotangent.lse)
-    )
-    # Of weights rebuilt without their 1 / l, the rows' cotangents take it. A row of NaN is told of below.
-    ratio = 1 / jnp.where(l > 0, l, 1)
-    delta = jnp.sum(d_out * out, -1) - d_lse
-    shift = softmax.largest_as_shift(m, l)
-    if tiles.hides:
-        shift, delta = hidden.judged(shift, delta, l, d_out, d_lse)
-    delta = delta * ratio
+    shift, ratio = softmax.shift(state.m, state.l)
+    ratio = jnp.where(jnp.isnan(ratio), 1, ratio)  # a NaN of the sum is one of out, too
+    # Scaled where it lies, and then laid out: one copy.
+    d_out = cotangent.out.astype(dtype) * ratio.swapaxes(1, 2)[..., None]
+    d_out, out = (tiles.queries(x) for x in (d_out, state.out.astype(dtype)))
+    shift = tiles.statistics(shift, jnp.inf)
+    l, d_lse = (tiles.statistics(x) for x in (state.l, cotangent.lse * ratio))
+    rows = hidden.rows(Rows(tiles.q, d_out, shift, d_lse), out, l, None, tiles.hides)
     if problem.dropout is not None:
-        ratio = ratio * jnp.asarray(problem.dropout.factor, dtype)
-
-    def ready(q, d_out, shift, ratio):
-        if tiles.hides:
-            q, d_out = hidden.real_rows((q, d_out), shift)
-        return q, d_out * ratio[..., None]
-
-    whole = tiles.q, d_out
-    if tiles.written:  # by one launch; else with their cutting, without copies of the whole
-        whole = ready(*whole, shift, ratio)
-    k_of, v_of = (partial(tiles.keys_of, x) for x in (tiles.k, tiles.v))
-    if tiles.hides:
-        k_of, v_of = (tiles.through(hidden.numbers, x) for x in (tiles.k, tiles.v))
+        rows = rows._replace(d_out=rows.d_out * jnp.asarray(problem.dropout.factor, dtype))
 
     def tile(k_tile, v_tile, at, sums):
         """Return the sums over all tiles, a tile's cotangent of products, and its parts of dk and dv."""
         d_bias, d_rule = sums
-        q, do, shift_row, delta_row = (tiles.rows_of(x, at) for x in (*whole, shift, delta))
-        if not tiles.written:
-            q, do = ready(q, do, shift_row, tiles.rows_of(ratio, at))
+        q, do, shift, delta = (tiles.rows_of(x, at) for x in rows)
         capped = rules.capped(tiles.dot("...sh,...rh->...sr", k_tile, q))
-        p = _rebuilt(by.logits(capped, at, shift_row))
+        x = by.logits(capped, at)
+        p = _rebuilt(x, shift[..., None, :])
         dp = tiles.dot("...sv,...rv->...sr", v_tile, do)
         kept = p
         if problem.dropout is not None:
@@ -118,24 +100,26 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
             signed = lax.optimization_barrier(jnp.where(by.kept(at), p, -p))
             p, kept = jnp.abs(signed), jnp.maximum(signed, 0)
             dp = jnp.where(signed > 0, dp, 0)
-        dx = p * (dp - delta_row[..., None, :])
+        dx = p * (dp - delta[..., None, :])
         if d_bias is not None:
             d_bias = tiles.add_dense(d_bias, dx.swapaxes(-1, -2), at)
         if d_rule is not None:
-            d_rule = jax.tree.map(jnp.add, d_rule, by.pulled(dx, at))
+            _, pull = jax.vjp(by.ruled(dx.shape, at), tiles.rule_floats)
+            d_rule = jax.tree.map(jnp.add, d_rule, *pull(dx))
+        q = q.astype(dtype)
+        if by.masks(at) and tiles.hides:  # rows of NaN reach nothing that is hidden from them
+            q = jnp.where(jnp.isnan(q), 0, q)
         if rules.cap is not None:
             dx = tiles.shown(dx, dx * rules.slope(capped))
         dv = tiles.dot("...sr,...rv->...sv", kept, do)
-        dk = tiles.dot("...sr,...rh->...sh", dx, q.astype(dtype))
+        dk = tiles.dot("...sr,...rh->...sh", dx, q)
         return (d_bias, d_rule), dx, dk, dv
 
     def keys_and_values(g, j):
-        return tuple(of(Place(g, 0, j)) for of in (k_of, v_of))
+        return tuple(tiles.keys_of(x, Place(g, 0, j)) for x in (tiles.k, tiles.v))
 
     def column(g, j, carry):
         k_tile, v_tile = keys_and_values(g, j)
-        if tiles.hides:  # a transpose that cleans, too, takes XLA long to compile
-            k_tile = lax.optimization_barrier(k_tile)
         v_tile = v_tile.astype(dtype)
         # The barrier stops XLA from fusing this transpose into the products, which makes them slow.
         k_transposed = lax.optimization_barrier(k_tile.astype(dtype).swapaxes(-1, -2))
@@ -166,7 +150,8 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
         return sums, tuple(map(_sum, zip(*parts))) or zeros, (dq, last)
 
     def queries(turn):
-        zeros = jnp.zeros(tiles.q.shape[2:], dtype)
+        *lead, _, size = rows.q.shape[2:]
+        zeros = jnp.zeros((*lead, rows.q.shape[-2], size), dtype)
         return jnp.stack([zeros if x is None else x for x in turn[0]])
 
     asked = moving(problem)
@@ -201,13 +186,10 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
 def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
     """Return the tangents of out and lse along a direction."""
     problem, dtype, order = tiles.problem, tiles.dtype, tiles.visits(by_rows=True)
-    rules, scale = tiles.rules, jnp.asarray(tiles.scale, dtype)
+    by, rules = ByQueries(tiles, order), tiles.rules
+    scale = jnp.asarray(tiles.scale, dtype)
     dq = None if direction.q is None else tiles.queries(direction.q.astype(dtype) * scale)
     dk, dv = (None if x is None else tiles.keys(x.astype(dtype)) for x in direction[1:3])
-    by = ByQueries(tiles, order)
-    numbers = hidden.numbers if tiles.hides else lambda x: x
-    if tiles.hides and dv is not None:  # of keys and values the state tells
-        by = ByQueries(tiles, order, hidden.mark(dv))
     d_bias = None if direction.bias is None else tiles.pad_dense(direction.bias.astype(dtype))
     d_rule = None
     if jax.tree.leaves(direction.bias_rule):
@@ -215,21 +197,21 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
             lambda a, d: jnp.zeros_like(a) if d is None else d.astype(dtype),
             *(tiles.rule_floats, direction.bias_rule),
         )
-    shift = softmax.largest_as_shift(lax.stop_gradient(state.m), state.l)
-    ratio = softmax.reciprocal(state.l)
+    shift, ratio = softmax.shift(state.m, state.l)
     shift, ratio = tiles.statistics(shift, jnp.inf), tiles.statistics(ratio)
 
     def row(g, i, _):
         here = Place(g, i, 0)
         q_row = tiles.rows_of(tiles.q, here)
-        shift_row, ratio_row = (tiles.rows_of(x, here) for x in (shift, ratio))
+        shift_row, ratio_row = (tiles.rows_of(x, here)[..., None] for x in (shift, ratio))
 
         def block(j, sums):
             at = Place(g, i, j)
             d_out, d_lse = sums
-            k_tile, v_tile = tiles.keys_of(tiles.k, at), numbers(tiles.keys_of(tiles.v, at))
+            k_tile = tiles.keys_of(tiles.k, at)
+            v_tile = tiles.keys_of(tiles.v, at).astype(dtype)
             capped = rules.capped(tiles.dot("...rh,...sh->...rs", q_row, k_tile))
-            p = _rebuilt(by.logits(capped, at, shift_row)) * ratio_row[..., None]
+            p = _rebuilt(by.logits(capped, at), shift_row) * ratio_row
             dx = jnp.zeros_like(capped)
             if dq is not None:
                 dq_row = tiles.rows_of(dq, at)
@@ -248,11 +230,9 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
             if problem.dropout is not None:
                 keep = by.kept(at)
                 kept, dp = jnp.where(keep, p, 0), jnp.where(keep, dp, 0)
-            d_out = d_out + tiles.dot("...rs,...sv->...rv", dp, v_tile.astype(dtype))
+            d_out = d_out + tiles.dot("...rs,...sv->...rv", dp, v_tile)
             if dv is not None:
-                d_out = d_out + tiles.dot(
-                    "...rs,...sv->...rv", kept, numbers(tiles.keys_of(dv, at))
-                )
+                d_out = d_out + tiles.dot("...rs,...sv->...rv", kept, tiles.keys_of(dv, at))
             return d_out, d_lse
 
         rows = q_row.shape[:-1]
@@ -268,10 +248,11 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
     return Output(d_out.astype(problem.v.dtype), d_lse)
 
 
-def _rebuilt(x: Array) -> Array:
-    """Return exp(x), at most 1: a product taken again may exceed the largest by its last bit."""
+def _rebuilt(x: Array, shift: Array) -> Array:
+    """Return exp(x - shift), at most 1: a product taken again may exceed the largest by its last bit."""
+    x = x - shift
     return jnp.exp(x - lax.stop_gradient(jnp.maximum(x, 0)))  # what is cut off is rounding: no move
 
 
 def _sum(parts: tuple[Array, ...]) -> Array:
-    return reduce(jnp.add, parts)
+    return functools.reduce(jnp.add, parts)

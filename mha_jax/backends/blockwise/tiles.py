@@ -44,7 +44,6 @@ class Tiling:
       halves: Multiply in bfloat16 where the inputs are, and no other precision is asked for.
       written: Write tiles out one after the other, without loops, where a group has no more than these, and
         they are known while compiling.
-      branches: Ask of every tile whether a bias by rule says the same of all its pairs.
     """
 
     block_q: Size
@@ -53,7 +52,6 @@ class Tiling:
     exhaustive: bool = False
     halves: bool = False
     written: int = 0
-    branches: bool = False
 
 
 class Visits(NamedTuple):
@@ -210,16 +208,6 @@ class Tiles:
         axis = 1 + len(self.layout.lead)
         return _cut(x, {0: (at.group, 1), axis: (at.k, self.tiling.block_k)})[0]
 
-    def through(self, clean: Callable, x: Array) -> Callable[[Place], Array]:
-        """Return what cuts `clean(x)`, of keys or values, to a tile's.
-
-        Tiles are cleaned as they are cut, in one loop and without a copy of the whole; where they are written
-        out, that would be a launch for each, and the whole is cleaned first.
-        """
-        if self.written:
-            return functools.partial(self.keys_of, clean(x))
-        return lambda at: clean(self.keys_of(x, at))
-
     def _block(self, x: Array, group: Any, block: int) -> Array:
         """Cut [g, blocks, ...] to a block, which lies in one piece: products read it where it is."""
         return lax.dynamic_index_in_dim(x, _start(group, 1), 0, keepdims=False)[block]
@@ -367,7 +355,6 @@ class ByQueries:
 
     tiles: Tiles
     order: Visits
-    mark: Array | None = None  # what is added to all logits of a key, laid as `Tiles.keys` does
 
     def masks(self, at: Place) -> bool:
         """Return whether something may be hidden in a tile."""
@@ -377,25 +364,22 @@ class ByQueries:
         line, block = (at.q, at.k) if self.by_rows else (at.k, at.q)
         return not order.full[line, block]
 
-    def logits(self, capped: Array, at: Place, shift: Array | None = None) -> Array:
-        """Turn capped products of a tile into logits minus a shift of rows, -inf where hidden."""
+    def logits(self, capped: Array, at: Place) -> Array:
+        """Turn capped products of a tile into logits, -inf where hidden."""
         tiles = self.tiles
         x = capped
-        if self.mark is not None:
-            x = x + self._columns(tiles.keys_of(self.mark, at)).astype(x.dtype)
         if tiles.bias is not None:
             x = x + self.dense(tiles.bias, at).astype(x.dtype)
         if tiles.rule is not None:
             x = x + self.ruled(x.shape, at)(tiles.rule_floats)
-        if shift is not None:
-            x = x - self._rows(shift)
         return jnp.where(self.visible(at), x, -jnp.inf) if self.masks(at) else x
 
     def ruled(self, shape: tuple[Size, ...], at: Place) -> Callable[[Any], Array]:
         """Return a tile of the bias by rule as a function of the rule's floats."""
         tiles = self.tiles
         q, k = self._facts(at)
-        heads = self._heads(at)
+        heads = np.arange(tiles.kv_heads * tiles.groups, dtype=np.int32)[None, :, None, None]
+        heads = tiles.dense_of(jnp.asarray(heads), at)
         q = q._replace(head=self._lay(heads))
 
         def added(rule):
@@ -409,44 +393,6 @@ class ByQueries:
             return self._merged(tile).astype(tiles.dtype)
 
         return lambda moved: jnp.broadcast_to(added(with_floats(tiles.rule, moved)), shape)
-
-    def pulled(self, dx: Array, at: Place) -> Any:
-        """Return the cotangents of the rule's floats, of those of a tile.
-
-        Where all distances of a tile are alike to the rule, one sum is enough. Else the sums of the diagonals
-        cost two copies of the tile. T 4096, 32 buckets of T5: 42 tiles of 64 are of one number.
-        """
-        tiles = self.tiles
-        rule: Any = tiles.rule
-
-        def of_all(dx):
-            return jax.vjp(self.ruled(dx.shape, at), tiles.rule_floats)[1](dx)[0]
-
-        def of_one(dx):
-            heads, sums = self._heads(at)[..., 0, 0], self._sum_of_heads(dx)
-            distance = distances[:1].reshape((1,) * heads.ndim)
-
-            def number(moved):
-                found = with_floats(rule, moved).at(distance, heads).astype(tiles.dtype)
-                return jnp.broadcast_to(found, sums.shape)
-
-            return jax.vjp(number, tiles.rule_floats)[1](sums)[0]
-
-        known = tiles.consecutive and tiles.tiling.branches and not tiles.tiling.exhaustive
-        if not known or not rule.only_distances or rule.alike_from is None:
-            return of_all(dx)
-        distances, far = tiles.distances(at), jnp.int32(rule.alike_from)
-        alike = (distances[0] >= far) | (distances[-1] <= -far)
-        return lax.cond(alike, of_one, of_all, dx)
-
-    def _heads(self, at: Place) -> Array:
-        """Return the numbers of a tile's query heads, [*#lead, #G, 1, 1]."""
-        heads = np.arange(self.tiles.kv_heads * self.tiles.groups, dtype=np.int32)
-        return self.tiles.dense_of(jnp.asarray(heads[None, :, None, None]), at)
-
-    def _sum_of_heads(self, dx: Array) -> Array:
-        """Sum up a tile for every head, [*lead, G]."""
-        return jnp.sum(dx.reshape(*dx.shape[:-2], self.tiles.groups, -1), -1)
 
     def _facts(self, at: Place) -> tuple[Facts, Facts]:
         """Return the facts of a tile's queries and keys, which broadcast against each other."""
@@ -517,10 +463,6 @@ class ByKeys(ByQueries):
     def _of_diagonals(self, numbers: Array) -> Array:
         sizes = self.tiles.tiling.block_k, self.tiles.tiling.block_q
         return jnp.moveaxis(diagonals.laid(numbers[..., ::-1], *sizes), -2, -3)
-
-    def _sum_of_heads(self, dx: Array) -> Array:
-        rows = jnp.sum(dx, -2)
-        return jnp.sum(rows.reshape(*rows.shape[:-1], self.tiles.groups, -1), -1)
 
     def _lay(self, tile: Array) -> Array:
         return jnp.moveaxis(tile, -1, -3)
