@@ -35,7 +35,7 @@ from mha_jax.models.feed_forward import (
     GroupedExperts,
     SharedExperts,
 )
-from mha_jax.models.latent import Latent, LatentAttention
+from mha_jax.models.latent import Latent, LatentAttention, check_beside
 from mha_jax.models.sizes import check_config
 from mha_jax.models.weights import fill
 from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int, Params
@@ -151,6 +151,9 @@ class Config:
                     f"{name} must be one of {', '.join(known)}: got {getattr(self, name)!r}."
                 )
 
+        if self.latent is not None:
+            check_beside(self)
+
     @property
     def key_dim(self) -> int:
         """Features of a head."""
@@ -192,7 +195,7 @@ def _feed_forward(config: Config, sparse: bool) -> nn.Module:
 
 def _attention(config: Config, local: Local) -> Callable:
     if config.latent is not None:
-        sizes = config.latent, config.num_heads, local.rotary or Rotary(), config.scale
+        sizes = config.latent, config.num_heads, local.rotary, config.scale
         options = {"use_bias": bool(config.use_bias), "dtype": config.dtype}
         attend = LatentAttention(*sizes, **options, name="attention")
         return lambda x, cache, value_mask=None, query_tokens=None, key_tokens=None: attend(

@@ -24,6 +24,7 @@ from mha_jax.attention.given import integer
 from mha_jax.attention.masks import Causal, ValidKeys
 from mha_jax.attention.rotary import Rotary
 from mha_jax.attention.tokens import Tokens
+from mha_jax.errors import ShapeError
 from mha_jax.types import Array, Bool, DType, Float
 
 
@@ -60,13 +61,31 @@ class Latent:
         return 1, self.rank + self.turned_size, self.rank
 
 
+def check_beside(config: Any) -> None:
+    """Refuse what a decoder's configuration asks of attention and latent attention has not.
+
+    Raises:
+      ShapeError: Naming it.
+    """
+    names = "num_kv_heads", "qk_norm", "use_sinks", "logit_cap", "alibi"
+    given = [name for name in names if getattr(config, name)]
+    for name in ("window", "chunk", "scale"):
+        if any(getattr(layer, name) for layer in config.layers):
+            given.append(f"{name} of a layer")
+    if given:
+        raise ShapeError(
+            "latent attention has one latent for all heads, a causal mask and one scale: got "
+            f"{', '.join(given)} beside latent=. Leave either out."
+        )
+
+
 class LatentAttention(nn.Module):
     """Causal self-attention through latents.
 
     Args:
       sizes: See `Latent`.
       num_heads: N.
-      rotary: Positions of the last `turned_size` features of queries and keys.
+      rotary: Positions of the last `turned_size` features of queries and keys; None turns nothing.
       scale: Factor on the logits; 1 / sqrt(H + turned_size) if None.
       use_bias: Whether projections of the inputs, and to the output, have biases.
       epsilon: Of the norms of latents and of what queries are made of.
@@ -85,7 +104,7 @@ class LatentAttention(nn.Module):
 
     sizes: Latent
     num_heads: int
-    rotary: Rotary = Rotary(interleaved=True)
+    rotary: Rotary | None = Rotary(interleaved=True)
     scale: float | None = None
     use_bias: bool = False
     epsilon: float = 1e-6
@@ -125,8 +144,9 @@ class LatentAttention(nn.Module):
         latent = dense(sizes.rank + sizes.turned_size, name="latent")(x)[:, :, None]
         latent, k_turned = jnp.split(latent, [sizes.rank], axis=-1)
         latent = norm(name="latent_norm")(latent)
-        places = self._places(x.shape[1], tokens, valid, cache)
-        q_turned, k_turned = (self.rotary(a, places) for a in (q_turned, k_turned))
+        if self.rotary is not None:
+            places = self._places(x.shape[1], tokens, valid, cache)
+            q_turned, k_turned = (self.rotary(a, places) for a in (q_turned, k_turned))
         to_keys = _Kernel((sizes.rank, heads, sizes.key_size), name="key")()
         to_values = _Kernel((sizes.rank, heads, sizes.value_size), name="value")()
         q, latent, to_keys, to_values = promote_dtype(

@@ -342,6 +342,10 @@ def test_layers_that_the_decoder_has_not_are_refused():
         ({"width": 9}, "width must be a multiple of num_heads: got width=9 and num_heads=2"),
         ({"head_size": 0}, "head_size must be a whole number from 1 on: got 0"),
         ({"dropout": 1.0}, "dropout must be a number from 0 to below 1: got 1.0"),
+        (
+            {"latent": Latent(4, 3, 2, 3), "logit_cap": 3.0, "layers": (decoder.Local(window=3),)},
+            "got logit_cap, window of a layer beside latent=",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_meant_is_refused(wrong, message):
