@@ -563,7 +563,9 @@ class LayerCall:
             cache = cache.of_layer(layer)
         (axis,) = self.axes
         outputs, scores, t0, s0 = [], [], 0, 0
-        for own_tokens, (queries, tokens, then) in zip(q_tokens or [None] * 9, self.pieces):
+        for own_tokens, (queries, tokens, then) in zip(
+            q_tokens or (None,) * len(self.pieces), self.pieces
+        ):
 
             def part(x, first, size):
                 if x is None or (isinstance(x, np.ndarray) and x.ndim <= axis):

@@ -5,7 +5,6 @@ H query-key head size   V value head size
 """
 
 import math
-import numbers
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 from mha_jax.attention.call import Call, Logits, Problem
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.fitted import fitted_bias, fitted_mask, fold_batch, int32
-from mha_jax.attention.given import of_kind, precision, real_numbers
+from mha_jax.attention.given import is_integer, is_number, of_kind, precision, real_numbers
 from mha_jax.attention.masks import And, Mask, Not, Or, SameSegment, check_mask
 from mha_jax.attention.slots import Slots
 from mha_jax.attention.tokens import Tokens
@@ -221,7 +220,7 @@ def _tokens(name: str, tokens: Tokens | None, length: Size, lead: tuple[Size, ..
 
     limits = np.iinfo(np.int32)
     start = tokens.start
-    whole_number = isinstance(start, numbers.Integral) and not isinstance(start, bool)
+    whole_number = is_integer(start)
     symbolic = not isinstance(length, int)
     last = 0 if symbolic or not whole_number else start + max(length - 1, 0)
     if not whole_number or not limits.min <= start <= limits.max or last > limits.max:
@@ -323,8 +322,7 @@ def _number(name: str, x: Any, wanted: str) -> float:
         and not isinstance(x, jax.core.Tracer)
     ):
         x = x.item()
-    number = isinstance(x, numbers.Real) and not isinstance(x, bool)
-    if not number or not abs(float(x)) <= float(np.finfo(np.float32).max):
+    if not is_number(x) or not abs(float(x)) <= float(np.finfo(np.float32).max):
         raise ShapeError(
             f"{name} must be {wanted}, within float32: got {x!r}. Expected a Python number or an array of no "
             "axes, 0.125 or 1 / jnp.sqrt(64) say."

@@ -22,14 +22,13 @@ multipliers and shifts are those of the `lowbias32` mixer (C. Wellons, 2018).
 """
 
 import dataclasses
-import numbers
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mha_jax.attention.brief import brief
-from mha_jax.attention.given import random_key
+from mha_jax.attention.given import is_number, random_key
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, ArrayLike, Int, PRNGKey, Size, UInt32
 
@@ -95,8 +94,7 @@ class Dropout:
         return brief(self)
 
     def __post_init__(self):
-        number = isinstance(self.rate, numbers.Real) and not isinstance(self.rate, bool)
-        if not number or not 0 <= self.rate < 1:
+        if not is_number(self.rate) or not 0 <= self.rate < 1:
             raise ShapeError(
                 f"the dropout rate must be a number in [0, 1): got {self.rate!r}. "
                 "It is the share of attention weights to drop, Dropout(key, rate) in this order; pass "

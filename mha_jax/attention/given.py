@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.core
@@ -21,6 +21,10 @@ from mha_jax.types import Array, ArrayLike
 
 def is_integer(x: Any) -> bool:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def is_number(x: Any) -> TypeGuard[float]:
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
 def integer(name: str, x: Any, least: int, most: int, hint: str) -> int:

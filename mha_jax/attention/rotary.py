@@ -24,14 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax.attention.given import as_array, integer, of_kind, switch
+from mha_jax.attention.given import as_array, integer, is_number, of_kind, switch
 from mha_jax.attention.rotary_scaling import (
     NTK,
     Linear,
     Llama3,
     Scaling,
     YaRN,
-    is_number,
     yarn_magnitude,
 )
 from mha_jax.errors import ShapeError

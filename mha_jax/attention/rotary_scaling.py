@@ -2,12 +2,10 @@
 
 import dataclasses
 import math
-import numbers
-from typing import Any, TypeGuard
 
 import numpy as np
 
-from mha_jax.attention.given import switch
+from mha_jax.attention.given import is_number, switch
 from mha_jax.errors import ShapeError
 from mha_jax.types import Float
 
@@ -163,7 +161,3 @@ class YaRN(Scaling):
 def yarn_magnitude(factor: float, weight: float) -> float:
     """Return 1 + 0.1 weight log(factor), 1 for texts that are not longer."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-
-def is_number(x: Any) -> TypeGuard[float]:
-    return isinstance(x, numbers.Real) and not isinstance(x, bool)

@@ -7,12 +7,12 @@ says what was expected, and how to fix it.
 import difflib
 import inspect
 import math
-import numbers
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 from mha_jax.attention.given import floating as floating
 from mha_jax.attention.given import is_integer as is_integer
+from mha_jax.attention.given import is_number
 from mha_jax.attention.given import precision as precision
 from mha_jax.attention.given import switch as switch
 from mha_jax.attention.rotary import Rotary, from_plain
@@ -107,15 +107,11 @@ def function_or_none(name: str, x: Any) -> Any:
     )
 
 
-def _real(x: Any) -> TypeGuard[float]:
-    return isinstance(x, numbers.Real) and not isinstance(x, bool)
-
-
 def scale_or_none(name: str, x: Any) -> Any:
     """Return a finite number, a function of positions, or None."""
     if x is None or (callable(x) and not isinstance(x, type)):
         return x
-    if not _real(x) or not math.isfinite(x):
+    if not is_number(x) or not math.isfinite(x):
         raise ShapeError(
             f"{name} must be a finite number, a function of the queries' positions, or None: got {x!r}. It "
             "multiplies queries times keys; None is 1 / sqrt(key_dim)."
@@ -127,7 +123,7 @@ def cap_or_none(name: str, x: Any) -> float | None:
     """Return a positive number or None."""
     if x is None:
         return None
-    if not _real(x) or not 0 < float(x) < math.inf:
+    if not is_number(x) or not 0 < float(x) < math.inf:
         raise ShapeError(
             f"{name} must be a positive number or None: got {x!r}. Logits become {name} * tanh(x / {name}); "
             "Gemma 2 has 50.0."
@@ -137,7 +133,7 @@ def cap_or_none(name: str, x: Any) -> float | None:
 
 def rate(name: str, x: Any) -> float:
     """Return a rate of dropout, a number in [0, 1)."""
-    if not _real(x) or not 0 <= float(x) < 1:
+    if not is_number(x) or not 0 <= float(x) < 1:
         raise ShapeError(
             f"{name} must be a number in [0, 1): got {x!r}. It is the share of attention weights to drop in "
             "training; 0.0 drops none."

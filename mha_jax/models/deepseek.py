@@ -16,33 +16,23 @@ import numpy as np
 from mha_jax.attention.rotary import Rotary
 from mha_jax.attention.rotary_scaling import yarn_magnitude
 from mha_jax.errors import UnsupportedError
+from mha_jax.models import llama
 from mha_jax.models.decoder import CausalLM, Config, Local, filled
 from mha_jax.models.feed_forward import GroupedExperts
 from mha_jax.models.latent import Latent
 from mha_jax.types import Params
 
 _SELF, _MLP = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
-_NAMES = {
-    "embedding": "model.embed_tokens",
-    "norm": "model.norm",
-    "logits": "lm_head",
-    "layer_{i}/attention_norm": "model.layers.{i}.input_layernorm",
-    "layer_{i}/hidden_norm": "model.layers.{i}.post_attention_layernorm",
+# Beside those that Llama has.
+_NAMES = llama.NAMES | {
     "layer_{i}/attention/query_down": _SELF + "q_a_proj",
     "layer_{i}/attention/query_norm": _SELF + "q_a_layernorm",
-    "layer_{i}/attention/query": _SELF + "q_proj",
     "layer_{i}/attention/latent": _SELF + "kv_a_proj_with_mqa",
     "layer_{i}/attention/latent_norm": _SELF + "kv_a_layernorm",
     "layer_{i}/attention/key": _SELF + "k_b_proj",
     "layer_{i}/attention/value": _SELF + "v_b_proj",
-    "layer_{i}/attention/attention_output": _SELF + "o_proj",
     "layer_{i}/feed_forward": _MLP + "gate.e_score_correction",
-    "layer_{i}/feed_forward/gate": _MLP + "gate_proj",
-    "layer_{i}/feed_forward/up": _MLP + "up_proj",
-    "layer_{i}/feed_forward/down": _MLP + "down_proj",
     "layer_{i}/feed_forward/router": _MLP + "gate",
-    "layer_{i}/feed_forward/experts_gate_up": _MLP + "experts.gate_up_proj",
-    "layer_{i}/feed_forward/experts_down": _MLP + "experts.down_proj",
     "layer_{i}/feed_forward/shared/gate": _MLP + "shared_experts.gate_proj",
     "layer_{i}/feed_forward/shared/up": _MLP + "shared_experts.up_proj",
     "layer_{i}/feed_forward/shared/down": _MLP + "shared_experts.down_proj",

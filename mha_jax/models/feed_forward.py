@@ -7,7 +7,6 @@ an expert that all tokens share); DeepSeek-AI 2024, arXiv:2412.19437 (experts in
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -159,7 +158,7 @@ class Mixture(nn.Module):
     def __call__(self, x):
         experts = self.experts
         logits = nn.Dense(experts.count, dtype=self.dtype, name="router")(x)
-        share = _shares(logits, experts.chosen, nn.softmax, x.dtype)
+        share = nn.softmax(jnp.where(_chosen(logits, experts.chosen), logits, -jnp.inf))
         expert = partial(_OfExperts, experts.count)
         inner = expert(2 * self.hidden, name="experts_gate_up")(x[:, :, None])
         gate = jnp.minimum(inner[..., ::2], experts.limit)
@@ -181,11 +180,9 @@ class SharedMixture(nn.Module):
     def __call__(self, x):
         experts = self.experts
         logits = nn.Dense(experts.count, use_bias=False, dtype=self.dtype, name="router")(x)
-        share = _shares(logits, experts.chosen, nn.sigmoid, logits.dtype)
-        expert = partial(_OfExperts, experts.count, use_bias=False)
+        share = jnp.where(_chosen(logits, experts.chosen), nn.sigmoid(logits), 0)
         read = x[:, :, None] * share[..., None]
-        gate, up = jnp.split(expert(2 * self.hidden, name="experts_gate_up")(read), 2, axis=-1)
-        out = expert(self.width, name="experts_down")(ACTIVATIONS[experts.activation](gate) * up)
+        out = _gated(read, experts.count, self.hidden, self.width, experts.activation)
         sizes = self.hidden, self.width, experts.activation, True, False, self.dtype
         return out.sum(2) + FeedForward(*sizes, name="shared")(x)
 
@@ -204,10 +201,7 @@ class GroupedMixture(nn.Module):
         route = nn.Dense(experts.count, use_bias=False, dtype=jnp.float32, name="router")
         correction = self.param("correction", nn.initializers.zeros, (experts.count,))
         share = experts.shares(route(x), correction).astype(x.dtype)
-        expert = partial(_OfExperts, experts.count, use_bias=False)
-        inner = expert(2 * self.hidden, name="experts_gate_up")(x[:, :, None])
-        gate, up = jnp.split(inner, 2, axis=-1)
-        out = expert(self.width, name="experts_down")(ACTIVATIONS[experts.activation](gate) * up)
+        out = _gated(x[:, :, None], experts.count, self.hidden, self.width, experts.activation)
         sizes = self.hidden * experts.shared, self.width, experts.activation, True, False
         return jnp.einsum("btx,btxd->btd", share, out) + FeedForward(
             *sizes, self.dtype, name="shared"
@@ -220,11 +214,11 @@ def _chosen(scores: Array, count: int) -> Array:
     return jax.nn.one_hot(places, scores.shape[-1], dtype=bool).any(-2)
 
 
-def _shares(logits: Array, chosen: int, weigh: Callable[[Array], Array], dtype: DType) -> Array:
-    """Return what the best experts of every token count for, and 0 for the others: [B, T, X]."""
-    best, places = jax.lax.top_k(logits, chosen)
-    choice = jax.nn.one_hot(places, logits.shape[-1], dtype=dtype)
-    return jnp.einsum("btkx,btk->btx", choice, weigh(best))
+def _gated(x: Array, experts: int, hidden: int, width: int, activation: str) -> Array:
+    """Return what every expert of the module that calls this writes: [B, T, X or 1, D] -> [B, T, X, D]."""
+    expert = partial(_OfExperts, experts, use_bias=False)
+    gate, up = jnp.split(expert(2 * hidden, name="experts_gate_up")(x), 2, axis=-1)
+    return expert(width, name="experts_down")(ACTIVATIONS[activation](gate) * up)
 
 
 class _OfExperts(nn.Module):

@@ -22,7 +22,7 @@ from mha_jax.models.decoder import CausalLM, Config, Experts, Local, SharedExper
 from mha_jax.types import Array, ArrayLike, Float, Int, Params
 
 _SELF, _MLP = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
-_NAMES = {
+NAMES = {
     "embedding": "model.embed_tokens",
     "norm": "model.norm",
     "logits": "lm_head",
@@ -268,7 +268,7 @@ def read(
         tensors = {
             name: x + 1 if name.endswith("norm.weight") else x for name, x in tensors.items()
         }
-    names = _NAMES | (_NORMED_AFTER if ours.norm_after else {})
+    names = NAMES | (_NORMED_AFTER if ours.norm_after else {})
     if family == "llama4_text":
         names = {ours: name.replace(".mlp.", ".feed_forward.") for ours, name in names.items()}
     return filled(ours, names, tensors)

@@ -1,10 +1,9 @@
 """What no model can have: sizes that are no sizes, rates that are no shares, heads that do not fit."""
 
 import dataclasses
-import numbers
 from typing import Any
 
-from mha_jax.attention.given import switch
+from mha_jax.attention.given import is_integer, is_number, switch
 from mha_jax.errors import ShapeError
 
 
@@ -21,13 +20,11 @@ def check_config(config: Any, *rates: str, **least: int) -> None:
     """
     for name, smallest in least.items():
         value = getattr(config, name)
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if not whole or value < smallest:
+        if not is_integer(value) or value < smallest:
             raise ShapeError(f"{name} must be a whole number from {smallest} on: got {value!r}.")
     for name in rates:
         value = getattr(config, name)
-        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not number or not 0 <= float(value) < 1:
+        if not is_number(value) or not 0 <= float(value) < 1:
             raise ShapeError(f"{name} must be a number from 0 to below 1: got {value!r}.")
     for field in dataclasses.fields(config):
         if field.type is bool:

@@ -89,8 +89,8 @@ class Plan:
 
     @property
     def unit(self) -> float:
-        """What statistics are multiplied by: powers of two save an operation, but a bias may be huge."""
-        return 1.0 if self.bias else LOG2E
+        """What statistics are multiplied by."""
+        return unit(bool(self.bias))
 
 
 class Operands(NamedTuple):
@@ -106,6 +106,11 @@ class Operands(NamedTuple):
     table: Array
     vectors: dict[str, Array]
     slabs: dict[str, Array]
+
+
+def unit(biased: bool) -> float:
+    """Return what statistics are multiplied by: powers of two save an operation, but a bias may be huge."""
+    return 1.0 if biased else LOG2E
 
 
 def whole(length: int) -> int:

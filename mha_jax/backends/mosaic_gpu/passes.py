@@ -18,7 +18,6 @@ from mha_jax.attention.call import Moves, Output, Problem, State
 from mha_jax.attention.hidden import Rows
 from mha_jax.backends.mosaic_gpu import kernels
 from mha_jax.backends.mosaic_gpu.operands import (
-    LOG2E,
     ROWS,
     WARPGROUPS,
     WHOLE,
@@ -27,6 +26,7 @@ from mha_jax.backends.mosaic_gpu.operands import (
     contains,
     pad,
     plan,
+    unit,
     whole,
 )
 from mha_jax.backends.mosaic_gpu.products import Plain, TensorCores
@@ -75,8 +75,8 @@ def cotangent(problem: Problem, state: State, cotangent: Output, interpret: Any)
     q = problem.q
     if hides:
         q = jnp.where(jnp.isfinite(q), q, jnp.zeros((), q.dtype))
-    unit = LOG2E if problem.bias is None and problem.bias_rule is None else 1.0
-    extra = {"shift": rows.shift * unit + rows.q[..., 0], "delta": rows.delta}
+    biased = problem.bias is not None or problem.bias_rule is not None
+    extra = {"shift": rows.shift * unit(biased) + rows.q[..., 0], "delta": rows.delta}
     d_out = rows.d_out.swapaxes(1, 2).astype(problem.v.dtype)
     (b, t, n, h), (s, kv, v_size) = problem.q.shape, problem.v.shape[1:]
     q, k, v, d_out = (_operand(x) for x in (q, problem.k, problem.v, d_out))
