@@ -57,6 +57,15 @@ def pytest_collection_finish():
 
 
 @pytest.fixture
+def quickly_compiled():
+    """Compile without what makes programs fast: where the kind of program is tested, not its loops."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
 def x64():
     """Run a test with 64-bit types."""
     jax.config.update("jax_enable_x64", True)

@@ -28,6 +28,7 @@ OPTIONS = {
     "grouped_bias_cap": {"bias": jnp.linspace(-2, 2, 7).reshape(1, 1, 1, 7), "logit_cap": 3.0},
 }
 B, T, S, N, K, H, V = 4, 5, 7, 4, 2, 3, 2
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 def arrays(length=T):
@@ -84,15 +85,6 @@ def test_a_program_gives_what_the_formula_gives(program, backend, options):
 PLAIN: dict = {}
 
 
-@pytest.fixture
-def quickly_compiled():
-    """Compile without what makes programs fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_program_of_the_list_runs_on_every_backend(name):
     options = {"mask": mj.Causal()}
