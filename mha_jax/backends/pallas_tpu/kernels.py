@@ -176,7 +176,8 @@ def backward(view: View, precision: Any) -> None:
 def _begin(refs: dict[str, Any]) -> None:
     """Start with queries that were given nothing, and multiply their cotangents by what weights lack.
 
-    In here, once a head, that takes a quarter of the bundles that it takes XLA.
+    In here, once a head, that takes a quarter of the bundles that it takes XLA. What a ratio is more than 1
+    is as small as logits are rounded: it is turned in the dtype of the cotangents, in half as many registers.
     """
     total, size = refs["d_out"].shape
     step = next(n for n in range(min(total, MOST_AT_ONCE), 0, -LANES) if total % n == 0)
@@ -184,8 +185,10 @@ def _begin(refs: dict[str, Any]) -> None:
     def some(i, carry):
         here = pl.ds(aligned(i * step), step)
         refs["dq_sum"][here] = jnp.zeros((step, refs["dq_sum"].shape[1]), jnp.float32)
-        ratio = jnp.broadcast_to(refs["ratio"][:, here], (LANES, step)).T
-        scaled = refs["d_out"][here].astype(jnp.float32) * across(ratio, size)
+        more = (refs["ratio"][:, here] - 1).astype(refs["d_out"].dtype)
+        more = jnp.broadcast_to(more, (LANES, step)).T.astype(jnp.float32)
+        d_out = refs["d_out"][here].astype(jnp.float32)
+        scaled = d_out + d_out * across(more, size)
         refs["d_out_scaled"][here] = scaled.astype(refs["d_out"].dtype)
         return carry
 

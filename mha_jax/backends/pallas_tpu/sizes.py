@@ -106,7 +106,7 @@ def _large(forward: tuple[Blocks, ...], backward: tuple[Blocks, ...], **options:
 #     backward                v5e: full causal                     v6e: full causal
 #     512    512                  141.8   81.3                           88.3   50.7
 #     1024   1024                 147.9   81.9                           85.9   49.0
-#     512    512, full (4, 2, 1), grains of 128   143.9   81.6
+#     512    512, full (4, 2, 1), grains of 128   143.6   81.3
 _SHORT = Blocks(512, 512, full=(4, 1))
 _TALL = Blocks(1024, 1024, full=(2, 1), sweep=(512, 512), cost=0.93)
 _FINE_BACKWARD = Blocks(512, 512, full=(4, 2, 1), grain=128)
