@@ -223,6 +223,39 @@ def test_every_order_of_derivative(order):
     assert float(jnp.abs(reference).max()) > 0.01
 
 
+ALIKE = {
+    "buckets": (biases.Buckets(draw(7, 8, 4), max_distance=7), True),
+    "relative": (biases.Relative(draw(8, 9, 4)), True),
+    "sum": (biases.Relative(draw(8, 9, 4)) + biases.Buckets(draw(7, 8, 4), False, 11), True),
+    "alibi": (biases.Alibi.of_heads(4), False),
+}
+
+
+@pytest.mark.parametrize("mask", [mj.Full(), Causal()], ids=str)
+@pytest.mark.parametrize("name", ALIKE)
+def test_gradients_of_tiles_whose_distances_are_alike_to_the_rule(name, mask):
+    rule, asks = ALIKE[name]
+    (q, d_out), (k, v) = (
+        [jnp.asarray(draw(seed + n, 2, *shape, 8)) for seed in (1, 2)]
+        for n, shape in ((0, (37, 4)), (2, (53, 2)))
+    )
+
+    def gradients(backend):
+        def loss(rule):
+            out = mj.dot_product_attention(q, k, v, mask=mask, bias=rule, backend=backend)
+            return jnp.vdot(out, d_out)
+
+        lowered = jax.jit(jax.grad(loss)).lower(jax.tree.map(jnp.asarray, rule))
+        return lowered.compile()(jax.tree.map(jnp.asarray, rule)), lowered.as_text()
+
+    want, _ = gradients(Reference())
+    for backend in (Blockwise(16, 16), Blockwise(8, 16, pairs=1), Blockwise(16, 16, apart=True)):
+        got, text = gradients(backend)
+        assert ("stablehlo.case" in text) == asks
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
 def test_a_bias_is_mapped_and_passed_through_jit():
     x, bias = small()
     tables = jnp.stack([bias.table, bias.table + 1, bias.table * 2])

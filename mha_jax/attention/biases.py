@@ -58,6 +58,11 @@ class Bias:
         """
         raise NotImplementedError(f"{type(self).__name__} says nothing: write `at(distance, head)`")
 
+    @property
+    def alike_from(self) -> int | None:
+        """From which distance on `at` says the same of all, on either side by itself; None if it may not."""
+        return None
+
     def check(self, heads: int) -> None:
         """Refuse numbers that do not fit a call of so many query heads.
 
@@ -98,6 +103,11 @@ class Sum(Bias):
     @property
     def only_distances(self):
         return self.a.only_distances and self.b.only_distances
+
+    @property
+    def alike_from(self):
+        a, b = self.a.alike_from, self.b.alike_from
+        return None if a is None or b is None else max(a, b)
 
     def at(self, distance, head):
         return self.a.at(distance, head) + self.b.at(distance, head)
@@ -177,6 +187,10 @@ class Buckets(OfDistance):
     bidirectional: bool = static(default=True)
     max_distance: int = static(default=128)
 
+    @property
+    def alike_from(self):
+        return self.max_distance
+
     def at(self, distance, head):
         far = self.max_distance
         bucket = jnp.asarray(self.buckets())[jnp.clip(distance, -far, far) + far]
@@ -234,6 +248,10 @@ class Relative(OfDistance):
     def only_distances(self):
         return self.axes is None
 
+    @property
+    def alike_from(self):
+        return np.shape(self.table)[0] // 2
+
     def logits(self, q, k):
         if self.axes is None:
             return super().logits(q, k)
@@ -278,6 +296,10 @@ class OfHeads(Bias):
     @property
     def only_distances(self):
         return self.bias.only_distances
+
+    @property
+    def alike_from(self):
+        return self.bias.alike_from
 
     def at(self, distance, head):
         return self.bias.at(distance, jnp.asarray(self.numbers)[head])

@@ -33,8 +33,8 @@ class Tuning:
         the lengths; None: two pairs.
       halves: Multiply what rests on bfloat16 inputs in bfloat16, summed in float32: what tensor cores do.
       written: Tiles of a group that are written out one after the other, without loops, at most.
-      stretches: Ask which part of a cache is seen before a step reads it: where branches that the data decide
-        cost little.
+      branches: Ask which part of a cache is seen before a step reads it, and whether a bias says the same of
+        all pairs of a tile: where branches that the data decide cost little.
     """
 
     side: int
@@ -42,10 +42,10 @@ class Tuning:
     weights: int | None = None
     halves: bool = False
     written: int = 0
-    stretches: bool = False
+    branches: bool = False
 
 
-CPU = Tuning(512, 2**19, stretches=True)
+CPU = Tuning(512, 2**19, branches=True)
 # Every operation on a tile is a launch, of microseconds, so that tiles are few, and large: 64 MiB of logits.
 # Loops launch more: they count turns, copy slices, and ask the host whether to go on.
 GPU = Tuning(1024, 2**24, 2**24, halves=True, written=64)
@@ -113,7 +113,7 @@ class Blockwise(Backend):
         s, kv = problem.k.shape[1:3]
         tuning = self.tuning or CPU
         rest: dict[str, Any] = {"exhaustive": self.exhaustive}
-        rest |= {"halves": tuning.halves, "written": tuning.written}
+        rest |= {"halves": tuning.halves, "written": tuning.written, "branches": tuning.branches}
         if self.apart or not all(isinstance(size, int) for size in (b, t, s)):
             return Tiling(*self._blocks_apart(problem), Apart(b, kv), **rest)
         rows, side, wanted = problem.groups * t, tuning.side, 2
@@ -149,7 +149,7 @@ class Blockwise(Backend):
     def forward(self, problem: Problem) -> State:
         if not self.apart and few_rows.worthwhile(problem):
             return few_rows.forward(problem)
-        stretches = (self.tuning or CPU).stretches and self.block_k is None
+        stretches = (self.tuning or CPU).branches and self.block_k is None
         if stretches and self._is_step(problem) and not self.exhaustive:
             whole = dataclasses.replace(self, block_k=problem.k.shape[1])
             return stretch.forward(problem, whole.forward)

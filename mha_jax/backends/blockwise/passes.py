@@ -104,8 +104,7 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
         if d_bias is not None:
             d_bias = tiles.add_dense(d_bias, dx.swapaxes(-1, -2), at)
         if d_rule is not None:
-            _, pull = jax.vjp(by.ruled(dx.shape, at), tiles.rule_floats)
-            d_rule = jax.tree.map(jnp.add, d_rule, *pull(dx))
+            d_rule = jax.tree.map(jnp.add, d_rule, by.pulled(dx, at))
         q = q.astype(dtype)
         if by.masks(at) and tiles.hides:  # rows of NaN reach nothing that is hidden from them
             q = jnp.where(jnp.isnan(q), 0, q)
