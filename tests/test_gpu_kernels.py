@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import gpu_kernels
 from mha_jax import Call, Causal, Dropout, Tokens, ValidKeys
-from mha_jax.attention.biases import Alibi
+from mha_jax.attention.biases import Alibi, Buckets
 from mha_jax.attention.call import Output, State
 from mha_jax.attention.check import check
 from mha_jax.backends.mosaic_gpu import MosaicGPU
@@ -68,6 +68,37 @@ def test_no_head_size_spills_forward(shape, value_size, biased):
 
     _, (kernel,) = gpu_kernels.kernels("H200", function, q, q, v, valid, bias)
     assert kernel.spills == 0 and kernel.shared <= SHARED
+
+
+# AlphaFold's, which all examples share; T5's table, with all that adds up.
+@pytest.mark.parametrize(
+    ("shape", "kv_heads", "name"),
+    [((64, 384, 4, 32), 4, "bias"), ((1, 1024, 4, 128), 2, "distances")],
+)
+def test_the_gradient_of_a_bias_is_a_kernel_that_spills_nothing_and_keeps_no_pairs(
+    shape, kv_heads, name
+):
+    b, t, n, h = shape
+    x, kv = (jax.ShapeDtypeStruct((b, t, heads, h), jnp.bfloat16) for heads in (n, kv_heads))
+    line = jax.ShapeDtypeStruct((b, n, t), jnp.float32)
+    given = {"valid": jax.ShapeDtypeStruct((b, t), jnp.bool_), "array": (1, n, t, t)}
+    given |= {"words": jax.ShapeDtypeStruct((2,), jnp.uint32), "table": (32, n)}
+    given |= {x: jax.ShapeDtypeStruct(given[x], jnp.bfloat16) for x in ("array", "table")}
+
+    def pulled(given, q, k, v, out, m, l, d_out, d_lse):
+        options = {"mask": Causal(), "logit_cap": 9.0, "bias": Buckets(given["table"])}
+        options["dropout"] = Dropout(given["words"], 0.1)
+        if name == "bias":
+            options = {"mask": ValidKeys(), "bias": given["array"]}
+        call = Call(q, k, v, k_tokens=Tokens(t, valid=given["valid"]), **options)
+        moves = MosaicGPU().cotangent(check(call), State(out, m, l), Output(d_out, d_lse))
+        return moves.bias, moves.bias_rule  # the kernels of queries and keys are not compiled
+
+    arguments = given, x, kv, kv, x, line, line, x, line
+    program, (kernel,) = gpu_kernels.kernels("H100", pulled, *arguments)
+    assert kernel.name == f"attention_backward_{name}"
+    assert kernel.spills == 0 and kernel.registers <= 168 and kernel.shared <= SHARED
+    assert program.memory_analysis().temp_size_in_bytes < 2 * b * n * t * t
 
 
 @pytest.mark.parametrize("bias", [None, Alibi.of_heads(4)], ids=["plain", "alibi"])

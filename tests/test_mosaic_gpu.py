@@ -23,8 +23,7 @@ from mha_jax import (
     explain,
 )
 from mha_jax.attention import softmax
-from mha_jax.attention.biases import Alibi
-from mha_jax.attention.call import Output
+from mha_jax.attention.call import Output, without_constants
 from mha_jax.attention.check import check
 from mha_jax.backends.mosaic_gpu import MosaicGPU
 from mha_jax.backends.reference import Reference
@@ -46,7 +45,7 @@ def interpreted(**options):
 
 
 def both_passes(backend, call, d_out, d_lse):
-    """Return out, lse and the gradients of q, k and v by name."""
+    """Return out, lse and the gradients by name; those of a rule's numbers have one each."""
 
     def passes(call, d_out, d_lse):
         state = backend.forward(call)
@@ -56,7 +55,10 @@ def both_passes(backend, call, d_out, d_lse):
 
     (out, lse), moves = jax.jit(passes)(call, d_out, d_lse)
     found = {"out": out, "lse": lse}
-    return found | {f"d{name}": getattr(moves, name) for name in ("q", "k", "v")}
+    moved = without_constants(call, moves)
+    named = {f"d{name}": getattr(moved, name) for name in ("q", "k", "v", "bias")}
+    rules = {f"drule.{i}": x for i, x in enumerate(jax.tree.leaves(moved.bias_rule))}
+    return found | {name: x for name, x in (named | rules).items() if x is not None}
 
 
 def run(backend, case):
@@ -66,7 +68,7 @@ def run(backend, case):
 
 def check_case(case, backend):
     (out, lse), gradients = truth(case, jnp.bfloat16)
-    wanted = {"out": out, "lse": lse} | {f"d{name}": gradients[name] for name in ("q", "k", "v")}
+    wanted = {"out": out, "lse": lse} | {f"d{name}": x for name, x in gradients.items()}
     own, plain = run(backend, case), run(Reference(), case)
     for key, want in wanted.items():
         multiple = FORWARD if key in ("out", "lse") else BACKWARD
@@ -83,6 +85,7 @@ FEW = {
     "prefix_lm": (1, 1),
     "dense_per_head_dropout": (6, 3),
     "bias_dense": (6, 6),
+    "bias_shared": (6, 3),
     "soft_cap": (2, 1),
     "wide_values": (2, 1),
 }
@@ -97,10 +100,10 @@ def test_the_kernels_agree_with_the_oracle(name):
     check_case(case, interpreted())
 
 
-def problem(t, s, heads=2, kv_heads=1, size=32, dtype=jnp.bfloat16, **options):
+def problem(t, s, heads=2, kv_heads=1, size=32, dtype=jnp.bfloat16, batch=1, **options):
     rng = np.random.default_rng(0)
     q, k, v = (
-        jnp.asarray(rng.standard_normal((1, *shape, size)), dtype)
+        jnp.asarray(rng.standard_normal((batch, *shape, size)), dtype)
         for shape in ((t, heads), (s, kv_heads), (s, kv_heads))
     )
     return check(Call(q, k, v, **options))
@@ -178,8 +181,6 @@ def test_where_the_kernels_do_not_run_is_said_in_words(monkeypatch):
     [
         ({}, "can run"),
         ({"size": 136}, "as the sums of head sizes above 128 do not fit, and here are 136"),
-        ({"bias": jnp.zeros((8, 8))}, "where that of the bias is asked for"),
-        ({"bias": Alibi.of_heads(2)}, "where that of the bias is asked for"),
         (
             {"mask": Dense(np.ones((1, 2, 1, 8), bool))},
             "as a mask or a bias has a line of keys for each of",

@@ -1,20 +1,25 @@
 """Biases inside the Mosaic GPU kernels, interpreted, and what of them the tiles take."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mha_jax import Call, Causal, SameSegment, Tokens, biases, explain
-from mha_jax.backends.mosaic_gpu import rules
+from mha_jax import Call, Causal, Dense, SameSegment, Tokens, ValidKeys, biases, explain
+from mha_jax.attention.call import moving
+from mha_jax.backends import visits
+from mha_jax.backends.blockwise import GPU, Blockwise
+from mha_jax.backends.mosaic_gpu import rules, sums
 from mha_jax.backends.reference import Reference
+from mha_jax.engine import choose
 from tests import oracles
 from tests.test_biases import draw
 from tests.test_mosaic_gpu import both_passes, interpreted, needs_jax, problem
 
-T, N = 131, 2
+T, N, B = 131, 2, 3
 EPSILON = float(jnp.finfo(jnp.bfloat16).eps)
 
 
@@ -50,24 +55,129 @@ CASES = {
 }
 
 
-def compared(call, **options):
-    """Run the kernels and the definition in float32; return how far they are apart, by name."""
+# Whose gradients the kernels do not sum up: they are asked for q, k and v alone.
+CONSTANT = ("own", "packed")
+
+
+def check_call(call, **options):
+    """Compare the kernels with the definition in float32; return what was compared.
+
+    A sum over all pairs of a rule may lose more than a few roundings: so do the tiles, and for the same
+    reason, as out reaches the passes in 16 bits.
+    """
     rng = np.random.default_rng(1)
     d_out = jnp.asarray(rng.standard_normal(call.q.shape), jnp.bfloat16)
-    d_lse = jnp.asarray(rng.standard_normal((1, *call.q.shape[2:0:-1])), jnp.float32)
+    d_lse = jnp.asarray(rng.standard_normal((len(call.q), *call.q.shape[2:0:-1])), jnp.float32)
     wide = {name: getattr(call, name).astype(jnp.float32) for name in "qkv"}
-    own = both_passes(interpreted(**options), call, d_out, d_lse)
     wide = dataclasses.replace(call, **wide)
     want = both_passes(Reference(), wide, d_out.astype(jnp.float32), d_lse)
-    return {name: oracles.relative_error(own[name], want[name]) for name in want}
+    own, tiles = (
+        both_passes(backend, call, d_out, d_lse)
+        for backend in (interpreted(**options), Blockwise(tuning=GPU))
+    )
+    for name, x in want.items():
+        error, least = (oracles.relative_error(found[name], x) for found in (own, tiles))
+        assert error < max(EPSILON / 8, 1.5 * least), f"{name}: {error:.3g}, tiles {least:.3g}"
+    return set(want)
 
 
 @needs_jax
 @pytest.mark.parametrize("name", CASES)
-def test_constant_biases_agree_with_the_definition(name):
-    call = dataclasses.replace(problem(T, T, N, **CASES[name]), constants=("bias", "bias_rule"))
-    for name, error in compared(call).items():
-        assert error < EPSILON / 8, f"{name}: {error:.3g}"
+def test_biases_agree_with_the_definition(name):
+    call = problem(T, T, N, **CASES[name])
+    if name in CONSTANT:
+        call = dataclasses.replace(call, constants=("bias", "bias_rule"))
+    names = check_call(call)
+    assert (names > {"out", "lse", "dq", "dk", "dv"}) == (name not in CONSTANT)
+
+
+@needs_jax
+def test_a_bias_of_heads_gets_the_sum_of_all_examples_without_a_race():
+    valid = jnp.asarray(np.arange(140)[None] < np.array([[133], [7]]))
+    options = {"k_tokens": Tokens(140, valid=valid), "mask": ValidKeys()}
+    call = problem(130, 140, N, N, batch=2, bias=draw(3, 1, N, 130, 140), **options)
+    assert "dbias" in check_call(call, detect_races=True)
+
+
+def seen(call, summed):
+    """Return which tiles of logits every tile of a cotangent sums up, as (example, head, row, column)."""
+    lines = summed.lines(visits.kinds(call, 4, 2))
+    for at in np.ndindex(*summed.outer, len(summed.members)):
+        line = lines[tuple(i if size > 1 else 0 for i, size in zip(at, lines.shape))]
+        for number in summed.numbers[at[2]][line != visits.EMPTY]:
+            for again in range(summed.again):
+                entry, tile = divmod(number, summed.tiles)
+                example, head = divmod(entry, summed.listed_heads)
+                more, other = divmod(again, summed.again_heads)
+                yield (
+                    at,
+                    (at[0] + example + more, at[1] + head + other, *divmod(tile, summed.across)),
+                )
+
+
+# Masks that are one, of an example, of a head, of both; cotangents that are shared along all sets of axes.
+@pytest.mark.parametrize("shared", list(itertools.product([False, True], repeat=4)))
+@pytest.mark.parametrize("judged", [(1, 1), (B, 1), (1, N), (B, N)])
+def test_every_tile_that_is_seen_is_summed_up_once_and_where_it_belongs(judged, shared):
+    mask = Dense(np.random.default_rng(0).random((*judged, 11, 7)) < 0.1)
+    call = problem(11, 7, N, N, batch=B, mask=mask)
+    shape = tuple(1 if one else size for one, size in zip(shared, (B, N, 11, 7)))
+    summed = sums.of_array(call, shape, 4, 2)
+    own = {}
+    for at, tile in seen(call, summed):
+        assert tile not in own
+        own[tile] = at
+    kind = np.broadcast_to(visits.kinds(call, 4, 2), (B, N, 3, 4))
+    assert set(own) == set(zip(*np.nonzero(kind != visits.EMPTY)))
+    for (b, n, *place), (own_b, own_n, line) in own.items():
+        row, column = divmod(line, summed.shape[1])
+        want = [0 if one else x for one, x in zip(shared, (b, n, *place))]
+        assert [own_b, own_n, row, column] == want
+
+
+@pytest.mark.parametrize("bias", [RELATIVE, RELATIVE + ALIBI])
+def test_sums_along_diagonals_are_what_laying_numbers_pulls_back(bias):
+    call = problem(9, 11, N, bias=bias, mask=Causal(), q_tokens=Tokens(9, start=2))
+    summed = sums.of_distances(call, 4, 2)
+    moved = draw(5, N, 12, 12)  # that of every pair; what pads has none
+    moved[:, 9:], moved[:, :, 11:] = 0, 0
+    tiles = np.zeros((N, 4, 2 * summed.shape[1]), np.float32)
+    for (_, n, line), (_, _, i, j) in seen(call, summed):
+        tiles[n, :, 2 * line : 2 * line + 2] += moved[n, 4 * i : 4 * i + 4, 2 * j : 2 * j + 2]
+    found = rules.pulled(call, moving(call), sums.along(jnp.asarray(tiles), 12, 9, 9 + 11 - 1))
+    hidden = np.repeat(np.repeat(visits.kinds(call, 4, 2)[0, 0] == visits.EMPTY, 4, 0), 2, 1)
+    moved = np.where(hidden, 0, moved)[None, :, :9, :11]
+
+    def logits(rule):
+        return rule.logits(biases.queries(call.q_tokens, N), call.k_tokens.as_keys())
+
+    (want,) = jax.vjp(logits, bias)[1](jnp.asarray(moved))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, want)
+
+
+@pytest.mark.parametrize(
+    ("bias", "tokens", "text"),
+    [
+        (jnp.zeros((5, 5)), None, "can run"),
+        (BUCKETS + ALIBI, None, "can run"),
+        (
+            Own(jnp.asarray(draw(1, N))),
+            None,
+            "all gradients go through the tiles, blockwise, as that of Own is asked for, and it knows more",
+        ),
+        (
+            ALIBI,
+            Tokens(5, pos=np.arange(5)[None]),
+            "blockwise, as that of Alibi is asked for, and positions are data",
+        ),
+    ],
+)
+def test_explain_says_whose_gradient_the_tiles_take(bias, tokens, text, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    monkeypatch.setattr("mha_jax.backends.mosaic_gpu._capability", lambda: None)
+    call = problem(5, 5, N, bias=bias, q_tokens=tokens, k_tokens=tokens)
+    says = choose.reasons(call, "cuda")["mosaic_gpu"]
+    assert says == text if text == "can run" else text in says
 
 
 def steps(rule, **options):

@@ -1,4 +1,4 @@
-"""Attention as Mosaic GPU kernels for compute capability 9.0: one forward, two backward.
+"""Attention as Mosaic GPU kernels for compute capability 9.0: one forward, two backward, one for a bias.
 
 They take what cuDNN refuses: dropout inside, masks of any rule judged by tiles, soft caps, biases as arrays,
 values of another size than keys. Lengths are padded to whole tiles, and only where they do not fit. Nothing
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import io_callback
 
-from mha_jax.attention.call import Moves, Output, Problem, State, moving
+from mha_jax.attention.call import Moves, Output, Problem, State
 from mha_jax.backends.base import Backend
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
@@ -101,7 +101,7 @@ def _by_tiles(problem: Problem) -> str | None:
     """Say where the tiles pull a problem's cotangent back, or return None."""
     from mha_jax.backends.mosaic_gpu import rules
 
-    asked, largest = moving(problem), max(problem.q.shape[3], problem.v.shape[3])
+    largest = max(problem.q.shape[3], problem.v.shape[3])
     if largest > _LARGEST_BACKWARD:
         return f"as the sums of head sizes above {_LARGEST_BACKWARD} do not fit, and here are {largest}"
     # Kernels of keys go over all query heads of a key-value head with one vector of their own.
@@ -111,8 +111,8 @@ def _by_tiles(problem: Problem) -> str | None:
         return "as a mask or a bias has a line of keys for each of the heads that share keys"
     if rules.why_not(problem):
         return "as positions of a rule are data"
-    if jax.tree.leaves((asked.bias, asked.bias_rule)):
-        return "where that of the bias is asked for"
+    if unsummed := rules.unsummed(problem):
+        return f"as that of {unsummed}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The kernels: attention forward, and backward by queries and by keys.
+"""The kernels: attention forward, and backward by queries, by keys, and by what a bias shares.
 
 Two warpgroups have 64 rows each, and a third one copies what they read, tile of columns by tile of columns,
 in the order of the table: full tiles, then those that are seen in part. Weights are powers of two, and enter
@@ -11,7 +11,7 @@ al. 2024, arXiv:2407.08608, section 3.1.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 
 from mha_jax.backends.mosaic_gpu.operands import LOG2E, ROWS, WARPGROUPS, WHOLE, Plan
 from mha_jax.backends.mosaic_gpu.products import TILE, Products, constant, load
+from mha_jax.backends.mosaic_gpu.sums import Summed
 from mha_jax.backends.mosaic_gpu.view import Tile, place
 from mha_jax.types import Array
 
@@ -30,6 +31,15 @@ LEAST = float(np.finfo(np.float32).min)
 TINY = 0.5
 # Registers of a thread: who computes takes what who copies leaves.
 COMPUTES, COPIES = 240, 24
+
+
+class Spot(NamedTuple):
+    """Where a tile of logits lies: its example, its query head, its first row and its first column."""
+
+    example: Any
+    head: Any
+    row: Any
+    column: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +94,7 @@ class Sweep:
             line, full, count = self._line()
 
             def turn(i, carry, masked=False):
-                tile = self._tile(line[2 + i], held)
+                tile = self._tile(self._spot(line, i), held)
                 return step(Columns(self, tile, i, i - full if masked else None), carry)
 
             carry = lax.fori_loop(0, full, turn, start())
@@ -96,7 +106,7 @@ class Sweep:
         def _():
             plgpu.set_max_registers(COPIES, action="decrease")
             line, full, count = self._line()
-            lax.fori_loop(0, count, lambda i, _: self._copy(i, i - full, line[2 + i]), None)
+            lax.fori_loop(0, count, lambda i, _: self._copy(i, i - full, self._spot(line, i)), None)
 
     def _line(self) -> tuple[Any, Any, Any]:
         """Return the table's line, and how many of its tiles are full, and visited."""
@@ -123,11 +133,10 @@ class Sweep:
             head = self._head_of(ref, self.head)
             plgpu.copy_gmem_to_smem(ref.at[self.example, here, head], self.row(name), ready)
         held = {}
-        for name, side in self.plan.vectors.items():
-            if side == self.plan.rows:
-                ref = self.refs[name]
-                at = place(ref, self.example, self.head)
-                held[name] = load(ref.at[(*at, here)], TILE.reduce(1))
+        for name in self.plan.held:
+            ref = self.refs[name]
+            at = place(ref, self.example, self.head)
+            held[name] = load(ref.at[(*at, here)], TILE.reduce(1))
         plgpu.barrier_wait(ready)
         return held
 
@@ -158,38 +167,49 @@ class Sweep:
 
     # ---- columns ------------------------------------------------------------------------------------
 
-    def _place(self, entry: Any) -> tuple[Any, Any]:
-        """Return the query head and the first column of an entry of the table."""
-        plan = self.plan
+    def _spot(self, line: Any, turn: Any) -> Spot:
+        """Return where the tile of a turn lies, by its line of the table."""
+        plan, entry, row = self.plan, line[2 + turn], self.block * WHOLE
         if plan.rows == "q":
-            return self.head, entry * plan.columns
+            return Spot(self.example, self.head, row, entry * plan.columns)
         head = self.head * plan.groups + lax.div(entry, jnp.int32(plan.blocks))
-        return head, lax.rem(entry, jnp.int32(plan.blocks)) * plan.columns
+        column = lax.rem(entry, jnp.int32(plan.blocks)) * plan.columns
+        return Spot(self.example, head, row, column)
 
     def slot(self, turn: Any) -> Any:
         return lax.rem(turn, jnp.int32(self.plan.steps))
 
-    def _tile(self, entry: Any, held: dict[str, Array]) -> Tile:
-        head, column = self._place(entry)
-        slabs = {name: self.refs[name] for name in self.plan.slabs}
-        return Tile(self.plan, held, {}, slabs, self.example, head, self.first_row, column)
+    def room(self, name: str, slot: Any) -> Any:
+        """Return what this warpgroup reads of something that passes by, in shared memory."""
+        at = (slot, self.warpgroup) if self.plan.of_rows(name) else slot
+        return self.refs[f"{name}.tile"].at[at]
 
-    def _copy(self, i: Any, masked: Any, entry: Any) -> None:
-        """Copy tile i of the columns as soon as there is room; it is number `masked` of those with facts."""
-        head, column = self._place(entry)
-        here = pl.ds(column, self.plan.columns)
+    def _tile(self, spot: Spot, held: dict[str, Array]) -> Tile:
+        slabs = {name: self.refs[name] for name in self.plan.slabs}
+        row = spot.row + self.warpgroup * ROWS
+        return Tile(self.plan, held, {}, slabs, spot.example, spot.head, row, spot.column)
+
+    def _parts(self, name: str, spot: Spot, slot: Any) -> list[tuple[Any, Any]]:
+        """Return which tokens are copied, and to where."""
+        if not self.plan.of_rows(name):
+            return [(pl.ds(spot.column, self.plan.columns), slot)]
+        return [(pl.ds(spot.row + i * ROWS, ROWS), (slot, i)) for i in range(WARPGROUPS)]
+
+    def _copy(self, i: Any, masked: Any, spot: Spot) -> None:
+        """Copy what tile i reads as soon as there is room; it is number `masked` of those with facts."""
 
         def copy(group: str, names: tuple[str, ...], turn: Any) -> None:
             slot = self.slot(turn)
             ready, free = (self.refs[f"{group}.{x}"].at[slot] for x in ("ready", "free"))
             pl.when(turn >= self.plan.steps)(lambda: plgpu.barrier_wait(free))
             for name in names:
-                ref = self.refs[name]
-                if name in self.streams:
-                    source = ref.at[self.example, here, self._head_of(ref, head)]
-                else:
-                    source = ref.at[(*place(ref, self.example, head), here)]
-                plgpu.copy_gmem_to_smem(source, self.refs[f"{name}.tile"].at[slot], ready)
+                ref, tile = self.refs[name], self.refs[f"{name}.tile"]
+                for here, room in self._parts(name, spot, slot):
+                    if name in self.streams:
+                        source = ref.at[spot.example, here, self._head_of(ref, spot.head)]
+                    else:
+                        source = ref.at[(*place(ref, spot.example, spot.head), here)]
+                    plgpu.copy_gmem_to_smem(source, tile.at[room], ready)
 
         for name in self.streams:
             copy(name, (name,), i)
@@ -200,9 +220,60 @@ class Sweep:
                 copy(group, names, i)
 
 
+class Sum(Sweep):
+    """A kernel's work at one tile of a bias's cotangent: nothing stays, tiles of logits pass by."""
+
+    @property
+    def _summed(self) -> Summed:
+        return cast(Summed, self.plan.summed)
+
+    def _rows(self) -> dict[str, Array]:
+        return {}
+
+    def _line(self) -> tuple[Any, Any, Any]:
+        line, full, count = super()._line()
+        again = self._summed.again
+        return line, full * again, count * again
+
+    def _spot(self, line: Any, turn: Any) -> Spot:
+        summed = self._summed
+        entry, again = _divided(turn, summed.again)
+        listed, tile = _divided(line[2 + entry], summed.tiles)
+        example, head = _divided(listed, summed.listed_heads)
+        more_examples, more_heads = _divided(again, summed.again_heads)
+        row, column = _divided(tile, summed.across)
+        return Spot(
+            self.example + example + more_examples,
+            self.head + head + more_heads,
+            row * WHOLE,
+            column * self.plan.columns,
+        )
+
+    def _write(self, results: dict[str, Array]) -> None:
+        """Write the tile; its memory is that of both warpgroups, one after the other."""
+        (total,) = results.values()
+        tile, turn, columns = self.refs["d_bias.tile"], self.refs["turn"], self.plan.columns
+        row, column = _divided(self.block, self._summed.shape[1])
+        rows = pl.ds(row * WHOLE + self.warpgroup * ROWS, ROWS)
+        pl.when(self.warpgroup == 1)(lambda: plgpu.barrier_wait(turn))
+        tile[...] = total
+        plgpu.commit_smem()
+        target = self.refs["d_bias"].at[
+            self.example, self.head, rows, pl.ds(column * columns, columns)
+        ]
+        plgpu.copy_smem_to_gmem(tile, target)
+        plgpu.wait_smem_to_gmem(0)
+        pl.when(self.warpgroup == 0)(lambda: plgpu.barrier_arrive(turn))
+
+
+def _divided(x: Any, by: int) -> tuple[Any, Any]:
+    """Return an index and what remains."""
+    return lax.div(x, jnp.int32(by)), lax.rem(x, jnp.int32(by))
+
+
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The columns of one tile in shared memory.
+    """What passes by for one tile, in shared memory: its columns, or all that it reads.
 
     Args:
       sweep: The kernel's work.
@@ -220,7 +291,7 @@ class Columns:
         """Wait for a stream; return its tile."""
         slot = self.sweep.slot(self.turn)
         plgpu.barrier_wait(self.sweep.refs[f"{stream}.ready"].at[slot])
-        return self.sweep.refs[f"{stream}.tile"].at[slot]
+        return self.sweep.room(stream, slot)
 
     def free(self, stream: str) -> None:
         """Leave a stream's room to the next tile."""
@@ -240,7 +311,7 @@ class Columns:
         for group, names, turn in self._passing():
             slot = self.sweep.slot(turn)
             plgpu.barrier_wait(refs[f"{group}.ready"].at[slot])
-            found |= {name: refs[f"{name}.tile"].at[slot] for name in names}
+            found |= {name: self.sweep.room(name, slot) for name in names}
         return dataclasses.replace(self.tile, columns=found)
 
     def free_vectors(self) -> None:
@@ -303,14 +374,18 @@ def _weights(tile: Tile, x: Array, masked: bool) -> Array:
     return p if tile.plan.dropout is None else tile.kept(p, -p)
 
 
+def _pulled(tile: Tile, p: Array, dp: Array) -> Array:
+    """Return the cotangent of a tile's logits."""
+    if tile.plan.dropout is not None:
+        dp = jnp.where(p > 0, dp * tile.plan.dropout.factor, 0.0)
+        p = jnp.abs(p)
+    return p * (dp - tile.vector("delta"))
+
+
 def _slopes(tile: Tile, x: Array, p: Array, dp: Array) -> Array:
     """Return the cotangent of a tile's products over the scale; x is capped."""
-    plan = tile.plan
-    if plan.dropout is not None:
-        dp = jnp.where(p > 0, dp * plan.dropout.factor, 0.0)
-        p = jnp.abs(p)
-    ds = p * (dp - tile.vector("delta"))
-    return ds if plan.rules.cap is None else ds * tile.slope(x)
+    ds = _pulled(tile, p, dp)
+    return ds if tile.plan.rules.cap is None else ds * tile.slope(x)
 
 
 def backward_queries(sweep: Sweep, products: Products) -> None:
@@ -369,3 +444,21 @@ def backward_keys(sweep: Sweep, products: Products) -> None:
         return {"dk": dk * plan.rules.scale, "dv": dv * np.float32(share)}
 
     sweep.run(start, step, finish)
+
+
+def backward_bias(sweep: Sweep, products: Products) -> None:
+    """Pull back to a bias; all tiles that pass by read the same numbers of it."""
+
+    def step(columns: Columns, total):
+        product = products.outer(columns.wait("q"), columns.wait("k"))
+        dp = products.outer(columns.wait("d_out"), columns.wait("v"))
+        for name in sweep.streams:
+            columns.free(name)
+        tile = columns.wait_vectors()
+        p = _weights(tile, tile.capped(product), columns.masked is not None)
+        total = total + _pulled(tile, p, dp)
+        columns.free_vectors()
+        return total
+
+    shape = ROWS, sweep.plan.columns
+    sweep.run(lambda: constant(shape, 0), step, lambda total: {"d_bias": total})

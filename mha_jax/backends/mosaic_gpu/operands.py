@@ -21,6 +21,7 @@ from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Facts
 from mha_jax.backends import visits
 from mha_jax.backends.mosaic_gpu import rules as ruled
+from mha_jax.backends.mosaic_gpu.sums import Summed
 from mha_jax.types import Array
 
 # Rows of a warpgroup, of which two share the columns; lengths are padded to whole pairs of them.
@@ -29,6 +30,7 @@ WHOLE = ROWS * WARPGROUPS
 LOG2E = float(np.log2(np.e))
 HALVES = (jnp.bfloat16, jnp.float16)
 DIAGONALS = "diagonals"
+_SIDES = {"q": "q", "d_out": "q", "k": "k", "v": "k"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Plan:
       diagonals: Where the tile at row 0, column 0 begins in numbers along the diagonals.
       dropout: Without its key.
       rules: How a product becomes a logit.
+      summed: What every tile of a bias's cotangent sums up; else rows stay where columns pass by.
     """
 
     rows: str
@@ -68,11 +71,25 @@ class Plan:
     diagonals: int
     dropout: Dropout | None
     rules: Logits
+    summed: Summed | None
+
+    def of_rows(self, name: str) -> bool:
+        """Whether a vector or an operand has tokens of the tiles' rows."""
+        return (_SIDES | self.vectors)[name] == self.rows
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Vectors that stay."""
+        return tuple(x for x in self.vectors if self.of_rows(x) and self.summed is None)
+
+    def room(self, name: str) -> tuple[int, ...]:
+        """Return how many tokens of something are in shared memory, for every copy that brings them."""
+        return (WARPGROUPS, ROWS) if self.of_rows(name) else (self.columns,)
 
     @property
     def passing(self) -> dict[str, tuple[str, ...]]:
-        """Vectors of the columns: "vectors" for every tile, "facts" for those that are seen in part."""
-        names = [name for name, side in self.vectors.items() if side != self.rows]
+        """Vectors that pass by: "vectors" for every tile, "facts" for those that are seen in part."""
+        names = [name for name in self.vectors if name not in self.held]
         facts = tuple(name for name in names if name.startswith(("mask.", "q.", "k.")))
         others = tuple(name for name in names if name not in facts)
         return {group: a for group, a in {"vectors": others, "facts": facts}.items() if a}
@@ -129,7 +146,12 @@ def pad(x: Array, axis: int, length: int, value: float | None = 0) -> Array:
 
 
 def plan(
-    problem: Problem, rows: str, columns: int, steps: int, extra: dict[str, Array]
+    problem: Problem,
+    rows: str,
+    columns: int,
+    steps: int,
+    extra: dict[str, Array],
+    summed: Summed | None = None,
 ) -> tuple[Plan, Operands]:
     """Decide on what a kernel reads beside its operands.
 
@@ -139,9 +161,10 @@ def plan(
       columns: Columns of a tile.
       steps: Tiles of columns that are held.
       extra: Further vectors of the queries, [B, N, T].
+      summed: What every tile of a bias's cotangent sums up.
     """
     t, s = problem.q.shape[1], problem.k.shape[1]
-    table, masked = _table(problem, rows, columns)
+    table, masked = _table(problem, rows, columns, summed)
     vectors: dict[str, tuple[str, Any]] = {}
     slabs: dict[str, Array] = {}
 
@@ -212,11 +235,12 @@ def plan(
         dropout=problem.dropout
         and dataclasses.replace(problem.dropout, key=None, batch_start=None, head_start=None),
         rules=problem.logits,
+        summed=summed,
     )
     return planned, Operands(table, arrays, slabs)
 
 
-def _table(problem: Problem, rows: str, columns: int) -> tuple[Array, bool]:
+def _table(problem: Problem, rows: str, columns: int, summed: Summed | None) -> tuple[Array, bool]:
     """Return the tiles of every line, and whether some of them may be seen in part."""
     sizes = (WHOLE, columns) if rows == "q" else (columns, WHOLE)
     kind = visits.kinds(problem, *sizes)
@@ -227,8 +251,12 @@ def _table(problem: Problem, rows: str, columns: int) -> tuple[Array, bool]:
         kind = kind.reshape(b, -1, 1 if n == 1 else problem.groups, blocks_q, blocks_k)
         kind = xp.broadcast_to(kind, (*kind.shape[:2], problem.groups, blocks_q, blocks_k))
         kind = xp.moveaxis(kind, 4, 2).reshape(b, -1, blocks_k, problem.groups * blocks_q)
+    if summed is not None:
+        kind = summed.lines(kind)
     # FULL, PARTIAL, EMPTY are in this order.
     order = xp.argsort(kind, axis=-1, stable=True)
+    if summed is not None:
+        order = xp.take_along_axis(xp.broadcast_to(summed.numbers, kind.shape), order, axis=-1)
     counts = [xp.sum(kind == x, -1, keepdims=True) for x in (visits.FULL, visits.PARTIAL)]
     table = xp.concatenate([x.astype(np.int32) for x in (*counts, order)], -1)
     masked = xp is jnp or bool(np.any(kind == visits.PARTIAL))

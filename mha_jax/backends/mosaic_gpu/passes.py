@@ -6,6 +6,7 @@ H query-key head size   V value head size
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from mha_jax.attention import hidden, softmax
-from mha_jax.attention.call import Moves, Output, Problem, State
+from mha_jax.attention.call import Moves, Output, Problem, State, moving
 from mha_jax.attention.hidden import Rows
-from mha_jax.backends.mosaic_gpu import kernels
+from mha_jax.backends.mosaic_gpu import kernels, rules, sums
 from mha_jax.backends.mosaic_gpu.operands import (
     ROWS,
     WARPGROUPS,
@@ -35,6 +36,8 @@ from mha_jax.types import Array
 # Bytes of a line of shared memory that the copies can turn for the tensor cores.
 _SWIZZLE = 128
 _STEPS = 2
+# Columns of a tile of a backward kernel.
+_COLUMNS = 64
 
 
 def forward(problem: Problem, interpret: Any) -> State:
@@ -63,7 +66,7 @@ def forward(problem: Problem, interpret: Any) -> State:
 
 
 def cotangent(problem: Problem, state: State, cotangent: Output, interpret: Any) -> Moves:
-    """Return the cotangents of q, k and v."""
+    """Return the cotangents of q, k, v and biases."""
     given, hides = problem, contains(problem)
     if hides:
         problem = hidden.cleaned(problem)
@@ -81,8 +84,8 @@ def cotangent(problem: Problem, state: State, cotangent: Output, interpret: Any)
     (b, t, n, h), (s, kv, v_size) = problem.q.shape, problem.v.shape[1:]
     q, k, v, d_out = (_operand(x) for x in (q, problem.k, problem.v, d_out))
 
-    def run(name, body, side, **operands):
-        planned, beside = plan(problem, side, 64, _STEPS, extra)
+    def run(name, body, side, summed=None, **operands):
+        planned, beside = plan(problem, side, _COLUMNS, _STEPS, extra, summed)
         return _Kernel(name, body, planned, beside, interpret)(**operands)
 
     (dq,) = run(
@@ -106,11 +109,36 @@ def cotangent(problem: Problem, state: State, cotangent: Output, interpret: Any)
         },
         grid=(kv, whole(s) // WHOLE, b),
     )
+
+    def of_bias(name, summed):
+        outer, tiles = summed.outer, summed.shape
+        shape = *outer, tiles[0] * WHOLE, tiles[1] * _COLUMNS
+        (found,) = run(
+            name,
+            kernels.backward_bias,
+            "q",
+            summed,
+            rows={},
+            streams={"q": q, "k": k, "d_out": d_out, "v": v},
+            outputs={"d_bias": jax.ShapeDtypeStruct(shape, jnp.float32)},
+            grid=(outer[1], tiles[0] * tiles[1], outer[0]),
+        )
+        return found
+
+    asked, tile = moving(given), (WHOLE, _COLUMNS)
+    d_bias, d_rule = None, asked.bias_rule
+    if asked.bias is not None:
+        summed = sums.of_array(given, asked.bias.shape, *tile)
+        d_bias = sums.shared(of_bias("attention_backward_bias", summed), asked.bias)
+    if jax.tree.leaves(asked.bias_rule):
+        tiles = of_bias("attention_backward_distances", sums.of_distances(given, *tile))
+        d_rule = rules.pulled(given, asked, sums.along(tiles[0], whole(t), t, t + s - 1))
     return Moves(
         dq[:, :t, :, :h].astype(given.q.dtype),
         dk[:, :s, :, :h].astype(given.k.dtype),
         dv[:, :s, :, :v_size].astype(given.v.dtype),
-        None,
+        d_bias,
+        d_rule,
     )
 
 
@@ -155,11 +183,13 @@ class _Kernel:
         takes, scratch = self._tiles(rows, streams, outputs)
         for name in itertools.chain(*plan.passing.values()):
             dtype = operands.vectors[name].dtype
-            scratch[f"{name}.tile"] = plgpu.SMEM((plan.steps, plan.columns), dtype)
-        scratch["rows.ready"] = plgpu.Barrier(num_arrivals=len(rows), num_barriers=WARPGROUPS)
-        copies = {group: len(names) for group, names in plan.passing.items()}
-        copies |= dict.fromkeys(streams, 1)
-        for group, count in copies.items():
+            scratch[f"{name}.tile"] = plgpu.SMEM((plan.steps, *plan.room(name)), dtype)
+        if rows:
+            scratch["rows.ready"] = plgpu.Barrier(num_arrivals=len(rows), num_barriers=WARPGROUPS)
+        if plan.summed is not None:
+            scratch["turn"] = plgpu.Barrier(num_arrivals=1)
+        for group, passing in (plan.passing | {name: (name,) for name in streams}).items():
+            count = sum(math.prod(plan.room(name)[:-1]) for name in passing)
             scratch[f"{group}.ready"] = plgpu.Barrier(num_arrivals=count, num_barriers=plan.steps)
             scratch[f"{group}.free"] = plgpu.Barrier(
                 num_arrivals=WARPGROUPS, num_barriers=plan.steps
@@ -169,8 +199,8 @@ class _Kernel:
 
         def kernel(*refs):
             named = dict(zip(names, refs, strict=True))
-            sweep = kernels.Sweep(plan, named, tuple(rows), tuple(streams), takes)
-            self.body(sweep, products)
+            sweep = kernels.Sweep if plan.summed is None else kernels.Sum
+            self.body(sweep(plan, named, tuple(rows), tuple(streams), takes), products)
 
         kernel.__name__ = self.name
         launch = plgpu.kernel(
@@ -193,11 +223,13 @@ class _Kernel:
         for name, x in rows.items():
             scratch[f"{name}.tile"] = _matrix((WARPGROUPS, ROWS, x.shape[3]), x.dtype)
         for name, x in streams.items():
-            scratch[f"{name}.tile"] = _matrix(
-                (self.plan.steps, self.plan.columns, x.shape[3]), x.dtype
-            )
+            shape = self.plan.steps, *self.plan.room(name), x.shape[3]
+            scratch[f"{name}.tile"] = _matrix(shape, x.dtype)
         for name, x in outputs.items():
             takes[name] = _TAKES.get(name, name)
+            if self.plan.summed is not None:
+                scratch[f"{name}.tile"] = _matrix((ROWS, self.plan.columns), x.dtype)
+                continue
             if name == "out" and x.shape[3] == rows["q"].shape[3]:
                 takes[name] = "q"
             if len(x.shape) == 3:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from mha_jax.attention import biases
-from mha_jax.attention.call import Problem
+from mha_jax.attention.call import Moves, Problem, moving
 from mha_jax.types import Array
 
 # What tiles are computed by, operation by operation.
@@ -73,18 +73,34 @@ class Term:
 
 def why_not(problem: Problem) -> str | None:
     """Say why the kernels cannot add a problem's bias by rule, or return None."""
-    plain = all(a is None for x in (problem.q_tokens, problem.k_tokens) for a in (x.index, x.pos))
     for rule in _rules(problem):
-        operation = parted(problem, rule, "")
-        if not isinstance(operation, str) or (rule.only_distances and plain):
+        operation, where = parted(problem, rule, ""), _unlaid(problem, rule)
+        if not isinstance(operation, str) or where is None:
             continue
-        where = "positions are data" if rule.only_distances else "it knows more than distances"
         return (
             "its kernels compute a bias by rule pair by pair where it is arithmetic, and "
             f"{type(rule).__name__} takes {operation!r}; along the diagonals it cannot be laid, as {where}; "
             "tiles run it with backend=None"
         )
     return None
+
+
+def unsummed(problem: Problem) -> str | None:
+    """Say which rule's gradient, if it is asked for, is no sum along the diagonals, or return None."""
+    asked = biases.apart(moving(problem).bias_rule)[1]
+    for rule, floats in zip(_rules(problem), asked):
+        if jax.tree.leaves(floats) and (where := _unlaid(problem, rule)) is not None:
+            return f"{type(rule).__name__} is asked for, and {where}"
+    return None
+
+
+def _unlaid(problem: Problem, rule: Any) -> str | None:
+    """Say why a rule is not laid along the diagonals, or return None."""
+    if not rule.only_distances:
+        return "it knows more than distances"
+    tokens = problem.q_tokens, problem.k_tokens
+    plain = all(a is None for x in tokens for a in (x.index, x.pos))
+    return None if plain else "positions are data"
 
 
 def _rules(problem: Problem) -> list[Any]:
@@ -111,7 +127,7 @@ def laid(problem: Problem, rule: Any, rows: str, height: int, lengths: tuple[int
       lengths: Padded lengths of rows and columns; the tile at (row, column) begins at column - row +
         lengths[0] - height.
     """
-    heads, (t, s) = problem.q.shape[2], (problem.q.shape[1], problem.k.shape[1])
+    t, s = problem.q.shape[1], problem.k.shape[1]
     first = lengths[0] - height
     after = (
         np.arange(first + lengths[1], dtype=np.int32) - np.arange(height, dtype=np.int32)[:, None]
@@ -119,11 +135,26 @@ def laid(problem: Problem, rule: Any, rows: str, height: int, lengths: tuple[int
     after = after - np.int32(first)
     # What lies beyond the tokens is hidden: it is asked for nothing new.
     distances = np.clip(after if rows == "q" else -after, 1 - t, s - 1)
+    return numbers(problem, rule)[:, distances + np.int32(t - 1)]
+
+
+def numbers(problem: Problem, rule: Any) -> Array:
+    """Return what a rule of distances says of all that tokens have, [N, T + S - 1]."""
+    heads, t, s = problem.q.shape[2], problem.q.shape[1], problem.k.shape[1]
     edges = np.arange(1 - t, s, dtype=np.int32)
     moved = edges + np.int32(problem.k_tokens.start - problem.q_tokens.start)
     line = jnp.asarray(rule.at(moved[None], np.arange(heads, dtype=np.int32)[:, None]), jnp.float32)
-    line = jnp.broadcast_to(line, (heads, edges.size))
-    return line[:, distances + np.int32(t - 1)]
+    return jnp.broadcast_to(line, (heads, edges.size))
+
+
+def pulled(problem: Problem, asked: Moves, numbers_moved: Array) -> Any:
+    """Return the cotangent of rules, given that of `numbers`; all that are asked for know distances."""
+
+    def line(floats):
+        rules = biases.apart(biases.with_floats(problem.bias_rule, floats))[1]
+        return numbers(problem, biases.together([x for x in rules if x.only_distances]))
+
+    return jax.vjp(line, asked.bias_rule)[1](numbers_moved)[0]
 
 
 # ---- a rule's operations ------------------------------------------------------------------------

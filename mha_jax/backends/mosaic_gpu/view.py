@@ -24,7 +24,7 @@ class Tile:
     Args:
       plan: Of the kernel.
       held: Vectors of the rows, in registers.
-      columns: Vectors of the columns, in shared memory.
+      columns: Vectors that pass by, in shared memory.
       slabs: What is T x S, in global memory.
       example, head: The example and the query head.
       row, column: First row and first column in the padded arrays.
@@ -45,10 +45,11 @@ class Tile:
 
     def vector(self, name: str) -> Array:
         """Return a vector as a tile."""
-        if name in self.held:
-            return lax.broadcast_in_dim(self.held[name], self.shape, [0])
-        numbers = load(self.columns[name], TILE.reduce(0))
-        return lax.broadcast_in_dim(numbers, self.shape, [1])
+        axis = 0 if self.plan.of_rows(name) else 1
+        numbers = self.held.get(name)
+        if numbers is None:
+            numbers = load(self.columns[name], TILE.reduce(1 - axis))
+        return lax.broadcast_in_dim(numbers, self.shape, [axis])
 
     def dense(self, name: str) -> Array:
         """Return what broadcasts to T x S as a tile."""
