@@ -11,6 +11,11 @@ from mha_jax.types import ArrayLike, Int
 _MOST = int(np.iinfo(np.int32).max)
 
 
+def _word(steps: Any) -> Any:
+    """Return how many steps there are from a position to a later one, which 31 bits may not hold."""
+    return steps.astype(np.uint32)
+
+
 @pytree
 class ChunkedCausal(Mask):
     """A query sees the keys of its own chunk of `size` positions, at its own position and before.
@@ -35,8 +40,9 @@ class ChunkedCausal(Mask):
         return (q.positions >= k.positions) & (self._start(q.positions) == self._start(k.positions))
 
     def reach(self, q, k):
+        # By the numbers of chunks: the first position of one may lie below the lowest that there is.
         (q_low, q_high), (k_low, k_high) = (
-            tuple(self._start(end) for end in side.positions) for side in (q, k)
+            tuple(end // self.size for end in side.positions) for side in (q, k)
         )
         same = Reach(
             (q_low <= k_high) & (k_low <= q_high),
@@ -63,13 +69,17 @@ class Dilated(Mask):
         integer("step of Dilated", self.step, 1, _MOST, hint)
 
     def visible(self, q, k):
-        return (k.positions - q.positions) % self.step == 0
+        # No difference of a query's and a key's position is taken: it may leave 32 bits.
+        return q.positions % self.step == k.positions % self.step
 
     def reach(self, q, k):
         (q_low, q_high), (k_low, k_high) = q.positions, k.positions
-        low, high = k_low - q_high, k_high - q_low
-        some = high // self.step * self.step >= low
-        return Reach(some, (self.step == 1) | ((low == high) & some))
+        # How far the least distance, of the first key from the last query, is from one that is seen.
+        missing = _word((q_high % self.step - k_low % self.step) % self.step)
+        queries, keys = _word(q_high - q_low), _word(k_high - k_low)
+        some = (missing <= queries) | (missing - queries <= keys)
+        one_pair = (q_low == q_high) & (k_low == k_high)
+        return Reach(some, (self.step == 1) | (one_pair & (missing == 0)))
 
 
 @pytree
