@@ -132,9 +132,9 @@ def _wanted(problem: Problem, sharded: Sharded) -> Wanted:
     letters = zip(meshes.MOVES, (problem.q, problem.k))
     cut = meshes.cut_by_letter(letters, problem.groups)
     typed = meshes.explicit_axes(jax.typeof(problem.q).sharding.mesh)
-    names = {"batch": sharded.batch, "heads": sharded.heads, "sequence": sharded.sequence}
-    given = tuple((what, axes) for what, axes in names.items() if axes)
-    wanted = Wanted(*names.values(), sharded.strategy, typed=typed, given=given)
+    names = sharded.batch, sharded.heads, sharded.sequence
+    given = tuple((x, axes) for x, axes in zip(("batch", "heads", "sequence"), names) if axes)
+    wanted = Wanted(*names, sharded.strategy, typed=typed, given=given)
     if not any(cut.values()):
         return wanted
     wanted = wanted.beside(cut.get("B", ()), cut.get("N") or cut.get("K", ()))
