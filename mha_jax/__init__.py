@@ -21,13 +21,14 @@ from mha_jax.attention.rotary import Rotary
 from mha_jax.attention.scores import scores_entropy, scores_max, scores_mean, scores_top_k
 from mha_jax.attention.tokens import Tokens
 from mha_jax.engine.remat import remat_policy
-from mha_jax.errors import MhaError, ShapeError, UnsupportedError, WeightsError
+from mha_jax.errors import ArgumentError, MhaError, ShapeError, UnsupportedError, WeightsError
 from mha_jax.layer.functional import init_params, multi_head_attention
 from mha_jax.layer.linen import MultiHeadAttention
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArgumentError",
     "Cache",
     "Call",
     "Causal",

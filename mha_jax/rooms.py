@@ -68,9 +68,10 @@ def lazy(
         if name.startswith("_"):
             return ""
         for room, module in rooms.items():
-            found = getattr(sys.modules.get(module), name, None)
-            if str(getattr(found, "__module__", "")).startswith(package):
-                return f". It is {package}.{room}.{name}"
+            for own, found in vars(sys.modules.get(module, object)).items():
+                same = own.lower() == name.lower()
+                if same and str(getattr(found, "__module__", "")).startswith(package):
+                    return f". It is {package}.{room}.{own}"
         near = difflib.get_close_matches(name, listed(), 1)
         return f". Did you mean {near[0]!r}?" if near else ""
 

@@ -658,6 +658,18 @@ def test_parameters_of_another_layer_are_refused():
             mj.nnx.MultiHeadAttention.from_linen(layer, params[given], rngs=nnx.Rngs(0))
 
 
+def test_parameters_that_are_no_variables_are_told_how_they_are_given():
+    params = LAYER.init(jax.random.key(0), X, X)["params"]
+    message = (
+        r"no parameters of this layer: got the collections %s\. Pass what layer\.init.*of parameters alone, "
+        r'layer\.apply\(\{"params": params\}, query, value\)\.'
+    )
+    names = r"\['attention_output', 'key', 'query', 'value'\]"
+    for given, found in ((params, names), ({}, r"\[\]"), ({"batch_stats": {}}, r"\[.*\]")):
+        with pytest.raises(mj.WeightsError, match=message % found):
+            LAYER.apply(given, X, X)
+
+
 def test_a_call_without_scores_takes_no_logarithm():
     variables = LAYER.init(jax.random.key(0), X, X)
     for scores in (False, True):

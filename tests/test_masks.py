@@ -380,5 +380,11 @@ def test_masks_biases_tokens_and_dropout_are_printed_without_their_numbers():
         (mj.biases.Buckets(table, max_distance=9), "Buckets(table=float32[8,2], max_distance=9)"),
         (mj.Tokens(50, valid=valid), "Tokens(length=50, valid=bool[1,50])"),
         (mj.Dropout(jax.random.key(0), 0.5), "Dropout(key=key<fry>[], rate=0.5)"),
+        (
+            mj.Dropout(jax.random.split(jax.random.key(0)), 0.5),
+            "Dropout(key=key<fry>[2], rate=0.5)",
+        ),
     ):
         assert repr(value) == text
+    with pytest.raises(ShapeError, match=r"got key<fry>\[\]\. It is the share .* in this order"):
+        mj.Dropout(0.5, jax.random.key(0))

@@ -65,6 +65,7 @@ def test_a_room_that_is_none_is_an_attribute_error():
         ("MultiheadAttention", r"\. Did you mean 'MultiHeadAttention'\?$"),
         ("Casual", r"\. Did you mean 'Causal'\?$"),
         ("Alibi", r"\. It is mha_jax\.biases\.Alibi$"),
+        ("ALiBi", r"\. It is mha_jax\.biases\.Alibi$"),
         ("YaRN", r"\. It is mha_jax\.rotary\.YaRN$"),
         ("jnp", "$"),
         ("_Window", "$"),

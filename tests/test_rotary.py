@@ -1,7 +1,9 @@
 """Rotary positions against complex numbers in float64, and their scalings against the published formulas."""
 
 import dataclasses
+import inspect
 import math
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +128,7 @@ def test_scalings_are_those_of_their_papers(scaling, frequencies, magnitude):
 
 
 CONFIGS = [
-    ({"rope_theta": 1e6}, Rotary(1e6)),
+    ({"rope_theta": 1e6}, Rotary(base=1e6)),
     ({"rotary_pct": 0.25, "rotary_emb_base": 10000}, Rotary(fraction=0.25)),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, Rotary(scaling=Linear(2.0))),
     (
@@ -141,7 +143,7 @@ CONFIGS = [
                 "rope_type": "llama3",
             },
         },
-        Rotary(500000.0, scaling=Llama3(8.0)),
+        Rotary(base=500000.0, scaling=Llama3(8.0)),
     ),
     (
         {
@@ -155,7 +157,7 @@ CONFIGS = [
                 "original_max_position_embeddings": 4096,
             }
         },
-        Rotary(150000.0, scaling=YaRN(32.0, 4096, truncate=False)),
+        Rotary(base=150000.0, scaling=YaRN(32.0, 4096, truncate=False)),
     ),
     (
         {"max_position_embeddings": 8192, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
@@ -168,6 +170,37 @@ CONFIGS = [
 def test_configs_of_hugging_face(config, rotary):
     assert Rotary.from_config(config) == rotary
     assert Rotary.from_config(rotary.to_config()) == rotary
+
+
+SAID_OTHERWISE = [
+    (lambda: mj.Rotary(64), "got 64. Here the head size is not said: it is that of what is turned"),
+    (lambda: mj.Rotary(64, 10000.0), "got 64. Here the head size is not said"),
+    (lambda: mj.Rotary(10000.0, base=2.0), r"got 10000.0\. Here"),
+    (lambda: mj.Rotary(head_dim=64), "got head_dim=64. Here the head size is not said"),
+    (lambda: mj.Rotary(dim=64, base=2.0), "got dim=64. Here the head size is not said"),
+    (lambda: mj.Rotary(theta=1e6), "got theta=1000000.0. Here pass base=."),
+    (lambda: mj.Rotary(max_wavelength=1e4), "got max_wavelength=10000.0. Here pass base=."),
+    (lambda: mj.Rotary(rotary_pct=0.5), "got rotary_pct=0.5. Here pass fraction=."),
+    (lambda: mj.Rotary(max_seq_len=9), "got max_seq_len=9. Here positions have no largest one."),
+    (lambda: mj.Rotary(scaling_factor=2.0), r"Here pass scaling=mj.rotary.Linear\(factor\)\."),
+    (lambda: mj.Rotary(bass=2.0), r"got bass=2.0\. Rotary\(base=10000.0\) is the usual one\."),
+]
+
+
+@pytest.mark.parametrize("wrong, message", SAID_OTHERWISE)
+def test_what_others_call_otherwise_is_told(wrong, message):
+    start = "Rotary takes base, fraction, interleaved, scaling, axes, each by its name: "
+    with pytest.raises(mj.ArgumentError, match=message) as caught:
+        wrong()
+    assert str(caught.value).startswith(start)
+
+
+def test_the_signature_shows_the_arguments():
+    parameters = inspect.signature(mj.Rotary).parameters.values()
+    assert [p.name for p in parameters] == ["base", "fraction", "interleaved", "scaling", "axes"]
+    assert {p.kind for p in parameters} == {inspect.Parameter.KEYWORD_ONLY}
+    assert mj.Rotary(base=2.0) == dataclasses.replace(mj.Rotary(), base=2.0)
+    assert pickle.loads(pickle.dumps(mj.Rotary(base=2.0))) == mj.Rotary(base=2.0)
 
 
 def test_deepseeks_magnitude_is_that_of_both_its_weights():

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import mha_jax as mj
 from mha_jax import (
     Call,
     Causal,
@@ -18,6 +20,7 @@ from mha_jax import (
     MultiHeadAttention,
     SameSegment,
     Tokens,
+    UnsupportedError,
     ValidKeys,
     attend,
     explain,
@@ -221,7 +224,7 @@ def test_a_kernel_is_cut_along_auto_axes_beside_explicit_ones(names):
     place = P("x") if "x" in names else P(None, None, "y")
     given = arrays()
     there = {name: jax.device_put(a, NamedSharding(mesh, place)) for name, a in given.items()}
-    known = {"batch": ("data",), "heads": ("model",)}
+    known = {"batch": ("data",)} if "data" in names else {"heads": ("model",)}
     for backend in (Kernel(), Sharded(Kernel(), **known)):
         actual = jit(lambda given: attend(Call(**given), backend).out)(there)  # noqa: B023
         assert shapes[-1] == (B // 2, T, N // 4, H)
@@ -243,13 +246,55 @@ def test_explain_names_the_axes_of_unknown_meaning(names, says):
         found = explain(Call(x, x, x), "tpu").get("mesh")
         # What is plain XLA may be cut along them, but not by us.
         plain = explain(Call(x, x, x), "cpu").get("mesh")
-        told = explain(Call(x, x, x), "tpu", Sharded(batch=("x",), heads=("y",)))
+        named = Sharded(batch=names[:1], heads=names[1:])
+        told = explain(Call(x, x, x), "tpu", named)
     if says is None:
         assert found is None and plain is None
         return
     assert found.startswith(says) and "Sharded(batch=('x'," in found
     assert plain == found.replace("nothing is cut along", "XLA cuts as it finds best along")
     assert "mesh" not in told
+
+
+DOORS = {
+    "function": lambda x, backend: mj.dot_product_attention(*[x[:, :, None]] * 3, backend=backend),
+    "attend": lambda x, backend: attend(Call(*[x[:, :, None]] * 3), backend).out,
+    "linen": lambda x, backend: mj.MultiHeadAttention(1, 2, backend=backend).init_with_output(
+        jax.random.key(0), x, x
+    )[0],
+    "nnx": lambda x, backend: mj.nnx.MultiHeadAttention(
+        1, 2, backend=backend, in_features=3, rngs=nnx.Rngs(0)
+    )(x, x),
+}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("argument, cut", [("batch", "the batch"), ("heads", "heads")])
+def test_names_that_no_axis_of_the_mesh_has_are_refused(argument, cut, door, kind):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    x = jax.device_put(jnp.ones((8, 5, 3)), NamedSharding(mesh, P("data")))
+    wrong = Sharded(**{argument: ("data", "typo")})
+    message = (
+        rf"Sharded\({argument}=\('data', 'typo'\)\): there is no axis 'typo' to cut {cut} along. The axes "
+        r"here are 'data'. Name one of these\."
+    )
+    with jax.set_mesh(mesh):
+        DOORS[door](x, Sharded(batch=("data",)))
+        for way in (lambda f: f, jit):
+            with pytest.raises(UnsupportedError, match=message):
+                way(lambda x: DOORS[door](x, wrong))(x)
+    # Where there is no mesh, no name is wrong.
+    assert DOORS[door](jnp.ones((8, 5, 3)), wrong).shape[:2] == (8, 5)
+
+
+def test_explain_refuses_names_that_no_axis_of_the_mesh_has():
+    x = jax.ShapeDtypeStruct((8, 5, 2, 4), jnp.float32)
+    with (
+        jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))),
+        pytest.raises(UnsupportedError, match="there is no axis 'typo' to cut heads along"),
+    ):
+        explain(Call(x, x, x), "tpu", Sharded(heads=("typo",)))
 
 
 def test_explain_leaves_out_what_types_speak_of():

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 
 # As many numbers as one reads at a glance: the counts of a cache's rows.
@@ -20,13 +21,19 @@ def brief(value: Any) -> str:
     'Call(q=float32[1,5,2,4], k=float32[1,5,2,4], v=float32[1,5,2,4], scale=0.5)'
     """
     held = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
-    written = (f"{f.name}={_brief(x)}" for f, x in held if not _is_default(f, x))
+    written = (f"{f.name}={short(x)}" for f, x in held if not _is_default(f, x))
     return f"{type(value).__name__}({', '.join(written)})"
 
 
-def _brief(x: Any) -> str:
+def short(x: Any) -> str:
+    """Return a value as `brief` prints it among others.
+
+    >>> short(jax.random.key(0)), short(np.arange(3)), short(0.5)
+    ('key<fry>[]', '[0, 1, 2]', '0.5')
+    """
     if isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
-        if x.ndim == 1 and x.size <= _FEW and _is_here(x):
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        if x.ndim == 1 and x.size <= _FEW and not is_key and _is_here(x):
             return str(np.asarray(x).tolist())
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
     return brief(x) if dataclasses.is_dataclass(x) and not isinstance(x, type) else repr(x)

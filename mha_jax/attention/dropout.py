@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax.attention.brief import brief
+from mha_jax.attention.brief import brief, short
 from mha_jax.attention.given import is_number, random_key
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, ArrayLike, Int, PRNGKey, Size, UInt32
@@ -96,7 +96,7 @@ class Dropout:
     def __post_init__(self):
         if not is_number(self.rate) or not 0 <= self.rate < 1:
             raise ShapeError(
-                f"the dropout rate must be a number in [0, 1): got {self.rate!r}. "
+                f"the dropout rate must be a number in [0, 1): got {short(self.rate)}. "
                 "It is the share of attention weights to drop, Dropout(key, rate) in this order; pass "
                 "dropout=None for none."
             )

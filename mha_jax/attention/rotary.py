@@ -15,10 +15,11 @@ Source: Su et al. 2021, arXiv:2104.09864, section 3.4; for images, each axis tur
 """
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ from mha_jax.attention.rotary_scaling import (
     YaRN,
     yarn_magnitude,
 )
-from mha_jax.errors import ShapeError
+from mha_jax.errors import ArgumentError, ShapeError
 from mha_jax.types import Array, ArrayLike, Float, Int
 
 __all__ = ["NTK", "Linear", "Llama3", "Rotary", "Scaling", "YaRN"]
@@ -96,9 +97,44 @@ def _said(scaling: Scaling) -> dict[str, Any]:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+_UNSAID = "the head size is not said: it is that of what is turned, key_dim of the layer"
+# What others call what is said otherwise here.
+_ELSEWHERE = {
+    **dict.fromkeys(("dim", "head_dim", "head_size", "key_dim", "embed_dim"), _UNSAID),
+    **dict.fromkeys(("theta", "rope_theta", "max_wavelength"), "pass base="),
+    **dict.fromkeys(("rotary_pct", "partial_rotary_factor"), "pass fraction="),
+    **dict.fromkeys(("max_position_embeddings", "max_seq_len"), "positions have no largest one"),
+    "scaling_factor": "pass scaling=mj.rotary.Linear(factor)",
+}
+_Class = TypeVar("_Class", bound=type)
+
+
+def _by_name(cls: _Class) -> _Class:
+    """Let a dataclass tell in words which arguments it takes."""
+    made, known = cls.__init__, [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    @functools.wraps(made)
+    def __init__(self: Any, *values: Any, **fields: Any) -> None:
+        unknown = [name for name in fields if name not in known]
+        if values or unknown:
+            got = repr(values[0]) if values else f"{unknown[0]}={fields[unknown[0]]!r}"
+            hint = _ELSEWHERE.get(unknown[0]) if unknown and not values else _UNSAID
+            raise ArgumentError(
+                f"{cls.__name__} takes {', '.join(known)}, each by its name: got {got}."
+                f"{f' Here {hint}.' if hint else ''} {cls.__name__}(base=10000.0) is the usual one."
+            )
+        made(self, **fields)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@_by_name
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rotary:
     """Rotary positions, as a rule: for the layer, `rotary=Rotary()`, or by itself, `rotary(x, positions)`.
+
+    The head size is not said: it is that of what is turned. Every argument is given by its name.
 
     Args:
       base: Of the frequencies: the slowest pair turns once in about 2 pi base tokens.
@@ -110,6 +146,7 @@ class Rotary:
 
     Raises:
       ShapeError: If an argument is out of its range.
+      ArgumentError: If one is given without its name, or there is none of the name.
 
     >>> x = jnp.ones((1, 6, 1, 8))
     >>> image = Rotary(axes=(2, 3))(x, jnp.arange(6))
@@ -173,7 +210,7 @@ class Rotary:
         found = {**config, **rope}
         base = found.get("rope_theta") or found.get("rotary_emb_base") or 10000.0
         fraction = found.get("partial_rotary_factor") or found.get("rotary_pct") or 1.0
-        return cls(float(base), float(fraction), scaling=_scaling(rope, config))
+        return cls(base=float(base), fraction=float(fraction), scaling=_scaling(rope, config))
 
     def to_config(self, head_size: int | None = None) -> dict[str, Any]:
         """Return what a Hugging Face config says of these rotary positions.

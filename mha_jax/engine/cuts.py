@@ -21,6 +21,8 @@ from mha_jax.engine.mesh import Axes, Place, Wanted, fitting
 from mha_jax.errors import UnsupportedError
 from mha_jax.types import Array
 
+_CUT = {"batch": "the batch", "heads": "heads", "sequence": "tokens"}
+
 
 class Cut(NamedTuple):
     """How a problem is cut: along which mesh axes, and what a shard must know of the whole."""
@@ -50,7 +52,7 @@ def plan(backend: Backend, problem: Problem, wanted: Wanted, place: Place, mappe
       mapped: Size of the outermost axis that `vmap` has added.
 
     Raises:
-      UnsupportedError: If the mesh has no axis that was named for the tokens, or the strategy cannot be.
+      UnsupportedError: If the mesh has no axis that was named, or the strategy cannot be.
     """
     _check(wanted, place)
     if not place.free:
@@ -79,21 +81,24 @@ def plan(backend: Backend, problem: Problem, wanted: Wanted, place: Place, mappe
 
 
 def _check(wanted: Wanted, place: Place) -> None:
-    """Refuse axes for the tokens that a program does not have, or has cut already."""
-    if wanted.sequence is None or place.mesh is None:
+    """Refuse axes that a program does not have, and for the tokens those that it has cut already."""
+    if place.mesh is None:
         return
-    lost = [name for name in wanted.sequence if name not in place.free]
-    if not lost:
-        return
-    fix = "Name one of these, or make the mesh known to the program by jax.set_mesh."
-    if lost[0] in place.mesh.axis_names:
-        fix = (
-            f'A jax.shard_map has cut it already: pass backend=mj.sharding.Ring("{lost[0]}") there.'
+    for what, names in wanted.given:
+        tokens = what == "sequence"
+        there = place.free if tokens else place.mesh.axis_names
+        lost = [name for name in names if name not in there]
+        if not lost or not (tokens or place.named):
+            continue
+        fix = "Name one of these."
+        if tokens:
+            fix = "Name one of these, or make the mesh known to the program by jax.set_mesh."
+        if lost[0] in place.mesh.axis_names:
+            fix = f'A jax.shard_map has cut it already: pass backend=mj.sharding.Ring("{lost[0]}") there.'
+        raise UnsupportedError(
+            f"Sharded({what}={names!r}): there is no axis {lost[0]!r} to cut {_CUT[what]} along. The axes "
+            f"here are {', '.join(map(repr, there)) or 'none'}. {fix}"
         )
-    raise UnsupportedError(
-        f"Sharded(sequence={wanted.sequence!r}): there is no axis {lost[0]!r} to cut tokens along. The axes "
-        f"here are {', '.join(map(repr, place.free)) or 'none'}. {fix}"
-    )
 
 
 def padded(letters: str, shape: tuple[int, ...], sizes: dict[str, int]) -> tuple[int, ...]:

@@ -150,6 +150,7 @@ class Wanted(NamedTuple):
     strategy: str | None = None  # how the tokens' shards attend, None to choose
     everywhere: bool = False  # whether every device shall have all queries
     typed: tuple[str, ...] = ()  # axes that types speak of: no common name is looked for there
+    given: tuple[tuple[str, tuple[str, ...]], ...] = ()  # what the caller named, by argument
 
     def beside(self, batch: tuple[str, ...], heads: tuple[str, ...]) -> "Wanted":
         """Return this behind explicit axes that cut batch and heads, without what else types speak of."""
@@ -277,6 +278,7 @@ class Place:
 
     mesh: Any = None
     free: tuple[str, ...] = ()
+    named: bool = True  # whether the axes are called as the caller's are
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -318,7 +320,7 @@ def place_of_lowering(context: Any, traced: AbstractMesh | None) -> Place:
     found = (getattr(context, "abstract_mesh", None), traced)
     mesh = next((x for x in found if x is not None and x.size == context.num_devices), None)
     if mesh is None:
-        mesh = AbstractMesh((context.num_devices,), ("devices",))
+        return _unnamed(context.num_devices)
     mesh = _all_auto(mesh)
     return Place(mesh, tuple(mesh.axis_names))
 
@@ -330,12 +332,12 @@ def place_of_arrays(leaves: Sequence[Array]) -> Place:
         if len(sharding.device_set) > 1 and isinstance(sharding, NamedSharding):
             mesh = _all_auto(sharding.mesh)
             return Place(mesh, tuple(mesh.axis_names))
-    counts = [len(x.sharding.device_set) for x in leaves]
-    return (
-        Place(AbstractMesh((max(counts),), ("devices",)), ("devices",))
-        if max(counts) > 1
-        else Place()
-    )
+    count = max(len(x.sharding.device_set) for x in leaves)
+    return _unnamed(count) if count > 1 else Place()
+
+
+def _unnamed(count: int) -> Place:
+    return Place(AbstractMesh((count,), ("devices",)), ("devices",), named=False)
 
 
 def _all_auto(mesh: Any) -> Any:

@@ -27,7 +27,7 @@ class Sharded:
     are cut by XLA; a kernel, on TPU or inside a `jax.shard_map` over a part of the mesh, and the tokens of an
     example are cut along axes known by name: those given here, or common ones ("data", "batch", "dp",
     "replica", "fsdp"; "model", "heads", "tensor", "tp", "mp"; "context", "seq", "sequence", "cp", "sp").
-    Names of batch and heads that the mesh does not have are passed over.
+    The mesh must have every axis that is named.
 
     Args:
       backend: A name, a backend object, or None to choose by the platform lowered for.
@@ -38,7 +38,7 @@ class Sharded:
 
     Raises:
       UnsupportedError: If the names are no tuples of strings, or there is no such strategy; where the program
-        is made, if the mesh has no axis that `sequence` names, or the strategy cannot run the problem.
+        is made, if the mesh has no axis that was named, or the strategy cannot run the problem.
 
     >>> x = jnp.ones((2, 5, 4, 8))
     >>> mj.dot_product_attention(x, x, x, backend=Sharded(batch=("hosts", "chips"))).shape
@@ -132,9 +132,9 @@ def _wanted(problem: Problem, sharded: Sharded) -> Wanted:
     letters = zip(meshes.MOVES, (problem.q, problem.k))
     cut = meshes.cut_by_letter(letters, problem.groups)
     typed = meshes.explicit_axes(jax.typeof(problem.q).sharding.mesh)
-    wanted = Wanted(
-        *(sharded.batch, sharded.heads, sharded.sequence, sharded.strategy), typed=typed
-    )
+    names = sharded.batch, sharded.heads, sharded.sequence
+    given = tuple((x, axes) for x, axes in zip(("batch", "heads", "sequence"), names) if axes)
+    wanted = Wanted(*names, sharded.strategy, typed=typed, given=given)
     if not any(cut.values()):
         return wanted
     wanted = wanted.beside(cut.get("B", ()), cut.get("N") or cut.get("K", ()))

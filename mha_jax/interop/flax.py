@@ -26,7 +26,10 @@ from mha_jax.layer import initializers
 from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.types import Params
 
-_OURS = {"query": "query", "key": "key", "value": "value", "out": "attention_output"}
+_OURS = {
+    **{"query": "query", "key": "key", "value": "value", "out": "attention_output"},
+    **{"query_ln": "query_norm", "key_ln": "key_norm"},
+}
 _LINEN = (nn.MultiHeadDotProductAttention, nn.MultiHeadAttention, nn.SelfAttention)
 # Arguments that would compute something else, unless None.
 _LINEN_HOOKS = (
@@ -56,9 +59,9 @@ def import_linen(
 
     Raises:
       WeightsError: If the module is of another class, or the weights do not fit it.
-      UnsupportedError: If it has arguments without counterpart: `normalize_qk`, `decode`,
-        `broadcast_dropout` with dropout, an `attention_fn` or products of its own, other initializers
-        for the output than for the rest.
+      UnsupportedError: If it has arguments without counterpart: `decode`, `broadcast_dropout` with
+        dropout, an `attention_fn` or products of its own, other initializers for the output than for the
+        rest.
 
     >>> layer, x = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8), jnp.ones((1, 5, 16))
     >>> variables = layer.init(jax.random.key(0), x)
@@ -107,7 +110,7 @@ def export_linen(
     >>> layer.qkv_features, variables["params"]["out"]["kernel"].shape
     (32, (4, 8, 16))
     """
-    weights.require_plain(module, "flax.linen.MultiHeadDotProductAttention", {})
+    weights.require_plain(module, "flax.linen.MultiHeadDotProductAttention", {}, norm="layer")
     params = weights.params_of(variables)
     weights.check_shapes(module, params, *weights.widths(params))
     layer = nn.MultiHeadDotProductAttention(
@@ -193,7 +196,8 @@ def export_nnx(module: MultiHeadAttention, variables: dict[str, Params], *, rngs
     if value_size != key_size:
         also["inputs of two widths"] = f"value has {value_size} features, key {key_size}"
     of_kind("rngs", rngs, nnx.Rngs, "Pass rngs=nnx.Rngs(0).")
-    weights.require_plain(module, "flax.nnx.MultiHeadAttention", also, num_kv_heads=grouped)
+    target = "flax.nnx.MultiHeadAttention"
+    weights.require_plain(module, target, also, num_kv_heads=grouped, norm="layer")
     weights.check_shapes(module, params, query_size, value_size, key_size)
     layer = nnx.MultiHeadAttention(
         in_features=query_size,
@@ -214,8 +218,6 @@ def _class(x: Any) -> str:
 
 def _without_counterpart(layer: Any, own: Any, hooks: tuple[str, ...]) -> dict[str, str]:
     found = {name: "products of its own" for name in hooks if getattr(layer, name) is not None}
-    if layer.normalize_qk:
-        found["normalize_qk"] = "queries and keys are not normalized here"
     if layer.decode:
         found["decode"] = "import it with decode=False, the weights are the same"
     if layer.attention_fn not in (own, dot_product_attention):
@@ -234,6 +236,7 @@ def _shared(layer: Any) -> dict[str, Any]:
         "num_heads": layer.num_heads,
         "use_bias": layer.use_bias,
         "attention_axes": -2,
+        "qk_norm": "layer" if layer.normalize_qk else None,
         "dropout": layer.dropout_rate,
         "training": None if layer.deterministic is None else not layer.deterministic,
         "dtype": layer.dtype,
@@ -247,6 +250,7 @@ def _shared_of(module: MultiHeadAttention) -> dict[str, Any]:
     return {
         "num_heads": module.num_heads,
         "qkv_features": module.num_heads * module.key_dim,
+        "normalize_qk": module.qk_norm == "layer",
         "use_bias": bool(module.use_bias),
         "kernel_init": _unnamed(module.kernel_initializer),
         "bias_init": _unnamed(module.bias_initializer),

@@ -10,7 +10,7 @@ import numpy as np
 
 from mha_jax.attention.given import of_kind
 from mha_jax.errors import UnsupportedError, WeightsError
-from mha_jax.layer import projections
+from mha_jax.layer import projections, vectors
 from mha_jax.layer.arguments import FIELDS
 from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.types import Array, Params
@@ -71,6 +71,7 @@ def check_shapes(
     for name, shape in shapes.items():
         bias = {"bias": shape.bias} if module.has_bias(name) else {}
         expected[name] = {"kernel": shape.kernel, **bias}
+    expected |= {name: {one.part: one.shape} for name, one in vectors.of(module).items()}
     found = {
         name: {part: tuple(np.shape(weight)) for part, weight in weights.items()}
         for name, weights in params.items()
@@ -103,7 +104,12 @@ def widths(params: Params) -> tuple[int, int, int]:
 
 
 def require_plain(
-    module: MultiHeadAttention, target: str, also: dict[str, str], num_kv_heads: bool = False
+    module: MultiHeadAttention,
+    target: str,
+    also: dict[str, str],
+    *,
+    num_kv_heads: bool = False,
+    norm: str | None = None,
 ) -> None:
     """Refuse to export what only our layer has.
 
@@ -112,12 +118,15 @@ def require_plain(
       target: Name of the other layer.
       also: Further reasons, by argument.
       num_kv_heads: Whether the other layer can have fewer key-value heads.
+      norm: The norm of queries and keys that the other layer can have.
 
     Raises:
       UnsupportedError: Listing every argument that would be lost.
     """
     of_kind("module", module, MultiHeadAttention, "It is made by mj.MultiHeadAttention(...).")
     why = dict(also) | ours(module)
+    if module.qk_norm == norm:
+        why.pop("qk_norm", None)
     if module.value_dim not in (None, module.key_dim):
         why["value_dim"] = f"{module.value_dim} differs from key_dim={module.key_dim}"
     if module.attention_axes not in (None, (1,), (-2,)):

@@ -19,7 +19,7 @@ from mha_jax.attention.cache import Cache
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Tokens
-from mha_jax.errors import ShapeError
+from mha_jax.errors import ShapeError, WeightsError
 from mha_jax.layer import (
     axes,
     checks,
@@ -197,6 +197,12 @@ class MultiHeadAttention(Arguments, nn.Module):
         params = nn.meta.unbox(self.variables.get("params", {}))
         observe = None
         if not self.is_initializing():
+            if not params:
+                raise WeightsError(
+                    "the variables hold no parameters of this layer: got the collections "
+                    f"{sorted(self.variables)}. Pass what layer.init(rng, query, value) returned, "
+                    '{"params": ...}; of parameters alone, layer.apply({"params": params}, query, value).'
+                )
             projections.check_names(params, self.has_bias, self.use_gate)
             if self.is_mutable_collection("losses"):
                 observe = _sow_losses(self, params, query, value)

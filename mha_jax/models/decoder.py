@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,11 +32,12 @@ from mha_jax.models.feed_forward import (
     Experts,
     FeedForward,
     GroupedExperts,
+    Mixture,
     SharedExperts,
 )
 from mha_jax.models.latent import Latent, LatentAttention, check_beside
 from mha_jax.models.sizes import check_config
-from mha_jax.models.weights import fill
+from mha_jax.models.weights import variables_of
 from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int, Params
 
 
@@ -188,7 +188,7 @@ def _qk_norm(config: Config) -> Any:
 def _feed_forward(config: Config, sparse: bool) -> nn.Module:
     if config.experts is not None and sparse:
         sizes = config.hidden, config.width, config.dtype
-        return config.experts.layer(*sizes, name="feed_forward")
+        return Mixture(config.experts, *sizes, name="feed_forward")
     sizes = config.dense_hidden or config.hidden, config.width, config.activation, config.gated
     return FeedForward(*sizes, config.hidden_bias, config.dtype, name="feed_forward")
 
@@ -389,6 +389,4 @@ def filled(
       WeightsError: A tensor is missing or has another shape.
     """
     model = CausalLM(config)
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    return model, {"params": fill(shapes, names, tensors)}
+    return model, variables_of(model, names, tensors)

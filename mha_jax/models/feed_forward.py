@@ -43,9 +43,15 @@ class Experts:
     limit: float = 7.0
     slope: float = 1.702
 
-    def layer(self, *sizes: Any, name: str) -> nn.Module:
-        """Return the feed-forward layer of these experts: hidden, width, dtype."""
-        return Mixture(self, *sizes, name=name)
+    def output(self, of: "Mixture", x: Array) -> Array:
+        logits = nn.Dense(self.count, dtype=of.dtype, name="router")(x)
+        share = nn.softmax(jnp.where(_chosen(logits, self.chosen), logits, -jnp.inf))
+        expert = partial(_OfExperts, self.count)
+        inner = expert(2 * of.hidden, name="experts_gate_up")(x[:, :, None])
+        gate = jnp.minimum(inner[..., ::2], self.limit)
+        up = jnp.clip(inner[..., 1::2], -self.limit, self.limit)
+        inner = (up + 1) * gate * nn.sigmoid(gate * self.slope)
+        return jnp.einsum("btx,btxd->btd", share, expert(of.width, name="experts_down")(inner))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +70,10 @@ class SharedExperts:
     chosen: int
     activation: str = "silu"
 
-    def layer(self, *sizes: Any, name: str) -> nn.Module:
-        """Return the feed-forward layer of these experts: hidden, width, dtype."""
-        return SharedMixture(self, *sizes, name=name)
+    def output(self, of: "Mixture", x: Array) -> Array:
+        logits = nn.Dense(self.count, use_bias=False, dtype=of.dtype, name="router")(x)
+        share = jnp.where(_chosen(logits, self.chosen), nn.sigmoid(logits), 0)
+        return of.experts_of(x[:, :, None] * share[..., None]).sum(2) + of.shared(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +105,12 @@ class GroupedExperts:
     scale: float = 1.0
     activation: str = "silu"
 
-    def layer(self, *sizes: Any, name: str) -> nn.Module:
-        """Return the feed-forward layer of these experts: hidden, width, dtype."""
-        return GroupedMixture(self, *sizes, name=name)
+    def output(self, of: "Mixture", x: Array) -> Array:
+        route = nn.Dense(self.count, use_bias=False, dtype=jnp.float32, name="router")
+        correction = of.param("correction", nn.initializers.zeros, (self.count,))
+        share = self.shares(route(x), correction).astype(x.dtype)
+        out = jnp.einsum("btx,btxd->btd", share, of.experts_of(x[:, :, None]))
+        return out + of.shared(x, self.shared)
 
     def shares(self, logits: Array, correction: Array) -> Array:
         """Return what every expert counts for: [B, T, X] of the router's logits, and what it adds, [X]."""
@@ -147,78 +157,41 @@ class FeedForward(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Experts, all computed and few weighed: right, and as dear as all of them together."""
+    """Experts, all computed and few weighed: right, and as dear as all of them together.
 
-    experts: Experts
+    Args:
+      experts: Which; their `output` is the layer's.
+      hidden: Inner width of each, F.
+      width: Of the output, D.
+      dtype: Of the computation; that of the parameters if None.
+    """
+
+    experts: Any
     hidden: int
     width: int
     dtype: DType = None
 
     @nn.compact
     def __call__(self, x):
-        experts = self.experts
-        logits = nn.Dense(experts.count, dtype=self.dtype, name="router")(x)
-        share = nn.softmax(jnp.where(_chosen(logits, experts.chosen), logits, -jnp.inf))
-        expert = partial(_OfExperts, experts.count)
-        inner = expert(2 * self.hidden, name="experts_gate_up")(x[:, :, None])
-        gate = jnp.minimum(inner[..., ::2], experts.limit)
-        up = jnp.clip(inner[..., 1::2], -experts.limit, experts.limit)
-        inner = (up + 1) * gate * nn.sigmoid(gate * experts.slope)
-        out = expert(self.width, name="experts_down")(inner)
-        return jnp.einsum("btx,btxd->btd", share, out)
+        return self.experts.output(self, x)
 
+    def experts_of(self, x: Array) -> Array:
+        """Return what every expert writes: [B, T, X or 1, D] -> [B, T, X, D]."""
+        expert = partial(_OfExperts, self.experts.count, use_bias=False)
+        gate, up = jnp.split(expert(2 * self.hidden, name="experts_gate_up")(x), 2, axis=-1)
+        activated = ACTIVATIONS[self.experts.activation](gate)
+        return expert(self.width, name="experts_down")(activated * up)
 
-class SharedMixture(nn.Module):
-    """Experts beside a shared one, all computed: right, and as dear as all of them together."""
-
-    experts: SharedExperts
-    hidden: int
-    width: int
-    dtype: DType = None
-
-    @nn.compact
-    def __call__(self, x):
-        experts = self.experts
-        logits = nn.Dense(experts.count, use_bias=False, dtype=self.dtype, name="router")(x)
-        share = jnp.where(_chosen(logits, experts.chosen), nn.sigmoid(logits), 0)
-        read = x[:, :, None] * share[..., None]
-        out = _gated(read, experts.count, self.hidden, self.width, experts.activation)
-        sizes = self.hidden, self.width, experts.activation, True, False, self.dtype
-        return out.sum(2) + FeedForward(*sizes, name="shared")(x)
-
-
-class GroupedMixture(nn.Module):
-    """Experts in groups, all computed: right, and as dear as all of them together."""
-
-    experts: GroupedExperts
-    hidden: int
-    width: int
-    dtype: DType = None
-
-    @nn.compact
-    def __call__(self, x):
-        experts = self.experts
-        route = nn.Dense(experts.count, use_bias=False, dtype=jnp.float32, name="router")
-        correction = self.param("correction", nn.initializers.zeros, (experts.count,))
-        share = experts.shares(route(x), correction).astype(x.dtype)
-        out = _gated(x[:, :, None], experts.count, self.hidden, self.width, experts.activation)
-        sizes = self.hidden * experts.shared, self.width, experts.activation, True, False
-        return jnp.einsum("btx,btxd->btd", share, out) + FeedForward(
-            *sizes, self.dtype, name="shared"
-        )(x)
+    def shared(self, x: Array, count: int = 1) -> Array:
+        """Return what the experts that all tokens share write, as one."""
+        sizes = self.hidden * count, self.width, self.experts.activation, True, False, self.dtype
+        return FeedForward(*sizes, name="shared")(x)
 
 
 def _chosen(scores: Array, count: int) -> Array:
     """Return booleans that are true at the largest along the last axis."""
     places = jax.lax.top_k(scores, count)[1]
     return jax.nn.one_hot(places, scores.shape[-1], dtype=bool).any(-2)
-
-
-def _gated(x: Array, experts: int, hidden: int, width: int, activation: str) -> Array:
-    """Return what every expert of the module that calls this writes: [B, T, X or 1, D] -> [B, T, X, D]."""
-    expert = partial(_OfExperts, experts, use_bias=False)
-    gate, up = jnp.split(expert(2 * hidden, name="experts_gate_up")(x), 2, axis=-1)
-    return expert(width, name="experts_down")(ACTIVATIONS[activation](gate) * up)
 
 
 class _OfExperts(nn.Module):

@@ -132,18 +132,11 @@ def load() -> SentenceEncoder:
     Raises:
       WeightsError: The package is absent, or its files are not the expected ones.
     """
-    data = {name: _read(name) for name in SHA256}
+    data = weights.read_all(PACKAGE, FOLDER, SHA256, REQUIREMENT)
     model = bert.Bert(CONFIG)
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    params = weights.fill(shapes, NAMES, weights.read_safetensors(data["model.safetensors"]))
-    return SentenceEncoder(
-        model, {"params": params}, WordPiece.from_text(data["vocab.txt"].decode("utf-8"))
-    )
-
-
-def _read(name: str) -> bytes:
-    return weights.read_checked(PACKAGE, f"{FOLDER}/{name}", SHA256[name], REQUIREMENT)
+    tensors = weights.read_safetensors(data["model.safetensors"])
+    tokenizer = WordPiece.from_text(data["vocab.txt"].decode("utf-8"))
+    return SentenceEncoder(model, weights.variables_of(model, NAMES, tensors), tokenizer)
 
 
 def table(sentences: Sequence[str], similarities: np.ndarray) -> str:

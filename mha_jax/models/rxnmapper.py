@@ -18,8 +18,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mha_jax.cli import command
@@ -252,18 +250,12 @@ def load() -> AtomMapper:
     Raises:
       WeightsError: The package is absent, or its files are not the expected ones.
     """
-    data = {name: _read(name) for name in SHA256}
+    data = weights.read_all(PACKAGE, FOLDER, SHA256, REQUIREMENT)
     model = bert.Bert(CONFIG)
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     tensors = torch_file.read(data["pytorch_model.bin"])
-    params = weights.fill(shapes, NAMES, tensors, prefix="albert.")
+    variables = weights.variables_of(model, NAMES, tensors, prefix="albert.")
     symbols = data["vocab.txt"].decode("utf-8").splitlines()
-    return AtomMapper(model, {"params": params}, {symbol: i for i, symbol in enumerate(symbols)})
-
-
-def _read(name: str) -> bytes:
-    return weights.read_checked(PACKAGE, f"{FOLDER}/{name}", SHA256[name], REQUIREMENT)
+    return AtomMapper(model, variables, {symbol: i for i, symbol in enumerate(symbols)})
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -58,7 +58,7 @@ NAMES = {
 def _config(file: gguf.Gguf) -> Config:
     """Return the decoder that the facts of the file describe."""
     facts = file.facts
-    rotary = Rotary(facts["llama.rope.freq_base"], interleaved=True)
+    rotary = Rotary(base=facts["llama.rope.freq_base"], interleaved=True)
     return Config(
         facts["llama.vocab_size"],
         facts["llama.embedding_length"],

@@ -22,7 +22,7 @@ from mha_jax.errors import UnsupportedError
 from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.models.feed_forward import FeedForward
 from mha_jax.models.sizes import check_config
-from mha_jax.models.weights import fill
+from mha_jax.models.weights import variables_of
 from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int, Params
 
 Caches = tuple[tuple[Cache, Cache], ...]
@@ -276,5 +276,4 @@ def read(
     # Without a gate the projection that is activated has no number.
     tensors = {name.replace(".wi.", ".wi_1."): x for name, x in tensors.items()}
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]
-    return model, {"params": fill(shapes, names, tensors)}
+    return model, variables_of(model, names, tensors, tokens, tokens)

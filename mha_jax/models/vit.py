@@ -19,7 +19,7 @@ from mha_jax.errors import ShapeError, UnsupportedError
 from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.models.feed_forward import ACTIVATIONS, FeedForward
 from mha_jax.models.sizes import check_config
-from mha_jax.models.weights import fill
+from mha_jax.models.weights import variables_of
 from mha_jax.types import Array, ArrayLike, Float, Params
 
 
@@ -180,8 +180,7 @@ def read(
     )
     model = ViT(ours)
     images = jax.ShapeDtypeStruct((1, ours.image, ours.image, ours.channels), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    return model, {"params": fill(shapes, _NAMES, found)}
+    return model, variables_of(model, _NAMES, found, images)
 
 
 def _published(name: str, x: np.ndarray) -> tuple[str, np.ndarray]:

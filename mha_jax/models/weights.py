@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -18,6 +19,7 @@ import numpy as np
 
 from mha_jax.errors import MhaError, WeightsError
 from mha_jax.files import DamageError, parse_json, reading
+from mha_jax.types import Params
 
 _SAFETENSORS = {
     "F64": "<f8",
@@ -69,6 +71,16 @@ def read_checked(
     return data
 
 
+def read_all(
+    package: str, folder: str, sha256: Mapping[str, str], requirement: str
+) -> dict[str, bytes]:
+    """Read the files of a folder in a package whose digests are given by name, as `read_checked` does."""
+    return {
+        name: read_checked(package, f"{folder}/{name}", digest, requirement)
+        for name, digest in sha256.items()
+    }
+
+
 def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
     """Read the tensors of a safetensors file by name, bfloat16 and float8 among them.
 
@@ -114,6 +126,30 @@ def _tensor(name: str, entry: Mapping[str, Any], numbers: memoryview) -> np.ndar
             f"{len(numbers):,} bytes"
         )
     return np.frombuffer(numbers, dtype, math.prod(shape), begin).reshape(shape)
+
+
+_TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+
+def variables_of(
+    model: nn.Module,
+    names: Mapping[str, str],
+    tensors: Mapping[str, np.ndarray],
+    *inputs: Any,
+    prefix: str = "",
+) -> dict[str, Params]:
+    """Return {"params": those of a Flax model from PyTorch's tensors}, as `fill` does.
+
+    Args:
+      model: The model; nothing is drawn.
+      names, tensors, prefix: As for `fill`.
+      inputs: What the model is called with, or shapes; one token if there is none.
+
+    Raises:
+      WeightsError: A tensor is missing, or has another shape than the parameter needs.
+    """
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *(inputs or (_TOKENS,)))["params"]
+    return {"params": fill(shapes, names, tensors, prefix)}
 
 
 def fill(

@@ -51,7 +51,7 @@ class Modern:
             self.width,
             self.hidden,
             self.num_heads,
-            (Local(Rotary(self.rotary_base), self.window),) * self.layers,
+            (Local(Rotary(base=self.rotary_base), self.window),) * self.layers,
             num_kv_heads=self.num_kv_heads,
             qk_norm=self.qk_norm,
             tied=True,
