@@ -107,34 +107,34 @@ _ELSEWHERE = {
     "scaling_factor": "pass scaling=mj.rotary.Linear(factor)",
 }
 _Class = TypeVar("_Class", bound=type)
+# Below, a whole number is rather somebody's head size than a base.
+_LEAST_WHOLE_BASE = 1000
 
 
-def _by_name(cls: _Class) -> _Class:
-    """Let a dataclass tell in words which arguments it takes."""
+def _tells_names(cls: _Class) -> _Class:
+    """Let a dataclass tell in words what it calls its arguments."""
     made, known = cls.__init__, [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
 
     @functools.wraps(made)
     def __init__(self: Any, *values: Any, **fields: Any) -> None:
-        unknown = [name for name in fields if name not in known]
-        if values or unknown:
-            got = repr(values[0]) if values else f"{unknown[0]}={fields[unknown[0]]!r}"
-            hint = _ELSEWHERE.get(unknown[0]) if unknown and not values else _UNSAID
+        for name in fields.keys() - known:
+            hint = f" Here {_ELSEWHERE[name]}." if name in _ELSEWHERE else ""
             raise ArgumentError(
-                f"{cls.__name__} takes {', '.join(known)}, each by its name: got {got}."
-                f"{f' Here {hint}.' if hint else ''} {cls.__name__}(base=10000.0) is the usual one."
+                f"{cls.__name__} takes {', '.join(known)}: got {name}={fields[name]!r}.{hint} "
+                f"{cls.__name__}(base=10000.0) is the usual one."
             )
-        made(self, **fields)
+        made(self, *values, **fields)
 
     cls.__init__ = __init__
     return cls
 
 
-@_by_name
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@_tells_names
+@dataclasses.dataclass(frozen=True)
 class Rotary:
     """Rotary positions, as a rule: for the layer, `rotary=Rotary()`, or by itself, `rotary(x, positions)`.
 
-    The head size is not said: it is that of what is turned. Every argument is given by its name.
+    The head size is not said: it is that of what is turned.
 
     Args:
       base: Of the frequencies: the slowest pair turns once in about 2 pi base tokens.
@@ -146,7 +146,7 @@ class Rotary:
 
     Raises:
       ShapeError: If an argument is out of its range.
-      ArgumentError: If one is given without its name, or there is none of the name.
+      ArgumentError: If there is no argument of a name.
 
     >>> x = jnp.ones((1, 6, 1, 8))
     >>> image = Rotary(axes=(2, 3))(x, jnp.arange(6))
@@ -165,6 +165,11 @@ class Rotary:
             raise ShapeError(
                 f"base of Rotary must be a number above 1: got {self.base!r}. Expected 10000.0, say; Llama 3 "
                 "has 500000.0."
+            )
+        if isinstance(self.base, numbers.Integral) and self.base < _LEAST_WHOLE_BASE:
+            raise ShapeError(
+                f"base of Rotary is {self.base!r}, which looks like a head size; {_UNSAID}. Expected "
+                f"10000.0, say; if it is the base that you mean, pass base={float(self.base)!r}."
             )
         if not is_number(self.fraction) or not 0 < self.fraction <= 1:
             raise ShapeError(
