@@ -73,7 +73,11 @@ def test_no_head_size_spills_forward(shape, value_size, biased):
 # AlphaFold's, which all examples share; T5's table, with all that adds up.
 @pytest.mark.parametrize(
     ("shape", "kv_heads", "name"),
-    [((64, 384, 4, 32), 4, "bias"), ((1, 1024, 4, 128), 2, "distances")],
+    [
+        ((64, 384, 4, 32), 4, "bias"),
+        ((1, 4096, 4, 128), 2, "distances"),
+        ((1, 4096, 2, 256), 1, "distances"),
+    ],
 )
 def test_the_gradient_of_a_bias_is_a_kernel_that_spills_nothing_and_keeps_no_pairs(
     shape, kv_heads, name
@@ -101,13 +105,22 @@ def test_the_gradient_of_a_bias_is_a_kernel_that_spills_nothing_and_keeps_no_pai
     assert program.memory_analysis().temp_size_in_bytes < 2 * b * n * t * t
 
 
-@pytest.mark.parametrize("bias", [None, Alibi.of_heads(4)], ids=["plain", "alibi"])
-def test_the_backward_kernels_spill_nothing(bias):
-    function = functools.partial(backward, bias)
-    _, kernels = gpu_kernels.kernels("H100", function, X, X, X, X, LINE, LINE, X, LINE)
-    assert sorted(kernel.name for kernel in kernels) == [
-        "attention_backward_keys",
-        "attention_backward_queries",
-    ]
+# Sums of heads above 128 take half of the registers: keys and values have a kernel each.
+@pytest.mark.parametrize(
+    ("bias", "size", "names"),
+    [
+        (None, 128, ["keys", "queries"]),
+        (Alibi.of_heads(4), 128, ["keys", "queries"]),
+        (Alibi.of_heads(4), 256, ["keys", "queries", "values"]),
+    ],
+    ids=["plain", "alibi", "large_heads"],
+)
+def test_the_backward_kernels_spill_nothing(bias, size, names):
+    function, x = (
+        functools.partial(backward, bias),
+        jax.ShapeDtypeStruct((1, 4096, 4, size), X.dtype),
+    )
+    _, kernels = gpu_kernels.kernels("H100", function, x, x, x, x, LINE, LINE, x, LINE)
+    assert sorted(x.name for x in kernels) == [f"attention_backward_{name}" for name in names]
     for kernel in kernels:
         assert kernel.spills == 0 and kernel.registers <= 168 and kernel.shared <= SHARED

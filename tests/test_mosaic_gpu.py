@@ -180,7 +180,6 @@ def test_where_the_kernels_do_not_run_is_said_in_words(monkeypatch):
     ("options", "text"),
     [
         ({}, "can run"),
-        ({"size": 136}, "as the sums of head sizes above 128 do not fit, and here are 136"),
         (
             {"mask": Dense(np.ones((1, 2, 1, 8), bool))},
             "as a mask or a bias has a line of keys for each of",

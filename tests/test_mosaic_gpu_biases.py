@@ -52,6 +52,7 @@ CASES = {
     "looked_up_and_arithmetic": {"bias": BUCKETS + ALIBI, "q_tokens": Tokens(T, start=3)},
     "beside_an_array": {"bias": RELATIVE + biases.Array(draw(3, T, T)), "logit_cap": 2.0},
     "as_low_as_numbers_go": {"bias": LOW},
+    "large_heads": {"bias": draw(3, T, T), "mask": Causal(), "size": 136},
 }
 
 

@@ -21,7 +21,7 @@ from mha_jax.backends.base import Backend
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
 # Accumulators of 64 rows stand in registers: so many numbers a row fit there.
-_LARGEST, _LARGEST_BACKWARD = 256, 128
+_LARGEST = 256
 _SINCE = (0, 11)
 
 
@@ -101,9 +101,6 @@ def _by_tiles(problem: Problem) -> str | None:
     """Say where the tiles pull a problem's cotangent back, or return None."""
     from mha_jax.backends.mosaic_gpu import rules
 
-    largest = max(problem.q.shape[3], problem.v.shape[3])
-    if largest > _LARGEST_BACKWARD:
-        return f"as the sums of head sizes above {_LARGEST_BACKWARD} do not fit, and here are {largest}"
     # Kernels of keys go over all query heads of a key-value head with one vector of their own.
     read = jax.tree.leaves((problem.mask, problem.bias, [x for _, x in rules.terms(problem)[0]]))
     own = any(x.shape[1] > 1 and x.shape[2] == 1 and x.shape[3] > 1 for x in read)

@@ -412,15 +412,13 @@ def backward_queries(sweep: Sweep, products: Products) -> None:
 
 
 def backward_keys(sweep: Sweep, products: Products) -> None:
-    """Pull back to the keys and the values; rows are keys, tiles are transposed."""
+    """Pull back to the keys, the values, or both; rows are keys, tiles are transposed."""
     plan = sweep.plan
-    sizes = sweep.refs["k"].shape[3], sweep.refs["v"].shape[3]
 
     def start():
-        return tuple(constant((ROWS, size), 0) for size in sizes)
+        return {name: constant((ROWS, sweep.refs[name].shape[3]), 0) for name in sweep.outputs}
 
-    def step(columns: Columns, carry):
-        dk, dv = carry
+    def step(columns: Columns, total):
         q, dtype = columns.wait("q"), sweep.refs["q"].dtype
         product = products.outer(sweep.row("k"), q)
         tile = columns.wait_vectors()
@@ -429,19 +427,22 @@ def backward_keys(sweep: Sweep, products: Products) -> None:
         kept = p if plan.dropout is None else jnp.maximum(p, 0.0)
         d_out = columns.wait("d_out")
         # One after the other: both sums and two tiles are all that the registers hold.
-        dv = products.add(dv, kept.astype(dtype), d_out)
-        dp = products.outer(sweep.row("v"), d_out)
+        found = {}
+        if "dv" in total:
+            found["dv"] = products.add(total["dv"], kept.astype(dtype), d_out)
+        dp = products.outer(sweep.row("v"), d_out) if "dk" in total else None
         columns.free("d_out")
-        ds = _slopes(tile, x, p, dp)
+        ds = None if dp is None else _slopes(tile, x, p, dp)
         columns.free_vectors()
-        dk = products.add(dk, ds.astype(dtype), q)
+        if ds is not None:
+            found["dk"] = products.add(total["dk"], ds.astype(dtype), q)
         columns.free("q")
-        return dk, dv
+        return found
 
-    def finish(carry):
-        dk, dv = carry
+    def finish(total):
         share = 1.0 if plan.dropout is None else plan.dropout.factor
-        return {"dk": dk * plan.rules.scale, "dv": dv * np.float32(share)}
+        factors = {"dk": plan.rules.scale, "dv": np.float32(share)}
+        return {name: x * factors[name] for name, x in total.items()}
 
     sweep.run(start, step, finish)
 

@@ -36,8 +36,9 @@ from mha_jax.types import Array
 # Bytes of a line of shared memory that the copies can turn for the tensor cores.
 _SWIZZLE = 128
 _STEPS = 2
-# Columns of a tile of a backward kernel.
-_COLUMNS = 64
+# Columns of a tile of a backward kernel, and of one whose heads are larger than _BOTH: there a sum takes half
+# of the registers, so that keys and values have a kernel each.
+_COLUMNS, _FEW, _BOTH = 64, 32, 128
 
 
 def forward(problem: Problem, interpret: Any) -> State:
@@ -84,8 +85,10 @@ def cotangent(problem: Problem, state: State, cotangent: Output, interpret: Any)
     (b, t, n, h), (s, kv, v_size) = problem.q.shape, problem.v.shape[1:]
     q, k, v, d_out = (_operand(x) for x in (q, problem.k, problem.v, d_out))
 
-    def run(name, body, side, summed=None, **operands):
-        planned, beside = plan(problem, side, _COLUMNS, _STEPS, extra, summed)
+    large = max(q.shape[3], v.shape[3]) > _BOTH
+
+    def run(name, body, side, **operands):
+        planned, beside = plan(problem, side, _FEW if large else _COLUMNS, _STEPS, extra)
         return _Kernel(name, body, planned, beside, interpret)(**operands)
 
     (dq,) = run(
@@ -97,27 +100,30 @@ def cotangent(problem: Problem, state: State, cotangent: Output, interpret: Any)
         outputs={"dq": jax.ShapeDtypeStruct(q.shape, q.dtype)},
         grid=(n, whole(t) // WHOLE, b),
     )
-    dk, dv = run(
-        "attention_backward_keys",
-        kernels.backward_keys,
-        "k",
-        rows={"k": k, "v": v},
-        streams={"q": q, "d_out": d_out},
-        outputs={
-            "dk": jax.ShapeDtypeStruct(k.shape, k.dtype),
-            "dv": jax.ShapeDtypeStruct(v.shape, v.dtype),
-        },
-        grid=(kv, whole(s) // WHOLE, b),
-    )
+
+    def of_keys(name, rows, *outputs):
+        return run(
+            name,
+            kernels.backward_keys,
+            "k",
+            rows=rows,
+            streams={"q": q, "d_out": d_out},
+            outputs={f"d{x}": jax.ShapeDtypeStruct(y.shape, y.dtype) for x, y in outputs},
+            grid=(kv, whole(s) // WHOLE, b),
+        )
+
+    if large:
+        (dk,) = of_keys("attention_backward_keys", {"k": k, "v": v}, ("k", k))
+        (dv,) = of_keys("attention_backward_values", {"k": k}, ("v", v))
+    else:
+        dk, dv = of_keys("attention_backward_keys", {"k": k, "v": v}, ("k", k), ("v", v))
 
     def of_bias(name, summed):
         outer, tiles = summed.outer, summed.shape
         shape = *outer, tiles[0] * WHOLE, tiles[1] * _COLUMNS
-        (found,) = run(
-            name,
-            kernels.backward_bias,
-            "q",
-            summed,
+        steps = 1 if large else _STEPS  # rows pass by, too
+        planned, beside = plan(problem, "q", _COLUMNS, steps, extra, summed)
+        (found,) = _Kernel(name, kernels.backward_bias, planned, beside, interpret)(
             rows={},
             streams={"q": q, "k": k, "d_out": d_out, "v": v},
             outputs={"d_bias": jax.ShapeDtypeStruct(shape, jnp.float32)},
@@ -221,27 +227,27 @@ class _Kernel:
         """Return whose memory the outputs take, and the memory of rows and streams."""
         takes, scratch = {}, {}
         for name, x in rows.items():
-            scratch[f"{name}.tile"] = _matrix((WARPGROUPS, ROWS, x.shape[3]), x.dtype)
+            scratch[f"{name}.tile"] = self._matrix((WARPGROUPS, ROWS, x.shape[3]), x.dtype)
         for name, x in streams.items():
             shape = self.plan.steps, *self.plan.room(name), x.shape[3]
-            scratch[f"{name}.tile"] = _matrix(shape, x.dtype)
+            scratch[f"{name}.tile"] = self._matrix(shape, x.dtype)
         for name, x in outputs.items():
-            takes[name] = _TAKES.get(name, name)
+            takes[name] = taken if (taken := _TAKES.get(name)) in rows else name
             if self.plan.summed is not None:
-                scratch[f"{name}.tile"] = _matrix((ROWS, self.plan.columns), x.dtype)
+                scratch[f"{name}.tile"] = self._matrix((ROWS, self.plan.columns), x.dtype)
                 continue
             if name == "out" and x.shape[3] == rows["q"].shape[3]:
                 takes[name] = "q"
             if len(x.shape) == 3:
                 scratch[f"{name}.tile"] = plgpu.SMEM((WARPGROUPS, ROWS), x.dtype)
             elif takes[name] == name:
-                scratch[f"{name}.tile"] = _matrix((WARPGROUPS, ROWS, x.shape[3]), x.dtype)
+                scratch[f"{name}.tile"] = self._matrix((WARPGROUPS, ROWS, x.shape[3]), x.dtype)
         return takes, scratch
 
-
-def _matrix(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Return memory whose lines are turned so that the tensor cores read them at full speed."""
-    bytes_ = min(_SWIZZLE, shape[-1] * jnp.dtype(dtype).itemsize)
-    tile = (8, bytes_ // jnp.dtype(dtype).itemsize)
-    transforms = plgpu.TilingTransform(tile), plgpu.SwizzleTransform(bytes_)
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    def _matrix(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Return memory whose lines are turned so that the tensor cores read them at full speed."""
+        size = jnp.dtype(dtype).itemsize
+        # A product takes whole turns of the columns that it sums over.
+        bytes_ = min(_SWIZZLE, shape[-1] * size, self.plan.columns * size)
+        transforms = plgpu.TilingTransform((8, bytes_ // size)), plgpu.SwizzleTransform(bytes_)
+        return plgpu.SMEM(shape, dtype, transforms=transforms)
