@@ -303,12 +303,14 @@ class Rotary:
         angles = self._angles(x, positions, dtype)[..., None, :]
         cos, sin = (jnp.asarray(magnitude, dtype) * f(angles) for f in (jnp.cos, jnp.sin))
         turning = x[..., :size].astype(dtype)
-        pairs = (size // 2, 2) if self.interleaved else (2, size // 2)
-        axis = -1 if self.interleaved else -2
-        turning = turning.reshape(*turning.shape[:-1], *pairs)
-        a, b = (jax.lax.index_in_dim(turning, i, axis, keepdims=False) for i in (0, 1))
-        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis)
-        turned = turned.reshape(*x.shape[:-1], size).astype(x.dtype)
+        if self.interleaved:
+            pairs = turning.reshape(*turning.shape[:-1], size // 2, 2)
+            a, b = (jax.lax.index_in_dim(pairs, i, -1, keepdims=False) for i in (0, 1))
+            turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(turning.shape)
+        else:  # in place of an axis of two, for which a TPU would lay out all of it anew
+            a, b = jnp.split(turning, 2, -1)
+            turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+        turned = turned.astype(x.dtype)
         return turned if size == x.shape[-1] else jnp.concatenate([turned, x[..., size:]], -1)
 
     def _angles(self, x: Array, positions: Any, dtype: Any) -> Float[Array, "*B L pairs"]:
