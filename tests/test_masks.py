@@ -35,7 +35,7 @@ def flags(seed, *shape, share=0.6):
 
 
 def sides(kind, seed):
-    """Return the tokens of both sides: plain ones, shifted ones, with every array, or at the ends of int32."""
+    """Return the tokens of both sides: plain, shifted, with every array, or at the ends of int32."""
     r = np.random.default_rng(seed)
     if kind == "plain":
         return Tokens(T), Tokens(S)
