@@ -1,6 +1,7 @@
 """Rolling caches, caches of eight bits, and caches of stacked layers: what they give, keep and refuse."""
 
 import dataclasses
+import functools
 import itertools
 import re
 from functools import cache as once
@@ -230,6 +231,33 @@ def test_saved_and_exported(name):
     if name == "rolling":
         with pytest.raises(WeightsError, match=r"the saved cache has .*'oldest'.*empty_cache with"):
             serialization.from_bytes(empty("plain"), data)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_program_closes_over_a_cache_whose_counts_are_known(name):
+    _, held = decode(empty(name), [6])
+    for cache in (empty(name), held):
+        want, after = stepper()(X[:, 6:9], cache)
+        got, again = jax.jit(functools.partial(stepper(), cache=cache))(X[:, 6:9])
+        np.testing.assert_allclose(got, want, atol=1e-6)
+        np.testing.assert_array_equal(again.count, after.count)
+    kept = jax.jit(
+        lambda x: held.check().truncated(6).reorder(np.array([1])).all_layers().count + x
+    )(0)
+    assert kept.reshape(-1).max() == 6
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_program_for_chunks_of_any_length(name):
+    _, held = decode(empty(name), [6])
+    (length,) = export.symbolic_shape("t")
+    chunk = jax.ShapeDtypeStruct((B, length, X.shape[-1]), X.dtype)
+    program = export.deserialize(export.export(stepper())(chunk, held).serialize())
+    for x in (X[:, 6:7], X[:, 6:10]):
+        want, after = stepper()(x, held)
+        got, again = program.call(x, held)
+        np.testing.assert_allclose(got, want, atol=1e-5)
+        np.testing.assert_array_equal(again.count, after.count)
 
 
 @pytest.mark.parametrize("name", ["rolling", "int8", "stacked"])

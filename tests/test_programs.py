@@ -1,5 +1,6 @@
 """Every program that JAX can write runs, on every backend, and gives what the plain formula gives."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -242,6 +243,39 @@ def test_one_export_for_several_platforms(platforms):
         exported = export.export(jax.jit(function), platforms=platforms)(q, k, v)
         got, want = exported.call(q, k, v), function(q, k, v)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
+
+
+def values_with_arrays():
+    q, k, v = arrays()
+    tokens = mj.Tokens(S, start=3, segment=np.zeros((1, S), np.int32))
+    rules = mj.Causal() & ~mj.Window(3, 0) | mj.Dense(np.ones((T, S), bool)) & mj.PrefixLM(3)
+    table = jnp.ones((9, N))
+    biases = mj.biases.Relative(table, axes=(2, 2)) + mj.biases.Buckets(table, False, 7)
+    more = mj.biases.Alibi.of_heads(N) + mj.biases.Array(jnp.ones((T, S)))
+    call = mj.Call(q, k, v, k_tokens=tokens, mask=rules, bias=more, scale=0.25, precision="highest")
+    dropout = mj.Dropout(jax.random.PRNGKey(0), 0.5)
+    return tokens, rules, biases, dropout, call, mj.attend(call), mj.Cache.empty(2, 3, 1, 4)
+
+
+def test_what_holds_arrays_goes_through_an_exported_program():
+    for value in values_with_arrays():
+        check_export(value)
+
+
+def check_export(value):
+    program = export.export(jax.jit(lambda x: x))(value).serialize()
+    again = export.deserialize(program).call(value)
+    assert jax.tree.structure(again) == jax.tree.structure(jax.tree.map(jnp.asarray, value))
+    jax.tree.map(np.testing.assert_array_equal, again, value)
+
+
+def test_an_exported_call_is_the_call_and_one_with_an_object_is_refused():
+    call = values_with_arrays()[4]
+    program = export.deserialize(export.export(jax.jit(mj.attend))(call).serialize())
+    np.testing.assert_allclose(program.call(call).out, mj.attend(call).out, rtol=2e-5, atol=2e-5)
+    other = dataclasses.replace(call, precision=jax.lax.Precision.HIGHEST)
+    with pytest.raises(mj.WeightsError, match=r"cannot hold .*HIGHEST.*no number, text or tuple"):
+        export.export(jax.jit(mj.attend))(other).serialize()
 
 
 @pytest.mark.parametrize("platform", ["METAL", "xpu"])

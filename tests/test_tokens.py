@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mha_jax as mj
 from mha_jax import ShapeError, Tokens
 from mha_jax.attention.tokens import extents, zero_invalid
 
@@ -138,3 +139,28 @@ def test_packed_positions_restart_with_every_sequence(ids):
 def test_packed_takes_integers():
     with pytest.raises(ShapeError, match=r"got float32\[1, 2\].*\[\*B, L\]"):
         Tokens.packed(np.ones((1, 2), np.float32))
+
+
+FEW_BITS = {
+    "start": lambda n: Tokens(n(6), start=n(125)).rows,
+    "start of a call": lambda n: (
+        mj.attend(mj.Call(ONES, ONES, ONES, Tokens(n(6), start=n(125)), mask=mj.Causal())).lse
+    ),
+    "chunk": lambda n: mj.ChunkedCausal(n(103)).matrix(Tokens(6, start=100), Tokens(6, start=100)),
+    "gap": lambda n: mj.Dilated(n(103)).matrix(Tokens(6, start=-200), Tokens(6, start=200)),
+    "buckets": lambda n: mj.biases.Buckets(TABLE, True, n(100)).matrix(Tokens(6), Tokens(6), 2),
+    "axes of a bias": lambda n: mj.biases.Relative(TABLE, (n(100), n(2))).matrix(
+        Tokens(200), Tokens(200), 2
+    ),
+    "axes of rotary": lambda n: mj.Rotary(axes=(n(3), n(20), n(20)))(
+        np.ones((1, 1200, 1, 12), np.float32), np.arange(1200, dtype=np.int32)
+    ),
+}
+ONES = np.ones((1, 6, 2, 4), np.float32)
+TABLE = np.arange(199 * 3 * 2, dtype=np.float32).reshape(-1, 2)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint16, np.int64])
+@pytest.mark.parametrize("name", FEW_BITS)
+def test_a_setting_of_few_bits_is_a_number_like_any_other(name, kind):
+    np.testing.assert_array_equal(FEW_BITS[name](kind), FEW_BITS[name](int))

@@ -187,6 +187,10 @@ class Buckets(OfDistance):
     bidirectional: bool = static(default=True)
     max_distance: int = static(default=128)
 
+    def __post_init__(self):
+        if is_integer(self.max_distance):
+            object.__setattr__(self, "max_distance", int(self.max_distance))
+
     @property
     def alike_from(self):
         return self.max_distance
@@ -239,6 +243,11 @@ class Relative(OfDistance):
 
     table: Float[ArrayLike, "R N"]
     axes: tuple[int, ...] | None = static(default=None)
+
+    def __post_init__(self):
+        if isinstance(self.axes, (tuple, list)):
+            axes = tuple(int(n) if is_integer(n) else n for n in self.axes)
+            object.__setattr__(self, "axes", axes)
 
     def at(self, distance, head):
         most = np.shape(self.table)[0] // 2

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import checkify
 
 from mha_jax.attention import cache_checks as checks
@@ -193,7 +194,8 @@ class Cache:
         >>> cache.next_positions(4, np.array([[False, True, True, False]])).tolist()
         [[-1, 0, 1, 1]]
         """
-        integer("length", length, 0, 2**31 - 1, "It counts the tokens of a chunk.")
+        if not checks.symbolic(length):
+            integer("length", length, 0, 2**31 - 1, "It counts the tokens of a chunk.")
         if valid is None:
             steps = jnp.arange(length, dtype=jnp.int32)[None]
         else:
@@ -227,7 +229,7 @@ class Cache:
             return self
         slots = self.next_positions(length, valid)
         if valid is None:
-            if length > self.capacity and not self.rolling:
+            if not self.rolling and not checks.symbolic(length) and length > self.capacity:
                 raise ShapeError(
                     checks.OVERFLOW.format(row=0, count=length, capacity=self.capacity)
                 )
@@ -243,7 +245,7 @@ class Cache:
             nowhere = self.capacity + jnp.arange(length, dtype=jnp.int32)
             slots = jnp.where(stored, slots, nowhere[None])
         cache = self._with(slots, keys, values, count)
-        return cache.check() if checks.known(count) else cache
+        return cache if checks.known(count) is None else cache.check()
 
     def _with(self, slots: Array, keys: ArrayLike, values: ArrayLike, count: Array) -> "Cache":
         """Return the cache with tokens written into slots, and new counts."""
@@ -282,7 +284,7 @@ class Cache:
             q_tokens = dataclasses.replace(q_tokens, index=self._rows(q_tokens, chunk))
         cache = self.append(call.k, call.v, chunk.valid)
         seen, k_tokens, fresh = cache, cache.tokens, {}
-        if self.rolling and call.mask.behind + chunk.length > self.capacity:  # type: ignore[operator]
+        if self.rolling and checks.overwrites(self, call):
             # The chunk overwrites what its own tokens see: they see the slots before, and then the chunk.
             seen, fresh = self, {"k": call.k, "v": call.v}
             if self.key_scales is not None:  # as they will be stored, however the chunks are cut
@@ -384,13 +386,14 @@ class Cache:
         checks.counts(self)
         if self.rolling:
             return self
-        counts = self.count.reshape(-1)
-        largest = jnp.argmax(counts)
-        row = largest % self.count.shape[-1]
-        count, capacity = counts[largest], jnp.asarray(self.capacity)
-        if not checks.known(self.count):
-            fits = ~self.overflowed.any()
-            checkify.check(fits, checks.OVERFLOW, row=row, count=count, capacity=capacity)
-        elif self.overflowed.any():
-            raise ShapeError(checks.OVERFLOW.format(row=row, count=count, capacity=capacity))
+        read = checks.known(self.count)
+        xp: Any = jnp if read is None else np
+        counts = (self.count if read is None else read).reshape(-1)
+        largest = xp.argmax(counts)
+        row, count = largest % self.count.shape[-1], counts[largest]
+        found = {"row": row, "count": count, "capacity": xp.asarray(self.capacity)}
+        if read is None:
+            checkify.check(~self.overflowed.any(), checks.OVERFLOW, **found)
+        elif count > self.capacity:
+            raise ShapeError(checks.OVERFLOW.format(**found))
         return self

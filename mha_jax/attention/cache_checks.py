@@ -9,6 +9,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 from mha_jax.attention.biases import Bias
 from mha_jax.attention.call import Call
@@ -26,9 +27,17 @@ OVERFLOW = (
 )
 
 
-def known(x: Any) -> bool:
-    """Whether numbers can be read while tracing."""
-    return not isinstance(x, jax.core.Tracer)
+def known(x: Any) -> np.ndarray | None:
+    """Return numbers that can be read, also while a program is traced around them; else None."""
+    if isinstance(x, jax.core.Tracer):
+        return None
+    here = isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated
+    return np.asarray(x) if here else None
+
+
+def symbolic(size: Any) -> bool:
+    """Whether a size is one of a program to be exported, which nobody knows yet."""
+    return is_symbolic_dim(size)
 
 
 def sizes(**given: Any) -> None:
@@ -97,10 +106,11 @@ def flags(cache: Any, valid: ArrayLike, length: int) -> Bool[Array, "#B L"]:
 
 def counts(cache: Any) -> None:
     """Refuse counts below 0, where they are known."""
-    if known(cache.count) and (cache.count < 0).any():
+    count = known(cache.count)
+    if count is not None and (count < 0).any():
         raise ShapeError(
             "the counts of a cache are tokens that its rows were given, 0 or more: got "
-            f"{np.asarray(cache.count).tolist()}. Take what empty_cache or the call before returned."
+            f"{count.tolist()}. Take what empty_cache or the call before returned."
         )
 
 
@@ -120,12 +130,15 @@ def chunk(cache: Any, keys: Any, values: Any) -> None:
 
 def kept(cache: Any, count: Array) -> None:
     """Refuse to keep only tokens that a rolling cache no longer holds, where that is known."""
-    if not cache.rolling or not known(count) or not known(cache.oldest):
+    if not cache.rolling:
         return
-    if ((count < cache.oldest) & (cache.oldest > 0)).any():
+    left, oldest = known(count), known(cache.oldest)
+    if left is None or oldest is None:
+        return
+    if ((left < oldest) & (oldest > 0)).any():
         raise ShapeError(
-            f"truncated() to {np.asarray(count).tolist()} tokens leaves nothing of some row: a rolling cache "
-            f"of capacity {cache.capacity} holds those from {np.asarray(cache.oldest).tolist()} on. Keep "
+            f"truncated() to {left.tolist()} tokens leaves nothing of some row: a rolling cache "
+            f"of capacity {cache.capacity} holds those from {oldest.tolist()} on. Keep "
             "more, or make it larger by the longest draft."
         )
 
@@ -167,6 +180,12 @@ def window(behind: int, capacity: int) -> None:
         )
 
 
+def overwrites(cache: Any, call: Call) -> bool:
+    """Whether a chunk may overwrite what its own tokens see, in a rolling cache."""
+    length = call.k_tokens.length
+    return symbolic(length) or call.mask.behind + length > cache.capacity  # type: ignore[operator]
+
+
 def scores(cache: Any, call: Call) -> None:
     """Refuse scores over slots where a chunk overwrites what its own tokens see."""
     if call.k.shape[1] != cache.capacity:
@@ -204,10 +223,10 @@ def rolling(cache: Any, call: Call, key_tokens: Tokens | None) -> None:
                 f"{name} would be over the slots of a rolling cache, whose tokens change with every step. "
                 "Write a rule on positions: mj.Window, mj.ChunkedCausal, mj.biases, or a class of your own."
             )
-    count, oldest = cache.of_this_layer(cache.count), cache.of_this_layer(cache.oldest)
-    if known(count) and known(oldest):
-        needed = jnp.maximum(count - behind, 0)
-        if (row := int(jnp.argmax(oldest - needed))) >= 0 and oldest[row] > needed[row]:
+    count, oldest = (known(cache.of_this_layer(x)) for x in (cache.count, cache.oldest))
+    if count is not None and oldest is not None:
+        needed = np.maximum(count - behind, 0)
+        if oldest[row := int(np.argmax(oldest - needed))] > needed[row]:
             raise ShapeError(
                 f"row {row} no longer holds the tokens from {int(needed[row])} on, which the mask sees: its "
                 f"oldest is {int(oldest[row])}, after truncated(). Make a rolling cache larger by the "

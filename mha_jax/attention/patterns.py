@@ -30,7 +30,8 @@ class ChunkedCausal(Mask):
 
     def __post_init__(self):
         hint = "It counts the positions of a chunk, 8192 for Llama 4; one without end is Causal()."
-        integer("size of ChunkedCausal", self.size, 1, _MOST, hint)
+        size = integer("size of ChunkedCausal", self.size, 1, _MOST, hint)
+        object.__setattr__(self, "size", size)
 
     @property
     def behind(self):
@@ -66,7 +67,8 @@ class Dilated(Mask):
 
     def __post_init__(self):
         hint = "It counts positions from one key to the next; 1 sees every key."
-        integer("step of Dilated", self.step, 1, _MOST, hint)
+        step = integer("step of Dilated", self.step, 1, _MOST, hint)
+        object.__setattr__(self, "step", step)
 
     def visible(self, q, k):
         # No difference of a query's and a key's position is taken: it may leave 32 bits.

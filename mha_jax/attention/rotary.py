@@ -190,7 +190,7 @@ class Rotary:
                     f"axes of Rotary are the lengths of the attention axes: got {self.axes!r}. Expected "
                     "positive integers, (14, 14) for an image of 14 x 14 patches, or None for a sequence."
                 )
-            object.__setattr__(self, "axes", axes)
+            object.__setattr__(self, "axes", tuple(map(int, axes)))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Rotary":

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mha_jax.attention.brief import brief
-from mha_jax.attention.given import as_array
+from mha_jax.attention.given import as_array, is_integer
 from mha_jax.errors import ShapeError
 from mha_jax.types import ArrayLike, Bool, Int, Size
 
@@ -62,6 +62,11 @@ class Tokens:
     pos: Int[ArrayLike, "#B L"] | None = None
     segment: Int[ArrayLike, "#B L"] | None = None
     valid: Bool[ArrayLike, "#B L"] | None = None
+
+    def __post_init__(self):
+        for name in ("length", "start"):  # a number of few bits is not to be added to
+            if is_integer(number := getattr(self, name)):
+                object.__setattr__(self, name, int(number))
 
     def __repr__(self) -> str:
         return brief(self)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from mha_jax.attention import softmax
 from mha_jax.attention.call import Problem, State, of_keys
@@ -41,7 +42,8 @@ def attend(problem: Problem, run: Callable[[Problem], State]) -> State:
     problem = dataclasses.replace(problem, q=q)
     b, t, n, _ = q.shape
     states = softmax.start((b, n, t), problem.v.shape[-1], wide)
-    live = visits.kinds(problem, t, size) != visits.EMPTY if t else None
+    known = t and not is_symbolic_dim(problem.k.shape[1])
+    live = visits.kinds(problem, t, size) != visits.EMPTY if known else None
 
     def grown(states: softmax.Running, start: Any, size: int, fresh: bool = False):
         out, m, l = run(_block(problem, start, size, fresh))

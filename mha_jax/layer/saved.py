@@ -1,13 +1,20 @@
-"""How caches are saved: by Flax as dictionaries of arrays, in exported programs as trees."""
+"""How values that hold arrays are saved: caches by Flax as dictionaries, all of them in exported programs."""
 
+import ast
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 from flax import serialization
 from jax import export
 
+from mha_jax.attention.biases import Bias
 from mha_jax.attention.cache import Cache
+from mha_jax.attention.call import Call, Output
+from mha_jax.attention.dropout import Dropout
+from mha_jax.attention.masks import Mask
+from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import WeightsError
 
 
@@ -26,12 +33,39 @@ def _from_state(cache: Cache, state: dict[str, Any]) -> Cache:
     return dataclasses.replace(cache, **{name: jnp.asarray(x) for name, x in state.items()})
 
 
-def register() -> None:
-    """Tell Flax and `jax.export` how to write caches; once in a process."""
-    serialization.register_serialization_state(Cache, _to_state, _from_state)
-    export.register_pytree_node_serialization(
-        Cache,
-        serialized_name="mha_jax.Cache",
-        serialize_auxdata=lambda _: b"",
-        deserialize_auxdata=lambda _: (),
+def _kinds(base: type) -> Iterator[type]:
+    """Yield the dataclasses below a class."""
+    for kind in base.__subclasses__():
+        if dataclasses.is_dataclass(kind):
+            yield kind
+        yield from _kinds(kind)
+
+
+def _written(static: tuple[Any, ...]) -> bytes:
+    """Return the static fields of a value as a Python literal.
+
+    Raises:
+      WeightsError: If one is no number, text, or tuple of these.
+    """
+    try:
+        if ast.literal_eval(repr(static)) == static:
+            return repr(static).encode()
+    except (SyntaxError, ValueError):
+        pass
+    raise WeightsError(
+        f"an exported program cannot hold {static}, of which one is no number, text or tuple of these: it "
+        "would belong to an argument of the program. Make the call inside the function that is exported."
     )
+
+
+def register() -> None:
+    """Tell Flax and `jax.export` how to write what holds arrays; once in a process."""
+    serialization.register_serialization_state(Cache, _to_state, _from_state)
+    for kind in (Cache, Call, Dropout, Tokens, *_kinds(Mask), *_kinds(Bias)):
+        export.register_pytree_node_serialization(
+            kind,
+            serialized_name=f"mha_jax.{kind.__name__}",
+            serialize_auxdata=_written,
+            deserialize_auxdata=lambda written: ast.literal_eval(bytes(written).decode()),
+        )
+    export.register_namedtuple_serialization(Output, serialized_name="mha_jax.Output")
