@@ -1,11 +1,13 @@
 """Ahead-of-time compilation for TPUs that are not there: lowering, VMEM limits, no temporary of T x S."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import export
 
@@ -18,16 +20,19 @@ from mha_jax import (
     Dropout,
     MultiHeadAttention,
     PrefixLM,
+    Rotary,
     SameSegment,
     Tokens,
     Window,
     attend,
+    biases,
     explain,
 )
 from mha_jax.attention.call import Output
 from mha_jax.attention.check import check
 from mha_jax.backends.pallas_tpu import PallasTPU
 from mha_jax.backends.pallas_tpu.sizes import SIZES
+from mha_jax.layer.vectors import normalized
 
 pytest.importorskip("libtpu", reason="libtpu is not installed: pip install libtpu")
 from tests.topologies import TOPOLOGIES, VERSION, compiled, largest_array
@@ -152,6 +157,40 @@ def test_both_passes_compile_and_keep_nothing_of_t_x_s(name):
     if name in ("v5e-64", "v5p-128"):  # the longest; a row of 64 takes the lanes of one of 128
         used = program.memory_analysis().temp_size_in_bytes
         assert used < 10 * t * case.heads[0] * case.size * 2
+
+
+LONG, ROW = 32768, np.arange(32768, dtype=np.int32)[None]
+PACKED = Tokens(LONG, segment=ROW // 4099, pos=ROW % 4099)
+
+
+def turned(w, q, k):
+    return Call(Rotary()(q, ROW), Rotary()(k, ROW), k, mask=Causal())
+
+
+def ruled(w, q, k):
+    q, k = (normalized("rms", w["norm"], x) for x in (q, k))
+    bias = biases.Alibi.of_heads(8) + biases.Buckets(w["table"])
+    return Call(q, k, k, mask=Window(1023, 0), bias=bias, logit_cap=30.0)
+
+
+def packed_and_dropped(w, q, k):
+    options = {"mask": Causal(), "dropout": Dropout(w["key"], 0.1), "sinks": w["sinks"]}
+    return Call(q, k, k, q_tokens=PACKED, k_tokens=PACKED, **options)
+
+
+@pytest.mark.parametrize("features", [turned, ruled, packed_and_dropped])
+def test_a_step_with_features_needs_less_than_ten_times_the_queries(features):
+    x, wide = shape_of(1, LONG, 8, 128), functools.partial(shape_of, dtype=jnp.float32)
+    numbers = {"sinks": wide(8), "norm": wide(128), "table": wide(32, 8)}
+
+    def loss(numbers, q, k, v, key):
+        call = features({**numbers, "key": key}, q, k)
+        out = attend(dataclasses.replace(call, v=v)).out
+        return (out.astype(jnp.float32) ** 2).sum()
+
+    program = compiled("v6e", jax.grad(loss, (0, 1, 2, 3)), numbers, x, x, x, WORDS)
+    used = program.memory_analysis().temp_size_in_bytes
+    assert used < 10 * LONG * 8 * 128 * 2
 
 
 @pytest.mark.parametrize(("kind", "heads"), [("v4", 1), ("v6e", 2)])
