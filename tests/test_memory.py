@@ -107,6 +107,19 @@ def test_temporaries_of_32768_tokens_are_under_ten_times_the_queries(name):
     assert temporaries(gradients(call), call.q, call.k, call.v) < 10 * 32768 * 8 * 64 * 4
 
 
+@pytest.mark.parametrize("mask", [mj.Causal(), mj.ValidKeys()], ids=str)
+def test_keeping_nan_behind_a_mask_costs_no_copies(mask):
+    """Of keys, values, queries or cotangents: they are cleaned tile by tile."""
+    size = 8 * LONG * HEADS * 8 * 4
+    tokens = mj.Tokens(LONG, valid=jnp.ones((8, LONG), bool))
+    x = jnp.ones((8, LONG, HEADS, 8))
+    plain, hiding = (
+        temporaries(gradients(mj.Call(x, x, x, tokens, tokens, mask)), x, x, x)
+        for mask in (mj.Full(), mask)
+    )
+    assert hiding < plain + size / 2
+
+
 FEATURES = {
     "alibi": {"bias": biases.Alibi.of_heads(8)},
     "buckets": {"bias": biases.Buckets(np.zeros((32, 8), np.float32))},

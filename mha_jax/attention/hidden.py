@@ -7,17 +7,20 @@ A product serves all pairs of a tile, the hidden ones too, and a weight of 0 tim
 into products of weights is finite: tokens that hold a NaN or an Inf are zeros there. Who may see them is told
 by a NaN in the other operand of q . k, which comes before the mask: forward among the keys, and backward,
 where a row already knows whether it saw one, among the queries. All of it is O(T + S), outside of the tiles.
+Tiles of plain XLA are told by a number for every key (`mark`), and backward for every row (`judged`).
 
 A row that sees a NaN or an Inf, in a key or in a value, is NaN, and so are the gradients of what it sees, if
 anybody asks for its own. Where a mask hides nothing, all of this is left out.
 """
 
 import dataclasses
+from functools import reduce
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
-from mha_jax.attention.call import Moves, Problem
+from mha_jax.attention.call import Problem
 from mha_jax.attention.masks import Full
 from mha_jax.attention.tokens import finite, replaced
 from mha_jax.types import Array, Float
@@ -41,20 +44,40 @@ def cleaned(problem: Problem) -> Problem:
     """Return a problem whose keys and values are finite, for the passes that have seen them."""
     if not anything(problem):
         return problem
-    k, v = (replaced(x, finite(x), 0.0) for x in (problem.k, problem.v))
-    return dataclasses.replace(problem, k=k, v=v)
+    return dataclasses.replace(problem, k=numbers(problem.k), v=numbers(problem.v))
 
 
-def tangent(problem: Problem, direction: Moves) -> tuple[Problem, Moves]:
-    """Return the same of a problem and a direction: values and their moves are finite, keys tell of both."""
-    if not anything(problem):
-        return problem, direction
-    real = finite(problem.v)
-    if direction.v is not None:
-        moves = finite(direction.v)
-        real, direction = real & moves, direction._replace(v=replaced(direction.v, moves, 0.0))
-    k = replaced(problem.k, real & finite(problem.k), jnp.nan)
-    return dataclasses.replace(problem, k=k, v=replaced(problem.v, real, 0.0)), direction
+def numbers(x: Array) -> Array:
+    """Return x with 0 in the place of what is no finite number."""
+    return replaced(x, jnp.isfinite(x), 0.0)
+
+
+def mark(*arrays: Float[Array, "*L _"]) -> Float[Array, "*L"]:
+    """Return 0 for tokens of finite numbers, NaN for others, to be added to their logits before the mask.
+
+    A constant in derivatives. Where arrays are alike they are multiplied first: one sum, no copies.
+    """
+    alike = len({(x.shape, x.dtype) for x in arrays}) == 1
+    zeros = [reduce(jnp.multiply, (0, *arrays))] if alike else [0 * x for x in arrays]
+    return lax.stop_gradient(reduce(jnp.add, (jnp.sum(x, -1, dtype=jnp.float32) for x in zeros)))
+
+
+def judged(
+    c: Float[Array, "*R"],
+    delta: Float[Array, "*R"],
+    l: Float[Array, "*R"],
+    d_out: Float[Array, "*R V"],
+    d_lse: Float[Array, "*R"],
+) -> Float[Array, "*R"]:
+    """Return the c of a backward pass that subtracts it from logits before the mask; see `softmax.parts`.
+
+    It is NaN in rows whose gradients are NaN, and inf in rows without weights: those that saw nothing, and
+    those of NaN that nobody asked for.
+    """
+    real = jnp.isfinite(delta)  # then all that it is made of is, too
+    silent = jnp.sum(jnp.abs(d_out), -1) + jnp.abs(d_lse) == 0
+    none = (l == 0) | (silent & ~real)
+    return jnp.where(none, jnp.inf, jnp.where(real, c, jnp.nan))
 
 
 class Rows(NamedTuple):

@@ -162,6 +162,16 @@ def share(
     )
 
 
+def parts(m: Float[Array, "*R"], l: Float[Array, "*R"]) -> tuple[Array, Array]:
+    """Return (c, log) that rebuild weights where they are subtracted one after the other: exp(x - c - log).
+
+    c is the largest logit, so that nothing is lost to rounding, as large as logits may be. A row that saw no
+    key has c = inf: its weights are 0 whatever its logits are. A row of NaN has c = NaN.
+    """
+    c = lax.stop_gradient(jnp.where(l == 0, jnp.inf, m + 0 * l))
+    return c, jnp.log(jnp.where(l > 0, l, jnp.ones_like(l)))
+
+
 def shift(m: Float[Array, "*R"], l: Float[Array, "*R"]) -> tuple[Array, Array]:
     """Return (c, r) that rebuild weights: exp(x - m) / l = exp(x - c) * r.
 

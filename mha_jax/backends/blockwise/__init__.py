@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from mha_jax.attention import hidden
 from mha_jax.attention.call import Moves, Output, Problem, State
 from mha_jax.attention.given import of_kind
 from mha_jax.backends.base import Backend
@@ -153,18 +152,14 @@ class Blockwise(Backend):
         if stretches and self._is_step(problem) and not self.exhaustive:
             whole = dataclasses.replace(self, block_k=problem.k.shape[1])
             return stretch.forward(problem, whole.forward)
-        # What a cache holds is read in place: it is not looked through.
-        seen = problem if problem.heads_first else hidden.forward(problem)
-        return passes.forward(Tiles(seen, self.tiling(problem)))
+        return passes.forward(Tiles(problem, self.tiling(problem)))
 
     def cotangent(self, problem: Problem, state: State, cotangent: Output) -> Moves:
-        tiles = Tiles(hidden.cleaned(problem), self.tiling(problem))
-        return passes.cotangent(tiles, state, cotangent)
+        return passes.cotangent(Tiles(problem, self.tiling(problem)), state, cotangent)
 
     def tangent(self, problem: Problem, state: State, direction: Moves) -> Output:
-        seen, direction = hidden.tangent(problem, direction)
         tiling = dataclasses.replace(self.tiling(problem), written=0)
-        return passes.tangent(Tiles(seen, tiling), state, direction)
+        return passes.tangent(Tiles(problem, tiling), state, direction)
 
     def differentiable(self) -> Backend:
         return dataclasses.replace(self, exhaustive=True)

@@ -4,7 +4,7 @@ B batch   T query length   S key length   N query heads   K key-value heads   G 
 H query-key head size   V value head size; * stands for the examples and heads of a tile, r for its rows
 
 `forward` keeps a running softmax over the key blocks. `cotangent` and `tangent` rebuild the weights from a
-row's (m, l): see `softmax.shift`. The backward pass walks down the key blocks and computes each tile
+row's (m, l): see `softmax.parts`. The backward pass walks down the key blocks and computes each tile
 transposed, [*, block_k, r], so that the gradients of keys and values are plain products.
 """
 
@@ -16,7 +16,6 @@ from jax import lax
 
 from mha_jax.attention import hidden, softmax
 from mha_jax.attention.call import Moves, Output, State, moving
-from mha_jax.attention.hidden import Rows
 from mha_jax.backends.blockwise.tiles import ByKeys, ByQueries, Place, Tiles, after, in_turn, scan
 from mha_jax.types import Array
 
@@ -24,7 +23,10 @@ from mha_jax.types import Array
 def forward(tiles: Tiles) -> State:
     """Attend; return the output and every row's (m, l)."""
     problem, order = tiles.problem, tiles.visits(by_rows=True)
-    by = ByQueries(tiles, order)
+    by, v_of = ByQueries(tiles, order), functools.partial(tiles.keys_of, tiles.v)
+    if tiles.hides and not problem.heads_first:  # what a cache holds is not looked through
+        by = ByQueries(tiles, order, hidden.mark(tiles.k, tiles.v))
+        v_of = tiles.numbers(tiles.v, tiles.keys_of)
     dropout = problem.dropout
 
     def tile(q_row, at, state):
@@ -38,7 +40,7 @@ def forward(tiles: Tiles) -> State:
             before = state.acc * fix
         if dropout is not None:
             p = jnp.where(by.kept(at), p, 0)
-        v_tile = tiles.keys_of(tiles.v, at).astype(tiles.dtype)
+        v_tile = v_of(at).astype(tiles.dtype)
         return softmax.Running(before + tiles.dot("...rs,...sv->...rv", p, v_tile), m, l)
 
     def finished(end):
@@ -75,24 +77,28 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
     """Return the cotangents of q, k, v and bias."""
     problem, dtype, order = tiles.problem, tiles.dtype, tiles.visits(by_rows=False)
     by, rules = ByKeys(tiles, order), tiles.rules
-    shift, ratio = softmax.shift(state.m, state.l)
-    ratio = jnp.where(jnp.isnan(ratio), 1, ratio)  # a NaN of the sum is one of out, too
-    # Scaled where it lies, and then laid out: one copy.
-    d_out = cotangent.out.astype(dtype) * ratio.swapaxes(1, 2)[..., None]
-    d_out, out = (tiles.queries(x) for x in (d_out, state.out.astype(dtype)))
-    shift = tiles.statistics(shift, jnp.inf)
-    l, d_lse = (tiles.statistics(x) for x in (state.l, cotangent.lse * ratio))
-    rows = hidden.rows(Rows(tiles.q, d_out, shift, d_lse), out, l, None, tiles.hides)
+    d_out, out = (tiles.queries(x.astype(dtype)) for x in (cotangent.out, state.out))
+    m, l, d_lse = (tiles.statistics(x) for x in (state.m, state.l, cotangent.lse))
+    c, log = softmax.parts(m, l)
+    delta = jnp.sum(d_out * out, -1) - d_lse
+    if tiles.hides:
+        c = hidden.judged(c, delta, l, d_out, d_lse)
     if problem.dropout is not None:
-        rows = rows._replace(d_out=rows.d_out * jnp.asarray(problem.dropout.factor, dtype))
+        d_out = d_out * jnp.asarray(problem.dropout.factor, dtype)
+    k_of, v_of = (tiles.numbers(x, tiles.keys_of) for x in (tiles.k, tiles.v))
+    # Transposed as it is cut, and cleaned then: one loop. XLA takes long to compile a transpose alone.
+    transposed = tiles.numbers(
+        tiles.k, lambda x, at: tiles.keys_of(x, at).astype(dtype).swapaxes(-1, -2)
+    )
+    q_of, d_out_of = (tiles.numbers(x, tiles.rows_of) for x in (tiles.q, d_out))
 
     def tile(k_tile, v_tile, at, sums):
         """Return the sums over all tiles, a tile's cotangent of products, and its parts of dk and dv."""
         d_bias, d_rule = sums
-        q, do, shift, delta = (tiles.rows_of(x, at) for x in rows)
+        q, do = q_of(at), d_out_of(at)
+        delta_row, *parts = (tiles.rows_of(x, at) for x in (delta, c, log))
         capped = rules.capped(tiles.dot("...sh,...rh->...sr", k_tile, q))
-        x = by.logits(capped, at)
-        p = _rebuilt(x, shift[..., None, :])
+        p = _rebuilt(by.logits(capped, at, tuple(parts)))
         dp = tiles.dot("...sv,...rv->...sr", v_tile, do)
         kept = p
         if problem.dropout is not None:
@@ -100,28 +106,25 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
             signed = lax.optimization_barrier(jnp.where(by.kept(at), p, -p))
             p, kept = jnp.abs(signed), jnp.maximum(signed, 0)
             dp = jnp.where(signed > 0, dp, 0)
-        dx = p * (dp - delta[..., None, :])
+        dx = tiles.shown(p, p * (dp - delta_row[..., None, :]))
         if d_bias is not None:
             d_bias = tiles.add_dense(d_bias, dx.swapaxes(-1, -2), at)
         if d_rule is not None:
             d_rule = jax.tree.map(jnp.add, d_rule, by.pulled(dx, at))
-        q = q.astype(dtype)
-        if by.masks(at) and tiles.hides:  # rows of NaN reach nothing that is hidden from them
-            q = jnp.where(jnp.isnan(q), 0, q)
         if rules.cap is not None:
             dx = tiles.shown(dx, dx * rules.slope(capped))
         dv = tiles.dot("...sr,...rv->...sv", kept, do)
-        dk = tiles.dot("...sr,...rh->...sh", dx, q)
+        dk = tiles.dot("...sr,...rh->...sh", dx, q.astype(dtype))
         return (d_bias, d_rule), dx, dk, dv
 
     def keys_and_values(g, j):
-        return tuple(tiles.keys_of(x, Place(g, 0, j)) for x in (tiles.k, tiles.v))
+        return tuple(of(Place(g, 0, j)) for of in (k_of, v_of))
 
     def column(g, j, carry):
         k_tile, v_tile = keys_and_values(g, j)
         v_tile = v_tile.astype(dtype)
         # The barrier stops XLA from fusing this transpose into the products, which makes them slow.
-        k_transposed = lax.optimization_barrier(k_tile.astype(dtype).swapaxes(-1, -2))
+        k_transposed = lax.optimization_barrier(transposed(Place(g, 0, j)))
 
         def block(i, carry):
             at = Place(g, i, j)
@@ -149,8 +152,7 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
         return sums, tuple(map(_sum, zip(*parts))) or zeros, (dq, last)
 
     def queries(turn):
-        *lead, _, size = rows.q.shape[2:]
-        zeros = jnp.zeros((*lead, rows.q.shape[-2], size), dtype)
+        zeros = jnp.zeros(tiles.q.shape[2:], dtype)
         return jnp.stack([zeros if x is None else x for x in turn[0]])
 
     asked = moving(problem)
@@ -185,10 +187,14 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
 def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
     """Return the tangents of out and lse along a direction."""
     problem, dtype, order = tiles.problem, tiles.dtype, tiles.visits(by_rows=True)
-    by, rules = ByQueries(tiles, order), tiles.rules
+    rules = tiles.rules
     scale = jnp.asarray(tiles.scale, dtype)
     dq = None if direction.q is None else tiles.queries(direction.q.astype(dtype) * scale)
     dk, dv = (None if x is None else tiles.keys(x.astype(dtype)) for x in direction[1:3])
+    v_of = tiles.numbers(tiles.v, tiles.keys_of)
+    # Of keys and values the state tells.
+    mark = hidden.mark(dv) if tiles.hides and dv is not None else None
+    by = ByQueries(tiles, order, mark)
     d_bias = None if direction.bias is None else tiles.pad_dense(direction.bias.astype(dtype))
     d_rule = None
     if jax.tree.leaves(direction.bias_rule):
@@ -196,21 +202,20 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
             lambda a, d: jnp.zeros_like(a) if d is None else d.astype(dtype),
             *(tiles.rule_floats, direction.bias_rule),
         )
-    shift, ratio = softmax.shift(state.m, state.l)
-    shift, ratio = tiles.statistics(shift, jnp.inf), tiles.statistics(ratio)
+    parts = softmax.parts(*(tiles.statistics(x) for x in (state.m, state.l)))
 
     def row(g, i, _):
         here = Place(g, i, 0)
         q_row = tiles.rows_of(tiles.q, here)
-        shift_row, ratio_row = (tiles.rows_of(x, here)[..., None] for x in (shift, ratio))
+        part_rows = tuple(tiles.rows_of(x, here) for x in parts)
 
         def block(j, sums):
             at = Place(g, i, j)
             d_out, d_lse = sums
             k_tile = tiles.keys_of(tiles.k, at)
-            v_tile = tiles.keys_of(tiles.v, at).astype(dtype)
+            v_tile = v_of(at).astype(dtype)
             capped = rules.capped(tiles.dot("...rh,...sh->...rs", q_row, k_tile))
-            p = _rebuilt(by.logits(capped, at), shift_row) * ratio_row
+            p = _rebuilt(by.logits(capped, at, part_rows))
             dx = jnp.zeros_like(capped)
             if dq is not None:
                 dq_row = tiles.rows_of(dq, at)
@@ -231,7 +236,8 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
                 kept, dp = jnp.where(keep, p, 0), jnp.where(keep, dp, 0)
             d_out = d_out + tiles.dot("...rs,...sv->...rv", dp, v_tile)
             if dv is not None:
-                d_out = d_out + tiles.dot("...rs,...sv->...rv", kept, tiles.keys_of(dv, at))
+                dv_tile = tiles.numbers(dv, tiles.keys_of)(at)
+                d_out = d_out + tiles.dot("...rs,...sv->...rv", kept, dv_tile)
             return d_out, d_lse
 
         rows = q_row.shape[:-1]
@@ -247,9 +253,8 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
     return Output(d_out.astype(problem.v.dtype), d_lse)
 
 
-def _rebuilt(x: Array, shift: Array) -> Array:
-    """Return exp(x - shift), at most 1: a product taken again may exceed the largest by its last bit."""
-    x = x - shift
+def _rebuilt(x: Array) -> Array:
+    """Return exp(x), at most 1: a product taken again may exceed the largest by its last bit."""
     return jnp.exp(x - lax.stop_gradient(jnp.maximum(x, 0)))  # what is cut off is rounding: no move
 
 

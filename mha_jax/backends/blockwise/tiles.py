@@ -210,6 +210,18 @@ class Tiles:
         axis = 1 + len(self.layout.lead)
         return _cut(x, {0: (at.group, 1), axis: (at.k, self.tiling.block_k)})[0]
 
+    def numbers(self, x: Array, cut: Callable) -> Callable[[Place], Array]:
+        """Return what cuts x by `cut` to a tile's, finite where something is hidden.
+
+        Tiles are cleaned as they are cut, in one loop and without a copy of the whole; where they are written
+        out, that would be a launch for each, and the whole is cleaned first.
+        """
+        if not self.hides:
+            return functools.partial(cut, x)
+        if self.written:
+            return functools.partial(cut, hidden.numbers(x))
+        return lambda at: hidden.numbers(cut(x, at))
+
     def _block(self, x: Array, group: Any, block: int) -> Array:
         """Cut [g, blocks, ...] to a block, which lies in one piece: products read it where it is."""
         return lax.dynamic_index_in_dim(x, _start(group, 1), 0, keepdims=False)[block]
@@ -357,6 +369,7 @@ class ByQueries:
 
     tiles: Tiles
     order: Visits
+    mark: Array | None = None  # what is added to all logits of a key, laid as `Tiles.keys` does
 
     def masks(self, at: Place) -> bool:
         """Return whether something may be hidden in a tile."""
@@ -366,14 +379,18 @@ class ByQueries:
         line, block = (at.q, at.k) if self.by_rows else (at.k, at.q)
         return not order.full[line, block]
 
-    def logits(self, capped: Array, at: Place) -> Array:
-        """Turn capped products of a tile into logits, -inf where hidden."""
+    def logits(self, capped: Array, at: Place, parts: tuple[Array, ...] = ()) -> Array:
+        """Turn capped products of a tile into logits minus numbers of their rows, -inf where hidden."""
         tiles = self.tiles
         x = capped
+        if self.mark is not None:
+            x = x + self._columns(tiles.keys_of(self.mark, at)).astype(x.dtype)
         if tiles.bias is not None:
             x = x + self.dense(tiles.bias, at).astype(x.dtype)
         if tiles.rule is not None:
             x = x + self.ruled(x.shape, at)(tiles.rule_floats)
+        for part in parts:
+            x = x - self._rows(part)
         return jnp.where(self.visible(at), x, -jnp.inf) if self.masks(at) else x
 
     def ruled(self, shape: tuple[Size, ...], at: Place) -> Callable[[Any], Array]:
