@@ -67,6 +67,8 @@ def lazy(
         """Say in which room a name is that the package does not show, or which one is near."""
         if name.startswith("_"):
             return ""
+        if near := [own for own in listed() if own.lower() == name.lower()]:
+            return f". Did you mean {near[0]!r}?"
         for room, module in rooms.items():
             for own, found in vars(sys.modules.get(module, object)).items():
                 same = own.lower() == name.lower()
