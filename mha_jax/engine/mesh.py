@@ -237,12 +237,8 @@ def plain(kind: Any) -> Any:
 def types_say_nothing() -> Iterator[None]:
     """Trace as on Auto axes: what is traced has its own types outside, and XLA partitions inside."""
     mesh = jax.sharding.get_abstract_mesh()
-    explicit = explicit_axes(mesh)
-    if not explicit:
-        yield
-        return
-    auto = mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))
-    with jax.sharding.use_abstract_mesh(auto):
+    speaks = bool(explicit_axes(mesh))
+    with jax.sharding.use_abstract_mesh(_all_auto(mesh)) if speaks else contextlib.nullcontext():
         yield
 
 
@@ -354,9 +350,17 @@ def lower_without_types(function: Any, ctx: Any, values: Sequence[Any]) -> Any:
     inside = ctx.replace(avals_in=ins, avals_out=outs)
     with types_say_nothing():
         results = mlir.lower_fun(function, multiple_results=True)(inside, *values)
+    if any(explicit_axes(kind.sharding.mesh) for kind in ctx.avals_out):
+        # Beside Auto axes XLA would lay the results as it likes, along the explicit ones, too.
+        typed = ctx.replace(avals_in=ctx.avals_out, tokens_in=mlir.TokenSet())
+        results = mlir.lower_fun(_as_typed, multiple_results=True)(typed, *results)
     if inside.tokens_out is not None:
         ctx.set_tokens_out(inside.tokens_out)
     return results
+
+
+def _as_typed(*leaves: Array) -> list[Array]:
+    return [jax.sharding.reshard(x, jax.typeof(x).sharding) for x in leaves]
 
 
 def run_at_once(function: Any, leaves: Sequence[Array], types: Sequence[Any]) -> list[Array]:
