@@ -30,6 +30,16 @@ LONG = (
     "tests/test_notebooks.py",
     "tests/test_keras_parity.py",
 )
+# What they compare is kinds of programs, not how well LLVM writes the loops of small ones.
+QUICKLY = (
+    "tests/test_programs.py",
+    "tests/test_sequence.py",
+    "tests/test_guide.py",
+    "tests/test_one_answer.py",
+    "tests/test_cache_kinds.py",
+    "tests/test_modern_layer.py",
+    "tests/test_norms_and_hooks.py",
+)
 
 
 def pytest_addoption(parser):
@@ -56,9 +66,12 @@ def pytest_collection_finish():
     gc.set_threshold(50_000)
 
 
-@pytest.fixture
-def quickly_compiled():
-    """Compile without what makes programs fast: where the kind of program is tested, not its loops."""
+@pytest.fixture(autouse=True)
+def quickly_compiled(request):
+    """Compile some files' programs without what makes them fast."""
+    if not request.node.nodeid.startswith(QUICKLY):
+        yield
+        return
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
