@@ -33,17 +33,17 @@ def short(x: Any) -> str:
     """
     if isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
         is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        if x.ndim == 1 and x.size <= _FEW and not is_key and _is_here(x):
+        if x.ndim == 1 and x.size <= _FEW and not is_key and is_here(x):
             return str(np.asarray(x).tolist())
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
     return brief(x) if dataclasses.is_dataclass(x) and not isinstance(x, type) else repr(x)
 
 
-def _is_here(x: Any) -> bool:
+def is_here(x: Any) -> bool:
     """Return whether an array has values, and this process has them all."""
     if isinstance(x, (np.ndarray, jax.ShapeDtypeStruct, jax.core.Tracer)):
         return isinstance(x, np.ndarray)
-    return x.is_fully_addressable and not x.is_deleted()
+    return (x.is_fully_addressable or x.is_fully_replicated) and not x.is_deleted()
 
 
 def _is_default(field: dataclasses.Field, x: Any) -> bool:

@@ -5,13 +5,12 @@ Y layers   B batch   C capacity   L tokens of a chunk   K key-value heads
 
 from typing import Any
 
-import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
 
 from mha_jax.attention.biases import Bias
+from mha_jax.attention.brief import is_here
 from mha_jax.attention.call import Call
 from mha_jax.attention.check import rules_of
 from mha_jax.attention.given import floating, integers, is_integer, switch
@@ -29,10 +28,7 @@ OVERFLOW = (
 
 def known(x: Any) -> np.ndarray | None:
     """Return numbers that can be read, also while a program is traced around them; else None."""
-    if isinstance(x, jax.core.Tracer):
-        return None
-    here = isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated
-    return np.asarray(x) if here else None
+    return np.asarray(x) if is_here(x) else None
 
 
 def symbolic(size: Any) -> bool:
