@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import runpy
 
 import pytest
 
@@ -22,3 +23,9 @@ def test_every_public_name_is_documented(module):
 def test_every_page_is_listed():
     listed = set(re.findall(r"^   (\w+)$", PAGES["index"], re.MULTILINE))
     assert listed == set(PAGES) - {"index"}
+
+
+def test_pictures_are_what_the_library_answers():
+    draw = runpy.run_path(str(DOCS / "draw.py"))
+    assert (DOCS / "images" / "call.svg").read_text("utf-8") == draw["the_way_of_a_call"]()
+    assert (DOCS / "images" / "tiles.svg").read_text("utf-8") == draw["tiles"]()
