@@ -11,6 +11,7 @@ import pytest
 import mha_jax as mj
 from mha_jax import Call, Causal, SameSegment, ShapeError, Tokens, UnsupportedError, biases
 from mha_jax.attention.check import check
+from mha_jax.attention.tokens import distance
 from mha_jax.backends.blockwise import Blockwise, few_rows
 from mha_jax.backends.reference import Reference
 from tests import oracles
@@ -254,6 +255,47 @@ def test_gradients_of_tiles_whose_distances_are_alike_to_the_rule(name, mask):
         assert ("stablehlo.case" in text) == asks
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+FAR = 2**31 - 1  # the longest distance
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS])
+@pytest.mark.parametrize("given", ["start", "pos", "traced"])
+def test_distances_that_leave_32_bits_are_far_and_not_near(given, backend):
+    rules = {
+        "alibi": biases.Alibi(np.float32([1e-9, 3e-10])),
+        "buckets": biases.Buckets(jnp.arange(8.0).reshape(4, 2), False, 8),
+        "relative": biases.Relative(jnp.arange(10.0).reshape(5, 2)),
+    }
+    x = jax.random.normal(jax.random.key(0), (1, 6, 2, 4))
+    lows, highs = np.arange(6) - 2**31, np.arange(6) + 2**31 - 6
+
+    def out(rule, *pos):
+        q, k = pos if given == "start" else (Tokens(6, pos=a) for a in pos)
+        return mj.attend(Call(x, x, x, q, k, bias=rule), BACKENDS[backend]).out
+
+    function = jax.jit(out) if given == "traced" else out
+    for rows, keys in ((lows, highs), (highs, lows)):
+        if given == "start":
+            pos = [Tokens(6, int(a[0])) for a in (rows, keys)]
+        else:  # some near, some far
+            rows, keys = (np.concatenate([a[:3], b[3:]]) for a, b in ((rows, keys), (keys, rows)))
+            pos = [a.astype(np.int32)[None] for a in (rows, keys)]
+        apart = np.clip(keys[None] - rows[:, None], -FAR, FAR).astype(np.int32)
+        for name, rule in rules.items():
+            want = rule.at(apart[None], np.arange(2)[:, None, None])[None]
+            want = mj.dot_product_attention(x, x, x, bias=want, backend="reference")
+            np.testing.assert_allclose(function(rule, *pos), want, atol=1e-5, err_msg=name)
+
+
+def test_distances_of_32_bits_are_what_64_bits_say():
+    edges = [-(2**31), -(2**31) + 1, -(2**30), -1, 0, 1, 2**30, 2**31 - 2, 2**31 - 1]
+    q, k = np.meshgrid(edges, edges)
+    want = np.clip(k - q, -FAR, FAR)
+    for made in (np.asarray, jnp.asarray):
+        got = distance(made(q.astype(np.int32)), made(k.astype(np.int32)))
+        np.testing.assert_array_equal(got, want)
 
 
 def test_a_bias_is_mapped_and_passed_through_jit():

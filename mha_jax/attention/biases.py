@@ -25,7 +25,7 @@ import numpy as np
 
 from mha_jax.attention.given import integer, is_integer, switch
 from mha_jax.attention.masks import pytree, static
-from mha_jax.attention.tokens import Facts, Tokens
+from mha_jax.attention.tokens import Facts, Tokens, distance
 from mha_jax.errors import ShapeError
 from mha_jax.types import ArrayLike, Float, Int
 
@@ -53,7 +53,7 @@ class Bias:
         """Return what is added at distances of heads, which broadcast against each other.
 
         Args:
-          distance: Key position minus query position.
+          distance: Key position minus query position; further ones than 2**31 - 1 as that.
           head: The number of the query head.
         """
         raise NotImplementedError(f"{type(self).__name__} says nothing: write `at(distance, head)`")
@@ -87,7 +87,7 @@ class OfDistance(Bias):
         return True
 
     def logits(self, q, k):
-        return self.at(k.positions - q.positions, q.head)
+        return self.at(distance(q.positions, k.positions), q.head)
 
 
 @pytree

@@ -136,6 +136,26 @@ class Tokens:
         return jax.tree.map(lambda a: a[:, None, None, :], self.facts())
 
 
+def distance(q: ArrayLike, k: ArrayLike) -> Any:
+    """Return k - q of positions that broadcast; what leaves 32 bits is the last number on its side.
+
+    >>> distance(np.int32([5, -5]), np.int32([2, 2**31 - 1])).tolist()
+    [-3, 2147483647]
+    """
+    xp: Any = np if isinstance(q, np.ndarray) and isinstance(k, np.ndarray) else jnp
+    most = np.iinfo(np.int32).max
+    apart = k - q
+    left = ((k ^ q) & (k ^ apart)) < 0  # another sign than both may give
+    return xp.where(left, xp.where(k < 0, -most, most), xp.maximum(apart, -most)).astype(np.int32)
+
+
+def far(q: Tokens, k: Tokens, steps: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+    """Return the distances of plain tokens that lie some steps further apart than the first ones."""
+    most = np.iinfo(np.int32).max
+    apart = steps.astype(np.int64) + (k.start - q.start)
+    return np.clip(apart, -most, most).astype(np.int32)
+
+
 def extents(facts: Facts, size: int) -> Facts:
     """Reduce [#B, L] facts to an interval for every block of `size` tokens, the last one maybe
     short.

@@ -114,6 +114,8 @@ class Tiles:
         )
         sizes = tiling.block_q, tiling.block_k
         self.consecutive = all(a is None for a in arrays) and all(isinstance(n, int) for n in sizes)
+        # And no distance leaves 32 bits.
+        self.consecutive &= abs(problem.k_tokens.start - problem.q_tokens.start) < 2**30
         # In the accumulator's dtype, in which its gradients are summed up.
         self.rule_floats = jax.tree.map(lambda a: jnp.asarray(a, self.dtype), floats(self.rule))
         self.row_keys = None

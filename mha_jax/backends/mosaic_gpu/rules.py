@@ -19,6 +19,7 @@ from jax.extend.core import Literal
 
 from mha_jax.attention import biases
 from mha_jax.attention.call import Moves, Problem, moving
+from mha_jax.attention.tokens import far
 from mha_jax.types import Array
 
 # What tiles are computed by, operation by operation.
@@ -142,7 +143,7 @@ def numbers(problem: Problem, rule: Any) -> Array:
     """Return what a rule of distances says of all that tokens have, [N, T + S - 1]."""
     heads, t, s = problem.q.shape[2], problem.q.shape[1], problem.k.shape[1]
     edges = np.arange(1 - t, s, dtype=np.int32)
-    moved = edges + np.int32(problem.k_tokens.start - problem.q_tokens.start)
+    moved = far(problem.q_tokens, problem.k_tokens, edges)
     line = jnp.asarray(rule.at(moved[None], np.arange(heads, dtype=np.int32)[:, None]), jnp.float32)
     return jnp.broadcast_to(line, (heads, edges.size))
 

@@ -13,6 +13,7 @@ import numpy as np
 from mha_jax.attention import biases
 from mha_jax.attention.biases import floats, with_floats
 from mha_jax.attention.call import Problem
+from mha_jax.attention.tokens import far
 from mha_jax.backends.pallas_tpu.patterns import Geometry
 from mha_jax.types import Array
 
@@ -78,7 +79,7 @@ def table(problem: Problem, g: Geometry) -> Callable[[Any], Array]:
     t, s = g.lengths
     # What lies beyond the tokens is hidden: it is asked for nothing new.
     distances = np.clip(after if g.outer == "q" else -after, 1 - t, s - 1)
-    distances = distances + np.int32(problem.k_tokens.start - problem.q_tokens.start)
+    distances = far(problem.q_tokens, problem.k_tokens, distances)
     heads = np.arange(g.heads, dtype=np.int32)[:, None]
 
     def of(moved: Any) -> Array:
