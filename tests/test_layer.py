@@ -264,8 +264,16 @@ def test_a_config_round_trips_through_json(options):
     config = layer.get_config()
     again = mj.MultiHeadAttention.from_config(json.loads(json.dumps(config)))
     assert again.get_config() == config
-    for name in options:
+    for name in (*config, "dtype", "param_dtype"):
         assert getattr(again, name) == getattr(layer, name), name
+        assert type(getattr(again, name)) is type(getattr(layer, name)), name
+
+
+def test_a_layer_made_of_its_config_is_equal_to_it():
+    for dtype in ("float32", jnp.float32, np.dtype("float32"), jnp.bfloat16):
+        layer = mj.MultiHeadAttention(num_heads=2, key_dim=4, dtype=dtype, param_dtype=dtype)
+        again = mj.MultiHeadAttention.from_config(json.loads(json.dumps(layer.get_config())))
+        assert again == layer and hash(again) == hash(layer)
 
 
 def test_every_argument_is_in_the_config():

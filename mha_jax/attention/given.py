@@ -157,7 +157,7 @@ def switch(name: str, x: Any, wanted: str = "True or False") -> bool:
 def floating(
     name: str, x: Any, wanted: str = "a floating-point dtype", also: Sequence[Any] = ()
 ) -> Any:
-    """Return a dtype, as it was given.
+    """Return a dtype.
 
     Args:
       also: Dtypes that are meant as well.
@@ -174,7 +174,7 @@ def floating(
         raise ShapeError(
             f"{name} must be {wanted}: got {x!r}. Pass jnp.bfloat16 or 'float32', say."
         )
-    return x
+    return found
 
 
 def precision(name: str, x: Any) -> Any:
