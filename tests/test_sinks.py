@@ -121,3 +121,36 @@ def test_second_derivatives_of_sinks():
 def test_the_output_keeps_its_dtype():
     x = jnp.ones((1, 3, 2, 4), jnp.bfloat16)
     assert mj.dot_product_attention(x, x, x, sinks=jnp.zeros(2)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "blockwise"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.vmap, jax.checkpoint], ids=repr)
+def test_beside_sinks_the_output_is_a_linear_function_of_the_values(wrap, backend):
+    q, k, v = (
+        jax.random.normal(key, (2, 1, 5, 6, 4)) for key in jax.random.split(jax.random.key(0), 3)
+    )
+    batch = (q, k, v) if wrap is not jax.vmap else (q[0], k[0], v)
+    wanted = jax.random.normal(jax.random.key(1), v.shape)
+
+    def out(v):
+        call = mj.Call(*batch[:2], v, mask=mj.Causal(), sinks=jnp.asarray(SINKS))
+        return mj.attend(call, backend).out
+
+    back = jax.linear_transpose(wrap(out), v)(wanted)[0]
+    (want,) = jax.vjp(wrap(out), v)[1](wanted)
+    np.testing.assert_allclose(back, want, atol=1e-6)
+    assert float(abs(back).max()) > 0.1
+
+
+def test_layers_with_sinks_are_linear_in_the_values_weights():
+    layer = mj.MultiHeadAttention(num_heads=2, key_dim=4, use_sinks=True, use_bias=False)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    variables = layer.init(jax.random.key(1), x, x)
+
+    def of(kernel):
+        params = variables["params"]
+        return layer.apply({"params": params | {"value": {"kernel": kernel}}}, x, x)
+
+    kernel = variables["params"]["value"]["kernel"]
+    y, pull = jax.vjp(of, kernel)
+    np.testing.assert_allclose(jax.linear_transpose(of, kernel)(y)[0], pull(y)[0], atol=1e-6)

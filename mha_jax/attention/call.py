@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mha_jax.attention import biases
+from mha_jax.attention import biases, softmax
 from mha_jax.attention.biases import Bias
 from mha_jax.attention.brief import brief
 from mha_jax.attention.dropout import Dropout
@@ -173,6 +173,19 @@ class Moves(NamedTuple):
     v: Values | None
     bias: Array | None
     bias_rule: Any = None  # a rule with None where it has no floats
+
+
+def after_sinks(state: State, sinks: Float[ArrayLike, "N"] | None) -> State:
+    """Return a state with the share of every row's weights that its sinks leave."""
+    if sinks is None:
+        return state
+    return state._replace(out=kept(state.out, state, sinks))
+
+
+def kept(x: Float[Array, "B T N V"], state: State, sinks: Float[ArrayLike, "N"]) -> Array:
+    """Return rows times the share of their weights that sinks leave."""
+    share = softmax.share(state.m, state.l, jnp.asarray(sinks)).swapaxes(1, 2)[..., None]
+    return (x.astype(share.dtype) * share).astype(x.dtype)
 
 
 def of_keys(problem: Problem, k: Any, v: Any, start: Any, size: int) -> Problem:

@@ -51,7 +51,7 @@ def attend(call: Call, backend: Any = None) -> Output:
     >>> attend(Call(x, x, x)).out.shape
     (2, 5, 3, 8)
     """
-    out, m, l = after_sinks(call, run(checked(call), backend))
+    out, m, l = run(checked(call), backend, call.sinks)
     lead = call.q.shape[:-3]
     return Output(_unfolded(out, lead), _unfolded(softmax.logsumexp(m, l), lead))
 
@@ -71,15 +71,6 @@ def checked(call: Call, names: Names = Names()) -> Problem:  # noqa: B008
     if problem.mask.hides_invalid_queries:
         q = zero_invalid(q, problem.q_tokens)
     return dataclasses.replace(problem, q=q, k=k, v=v)
-
-
-def after_sinks(call: Call, state: State) -> State:
-    """Return the state of a checked call with the share of every row's weights that its sinks leave."""
-    if call.sinks is None:
-        return state
-    out, m, l = state
-    share = softmax.share(m, l, jnp.asarray(call.sinks)).swapaxes(1, 2)[..., None]
-    return State((out.astype(m.dtype) * share).astype(out.dtype), m, l)
 
 
 def _unfolded(x: Array, lead: tuple[int, ...]) -> Array:
@@ -204,7 +195,7 @@ def dot_product_attention(
     if cache is not None:
         call, cache = extended(call, cache)
     # Without the lse, whose few operations cost an eager call much.
-    state = after_sinks(call, run(checked(call, _ARGUMENTS), backend))
+    state = run(checked(call, _ARGUMENTS), backend, call.sinks)
     if (module := flax.get("module")) is not None:
         attention_fn.sow(module, attention_scores(call))
     out = _unfolded(state.out, call.q.shape[:-3])

@@ -31,7 +31,16 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from mha_jax.attention.biases import OfHeads
-from mha_jax.attention.call import Moves, Output, Problem, State, moving, without_constants
+from mha_jax.attention.call import (
+    Moves,
+    Output,
+    Problem,
+    State,
+    after_sinks,
+    kept,
+    moving,
+    without_constants,
+)
 from mha_jax.backends.base import Backend
 from mha_jax.engine import mesh as meshes
 from mha_jax.engine.choose import PLATFORMS, complete, default_platform
@@ -100,8 +109,8 @@ class Pass:
 # ---- the three passes ---------------------------------------------------------------------------
 
 
-def forward(backend: Backend, problem: Problem) -> State:
-    return backend.forward(problem)
+def forward(backend: Backend, problem: Problem, sinks: Array | None) -> State:
+    return after_sinks(backend.forward(problem), sinks)
 
 
 def cotangent(backend: Backend, problem: Problem, state: State, cotangent: Output) -> Moves:
@@ -119,11 +128,11 @@ class Runner:
     backend: Backend | None = None
     wanted: Wanted = Wanted()  # noqa: RUF009
 
-    def forward(self, problem: Problem) -> State:
+    def forward(self, problem: Problem, sinks: Array | None = None) -> State:
         b, t, n, _ = problem.q.shape
         statistics = ((b, n, t), jnp.dtype(problem.accumulator))
         shapes = ((b, t, n, problem.v.shape[-1]), problem.v.dtype), statistics, statistics
-        return State(*self._bind(forward, meshes.STATE, shapes, problem))
+        return State(*self._bind(forward, meshes.STATE, shapes, problem, sinks))
 
     def cotangent(self, problem: Problem, state: State, ct: Output) -> Moves:
         asked = moving(problem)
@@ -166,6 +175,8 @@ def _needs_devices() -> Any:
 
 def _letters(value: Any) -> tuple[str, ...]:
     """Return the letters of what goes into a pass beside the problem."""
+    if not isinstance(value, (State, Output, Moves)):  # sinks
+        return () if value is None else ("N",)
     if isinstance(value, State):
         return meshes.STATE
     if isinstance(value, Output):
@@ -350,10 +361,11 @@ def _transpose(cotangents: Any, *leaves: Any, this: Pass, **_: Any) -> list[Any]
     runner = Runner(this.backend, this.wanted)
 
     def pull(ct, *leaves):
-        (problem,) = jax.tree.unflatten(this.tree, leaves)
+        problem, sinks = jax.tree.unflatten(this.tree, leaves)
         problem = dataclasses.replace(problem, constants=("bias", "bias_rule"))
-        _, m, l = runner.forward(problem)
-        state = State(jnp.zeros_like(ct), m, l)
+        state = runner.forward(problem)
+        state, l = state._replace(out=jnp.zeros_like(ct)), state.l
+        ct = ct if sinks is None else kept(ct, state, sinks)
         return jnp.asarray(runner.cotangent(problem, state, Output(ct, jnp.zeros_like(l))).v)
 
     for level in reversed(this.levels):

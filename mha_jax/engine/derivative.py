@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
-from mha_jax.attention.call import Moves, Output, Problem, State
+from mha_jax.attention.call import Moves, Output, Problem, State, after_sinks
 from mha_jax.engine.attention_pass import Pass, Runner, attention_pass_p, forward
 from mha_jax.engine.linear_map import linear_map
 
@@ -41,9 +41,9 @@ class Saved:
     runner: Runner = dataclasses.field(metadata={"static": True})
 
 
-def attend(runner: Runner, problem: Problem) -> State:
+def attend(runner: Runner, problem: Problem, sinks: Any = None) -> State:
     """Run a problem, differentiable to any order."""
-    return runner.forward(problem)
+    return runner.forward(problem, sinks)
 
 
 def _jvp(primals: Sequence, tangents: Sequence, *, this: Pass, **_: Any) -> tuple[list, list]:
@@ -64,7 +64,8 @@ def _jvp(primals: Sequence, tangents: Sequence, *, this: Pass, **_: Any) -> tupl
 def _moved(this: Pass, primals: list, directions: list) -> tuple[list, list]:
     """Return the results of a forward pass and their tangents, None for what does not move."""
     runner = Runner(this.backend, this.wanted)
-    (problem,), (direction,) = (jax.tree.unflatten(this.tree, x) for x in (primals, directions))
+    sides = (jax.tree.unflatten(this.tree, x) for x in (primals, directions))
+    (problem, sinks), (direction, sinks_move) = sides
     named = {x: checkpoint_name(getattr(problem, x), f"attention_{x}") for x in "qkv"}
     problem = dataclasses.replace(problem, **named)
     out, m, l = attend(runner, problem)
@@ -77,7 +78,11 @@ def _moved(this: Pass, primals: list, directions: list) -> tuple[list, list]:
     saved = Saved(dataclasses.replace(problem, constants=still), state, runner)
     moved = linear_map(_tangent, _cotangent, saved, moves, types)
     per_lse = jnp.where(jnp.isnan(state.l), 1, state.l)  # as in `softmax.logsumexp`
-    return list(state), [moved.out, None, per_lse * moved.lse]
+    moved = State(moved.out, jnp.zeros_like(state.m), per_lse * moved.lse)
+    if sinks is not None:
+        sinks_move = jnp.zeros_like(sinks) if sinks_move is None else sinks_move
+        state, moved = jax.jvp(after_sinks, (state, sinks), (moved, sinks_move))
+    return list(state), [moved.out, None, moved.l]
 
 
 def _tangent(saved: Saved, direction: Moves) -> Output:

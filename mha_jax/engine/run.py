@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mha_jax.attention.call import Problem, State
+from mha_jax.attention.call import Problem, State, after_sinks
 from mha_jax.attention.slots import Slots
 from mha_jax.engine import by_blocks
 from mha_jax.engine import mesh as meshes
@@ -72,14 +72,20 @@ class Sharded:
             object.__setattr__(self, name, tuple(axes))
 
 
-def run(problem: Problem, backend: Any = None) -> State:
+def run(problem: Problem, backend: Any = None, sinks: Any = None) -> State:
     """Run a problem, differentiable to any order, on a backend or on the best one if None.
+
+    Args:
+      problem: The problem.
+      backend: As for `attend`.
+      sinks: Logits [N] that take part in the denominator of the softmax alone, or None.
 
     Raises:
       UnsupportedError: If the backend cannot run it.
     """
     if isinstance(problem.k, Slots):
-        return by_blocks.attend(problem, partial(run, backend=backend))
+        state = by_blocks.attend(problem, partial(run, backend=backend))
+        return after_sinks(state, sinks)
     sharded = backend if isinstance(backend, Sharded) else Sharded(backend)
     chosen = None if sharded.backend is None else named(problem, sharded.backend)
     b, t, n, h = problem.q.shape
@@ -88,9 +94,9 @@ def run(problem: Problem, backend: Any = None) -> State:
         return _nothing(problem)
     if h == 0 or v == 0:  # a feature that says nothing stands for none
         wide = {x: _padded(getattr(problem, x)) for x in "qkv" if getattr(problem, x).shape[3] == 0}
-        out, *statistics = run(dataclasses.replace(problem, **wide), backend)
+        out, *statistics = run(dataclasses.replace(problem, **wide), backend, sinks)
         return State(out[..., :v], *statistics)
-    return attend(Runner(chosen, _wanted(problem, sharded)), problem)
+    return attend(Runner(chosen, _wanted(problem, sharded)), problem, sinks)
 
 
 def explain(problem: Problem, platform: str | None, backend: Any = None) -> dict[str, str]:

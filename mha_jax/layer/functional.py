@@ -19,7 +19,7 @@ from mha_jax.attention.cache import Cache
 from mha_jax.attention.call import Call
 from mha_jax.attention.check import Names
 from mha_jax.attention.dropout import Dropout
-from mha_jax.attention.functions import after_sinks, attention_scores, checked
+from mha_jax.attention.functions import attention_scores, checked
 from mha_jax.attention.given import random_key
 from mha_jax.attention.masks import Dense, Mask
 from mha_jax.attention.tokens import Tokens
@@ -251,7 +251,7 @@ def attend_layer(
         call, cache = cache.extend(call, given.query_tokens, given.key_tokens)
         if given.return_attention_scores:
             cache_checks.scores(cache, call)
-    out, m, l = after_sinks(call, run(checked(call, _NAMES), layer.backend))
+    out, m, l = run(checked(call, _NAMES), layer.backend, call.sinks)
     if layer.use_gate:
         out = out * project("gate", x_q)
     results: list[Any] = [q_fold.unfold(project("attention_output", out))]
