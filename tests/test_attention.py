@@ -322,3 +322,46 @@ def test_the_default_backend_is_the_first_that_can_run():
     first = next(name for name, text in mj.explain(call, "cpu").items() if text == "can run")
     default, named = mj.attend(call), mj.attend(call, first)
     np.testing.assert_array_equal(default.out, named.out)
+
+
+SCALES = [0.5, np.float32(0.5), np.array(0.5), jnp.float32(0.5), jnp.bfloat16(0.5)]
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=lambda x: type(x).__name__)
+def test_a_call_with_any_scale_goes_into_programs(scale):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 2, 4))
+    want = mj.attend(mj.Call(x, x, x, scale=0.5)).out
+
+    def out(call):
+        return mj.attend(call).out
+
+    for function in (out, jax.jit(out), jax.checkpoint(out), jax.jit(jax.jit(out))):
+        for _ in range(2):
+            np.testing.assert_allclose(function(mj.Call(x, x, x, scale=scale)), want, atol=1e-6)
+    traced = jax.jit(lambda s: jax.jit(out)(mj.Call(x, x, x, scale=s)))
+    np.testing.assert_allclose(traced(jnp.float32(0.5)), want, atol=1e-6)
+    slope = jax.grad(lambda s: jax.jit(out)(mj.Call(x, x, x, scale=s)).sum())(0.5)
+    near = [mj.attend(mj.Call(x, x, x, scale=s)).out.sum() for s in (0.51, 0.49)]
+    np.testing.assert_allclose(slope, (near[0] - near[1]) / 0.02, rtol=1e-2)
+    each = jax.vmap(out)(mj.Call(*[jnp.stack([x, x])] * 3, scale=jnp.array([0.5, 1.0])))
+    np.testing.assert_allclose(each[0], want, atol=1e-6)
+    np.testing.assert_allclose(each[1], out(mj.Call(x, x, x, scale=1.0)), atol=1e-6)
+
+
+def test_explain_takes_any_scale_and_cap_that_a_call_takes():
+    x = jnp.ones((1, 5, 2, 4))
+    want = mj.explain(mj.Call(x, x, x, scale=0.5, logit_cap=2.0))
+    for number in SCALES:
+        assert mj.explain(mj.Call(x, x, x, scale=number, logit_cap=number)) == want
+    found = []
+    jax.jit(lambda s: found.append(mj.explain(mj.Call(x, x, x, scale=s))))(0.5)
+    assert found[0]["blockwise"] == "can run"
+    for wrong in ({"scale": jnp.ones(3)}, {"scale": [1.0]}, {"logit_cap": [1.0]}, {"scale": "1"}):
+        with pytest.raises(mj.ShapeError, match=next(iter(wrong))):
+            mj.explain(mj.Call(x, x, x, **wrong))
+
+
+def test_a_cap_that_becomes_traced_is_refused_in_words():
+    x = jnp.ones((1, 5, 2, 4))
+    with pytest.raises(mj.ShapeError, match="logit_cap must be known while tracing"):
+        jax.jit(lambda call: mj.attend(call).out)(mj.Call(x, x, x, logit_cap=jnp.float32(2.0)))

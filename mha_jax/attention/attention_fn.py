@@ -25,7 +25,7 @@ from mha_jax.attention.biases import Bias
 from mha_jax.attention.call import Call
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.given import as_array, floating, switch
-from mha_jax.attention.masks import Causal, Dense
+from mha_jax.attention.masks import Causal, Dense, pytree
 from mha_jax.errors import ArgumentError, ShapeError, UnsupportedError
 from mha_jax.types import Array, DType, PRNGKey
 
@@ -103,8 +103,7 @@ _REFUSED = (
 )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class SharedDropout(Dropout):
     """Dropout of the same weights in every example and head: Flax's `broadcast_dropout`.
 

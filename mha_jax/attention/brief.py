@@ -1,4 +1,4 @@
-"""How a value that holds arrays is printed: an array by its dtype and shape, a default not at all."""
+"""How values that hold arrays are printed, an array by its dtype and shape, and how they are compared."""
 
 import dataclasses
 from typing import Any
@@ -7,6 +7,8 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+
+from mha_jax.errors import ShapeError
 
 # As many numbers as one reads at a glance: the counts of a cache's rows.
 _FEW = 8
@@ -37,6 +39,39 @@ def short(x: Any) -> str:
             return str(np.asarray(x).tolist())
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
     return brief(x) if dataclasses.is_dataclass(x) and not isinstance(x, type) else repr(x)
+
+
+def alike(a: Any, b: Any, /) -> bool:
+    """Return whether two dataclasses are of one class and hold the same, arrays by dtype, shape and numbers.
+
+    Raises:
+      ShapeError: If it depends on the numbers of traced arrays.
+
+    >>> from mha_jax.attention.tokens import Tokens
+    >>> Tokens(2, pos=np.arange(2)) == Tokens(2, pos=np.arange(2))
+    True
+    """
+    if type(a) is not type(b):
+        return NotImplemented
+    return all(_same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+
+
+def _same(x: Any, y: Any) -> bool:
+    if x is y:
+        return True
+    arrays = [isinstance(one, (jax.Array, np.ndarray)) for one in (x, y)]
+    if not any(arrays):
+        return bool(x == y)
+    if not all(arrays) or (x.dtype, x.shape) != (y.dtype, y.shape):
+        return False
+    if any(isinstance(one, jax.core.Tracer) for one in (x, y)):
+        raise ShapeError(
+            f"traced arrays have no numbers to compare yet: got {short(x)} twice. Compare the arrays "
+            "themselves, (a.array == b.array).all() say, or compare before tracing."
+        )
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x, y = map(jax.random.key_data, (x, y))
+    return np.array_equal(x, y)
 
 
 def is_here(x: Any) -> bool:

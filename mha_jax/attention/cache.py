@@ -24,18 +24,16 @@ import numpy as np
 from jax.experimental import checkify
 
 from mha_jax.attention import cache_checks as checks
-from mha_jax.attention.brief import brief
 from mha_jax.attention.call import Call
 from mha_jax.attention.given import integer, integers
-from mha_jax.attention.masks import ValidKeys
+from mha_jax.attention.masks import ValidKeys, pytree
 from mha_jax.attention.slots import Held, as_stored, lying, put, rounded, with_fresh
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int, Size
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Cache:
     """Keys and values of the tokens so far; a pytree, passed in and returned.
 
@@ -64,9 +62,6 @@ class Cache:
     key_scales: Any = None
     value_scales: Any = None
     layer: Any = None
-
-    def __repr__(self) -> str:
-        return brief(self)
 
     @classmethod
     def empty(

@@ -15,21 +15,22 @@ sum alone: weights are exp(x - m) / l, right at any size of the logits. What use
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mha_jax.attention import biases, softmax
 from mha_jax.attention.biases import Bias
-from mha_jax.attention.brief import brief
+from mha_jax.attention.brief import alike, brief
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Full, Mask, static
 from mha_jax.attention.tokens import Tokens, finite, replaced
 from mha_jax.types import Array, ArrayLike, Float, Keys, Precision, Queries, Values
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Call:
     """A request for attention, as the user writes it; `check` refuses what cannot be right.
@@ -47,7 +48,7 @@ class Call:
       sinks: A logit for every query head [N] that takes part in the denominator of the softmax alone, or
         None: weights sum to less than 1. The statistics, lse, are those of the keys.
       scale: Factor on q . k, 1 / sqrt(H) if None. A Python number or a concrete array is part of the
-        program; a traced one is multiplied into q.
+        program, one that is traced, or goes into a program with its call, is multiplied into q.
       logit_cap: The scaled products become `logit_cap * tanh(x / logit_cap)`, or None.
       precision: What `jnp.einsum` takes; None is the platform's default.
       heads_first: Keys and values lie as [B, K, S, H] and [B, K, S, V] in memory, those of a `Cache`
@@ -74,6 +75,29 @@ class Call:
 
     def __repr__(self) -> str:
         return brief(self)
+
+    __eq__ = alike
+
+
+def _flat(call: Call) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+    """Return what of a call goes into programs with their keys, and what programs are made of.
+
+    A scale is one or the other: a number may be part of a program, an array cannot.
+    """
+    dynamic, fixed = [], []
+    for field in dataclasses.fields(Call):
+        x = getattr(call, field.name)
+        held = not field.metadata.get("static") or isinstance(x, (jax.Array, np.ndarray))
+        dynamic.append((jax.tree_util.GetAttrKey(field.name), x if held else None))
+        fixed.append(None if held else x)
+    return dynamic, tuple(fixed)
+
+
+def _of_flat(fixed: tuple[Any, ...], dynamic: Iterable[Any]) -> Call:
+    return Call(*(x if said is None else said for said, x in zip(fixed, dynamic)))
+
+
+jax.tree_util.register_pytree_with_keys(Call, _flat, _of_flat)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,19 +186,6 @@ class State(NamedTuple):
     l: Float[Array, "B N T"]  # the sum of exp(logits - m); 0 where a row saw no key
 
 
-class Moves(NamedTuple):
-    """A direction in what is differentiable of a problem, or a cotangent of it.
-
-    None means that an array does not move, or is not there.
-    """
-
-    q: Queries | None
-    k: Keys | None
-    v: Values | None
-    bias: Array | None
-    bias_rule: Any = None  # a rule with None where it has no floats
-
-
 def after_sinks(state: State, sinks: Float[ArrayLike, "N"] | None) -> State:
     """Return a state with the share of every row's weights that its sinks leave."""
     if sinks is None:
@@ -186,6 +197,19 @@ def kept(x: Float[Array, "B T N V"], state: State, sinks: Float[ArrayLike, "N"])
     """Return rows times the share of their weights that sinks leave."""
     share = softmax.share(state.m, state.l, jnp.asarray(sinks)).swapaxes(1, 2)[..., None]
     return (x.astype(share.dtype) * share).astype(x.dtype)
+
+
+class Moves(NamedTuple):
+    """A direction in what is differentiable of a problem, or a cotangent of it.
+
+    None means that an array does not move, or is not there.
+    """
+
+    q: Queries | None
+    k: Keys | None
+    v: Values | None
+    bias: Array | None
+    bias_rule: Any = None  # a rule with None where it has no floats
 
 
 def of_keys(problem: Problem, k: Any, v: Any, start: Any, size: int) -> Problem:

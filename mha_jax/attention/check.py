@@ -4,6 +4,7 @@ B batch   T query length   S key length   N query heads   K key-value heads
 H query-key head size   V value head size
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -89,6 +90,18 @@ def check_static(call: Any) -> None:
         )
     if call.precision is not None:
         precision("precision", call.precision)
+
+
+def with_numbers(call: Call) -> Call:
+    """Return a call whose scale and cap are numbers, where they are known.
+
+    Raises:
+      ShapeError: If they are none.
+    """
+    scale, cap = call.scale, _cap(call.logit_cap)
+    if not (scale is None or isinstance(scale, jax.core.Tracer)):
+        scale, _ = _scale(scale, 1)
+    return dataclasses.replace(call, scale=scale, logit_cap=cap)
 
 
 def _arrays(call: Call, names: Names) -> tuple[Array, Array | Slots, Array | Slots]:

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax.attention.brief import brief, short
+from mha_jax.attention.brief import alike, brief, short
 from mha_jax.attention.given import is_number, random_key
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, ArrayLike, Int, PRNGKey, Size, UInt32
@@ -92,6 +92,8 @@ class Dropout:
 
     def __repr__(self) -> str:
         return brief(self)
+
+    __eq__ = alike
 
     def __post_init__(self):
         if not is_number(self.rate) or not 0 <= self.rate < 1:

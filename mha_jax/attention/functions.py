@@ -17,8 +17,8 @@ from mha_jax.attention import attention_fn, softmax
 from mha_jax.attention.biases import Bias, OfHeads
 from mha_jax.attention.by_hand import extended
 from mha_jax.attention.cache import Cache
-from mha_jax.attention.call import Call, Output, Problem, State, logits
-from mha_jax.attention.check import Names, check, check_static, checked_sinks
+from mha_jax.attention.call import Call, Output, Problem, logits
+from mha_jax.attention.check import Names, check, check_static, checked_sinks, with_numbers
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Dense, Full, Mask
 from mha_jax.attention.slots import Slots
@@ -285,7 +285,7 @@ def explain(call: Call, platform: str | None = None, backend: Any = None) -> dic
     def trace(call):
         found.update(explain_problem(check(call), platform, backend))
 
-    jax.eval_shape(trace, call)
+    jax.eval_shape(trace, with_numbers(call))
     return found
 
 

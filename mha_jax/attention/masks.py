@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from typing_extensions import dataclass_transform
 
-from mha_jax.attention.brief import brief
+from mha_jax.attention.brief import alike, brief
 from mha_jax.attention.given import is_integer, of_kind
 from mha_jax.attention.tokens import Facts, Tokens
 from mha_jax.errors import ShapeError
@@ -43,6 +43,8 @@ def pytree(cls: _Class) -> _Class:
     """Make a class a frozen dataclass, printed without the numbers of its arrays, and a pytree."""
     if "__repr__" not in vars(cls):
         cls.__repr__ = brief  # pyright: ignore[reportAttributeAccessIssue]
+    if "__eq__" not in vars(cls):
+        cls.__eq__ = alike  # pyright: ignore[reportAttributeAccessIssue]
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, repr=False)(cls))
 
 

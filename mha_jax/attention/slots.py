@@ -39,8 +39,7 @@ class Held(Mask):
         return ValidKeys().reach(q, k)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Slots:
     """Keys or values of C slots and of L fresh tokens behind them, as an array [B, C + L, K, H].
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax.attention.brief import brief
+from mha_jax.attention.brief import alike, brief
 from mha_jax.attention.given import as_array, is_integer
 from mha_jax.errors import ShapeError
 from mha_jax.types import ArrayLike, Bool, Int, Size
@@ -70,6 +70,8 @@ class Tokens:
 
     def __repr__(self) -> str:
         return brief(self)
+
+    __eq__ = alike
 
     @classmethod
     def packed(cls, ids: Int[ArrayLike, "*B L"]) -> "Tokens":
