@@ -185,9 +185,13 @@ def parted(problem: Problem, rule: Any, name: str) -> tuple[Term, dict[str, Arra
     )
     kinds = [jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)) for a in given]
 
+    # Of near tokens they are a plain difference: what else they may be costs ten operations a pair.
+    apart = abs(problem.k_tokens.start - problem.q_tokens.start)
+    near = _unlaid(problem, rule) is None and apart < 2**30
+
     def logits(*leaves):
         rule, q, k = jax.tree.unflatten(tree, leaves)
-        return rule.logits(q, k)
+        return rule.at(k.positions - q.positions, q.head) if near else rule.logits(q, k)
 
     traced = jax.make_jaxpr(logits)(*kinds)
     inputs = [
