@@ -294,6 +294,31 @@ BAD = {
         lambda: visualize.top_keys(np.ones((1, 2, 1)), np.full((1, 2, 1), 9), length=5),
         "keys from 0 to 4: got 9 to 9. Pass length=S",
     ),
+    "places that are no integers": (
+        lambda: visualize.top_keys(np.ones((1, 2, 1)), np.full((1, 2, 1), np.nan)),
+        "places must be numbers of keys, integers: got float64",
+    ),
+    "a length that is none": (
+        lambda: visualize.top_keys(np.ones((1, 2, 1)), np.ones((1, 2, 1), int), length="9"),
+        "length must be an integer from 1",
+    ),
+    "traced": (
+        lambda: jax.jit(lambda x: visualize.heads(x) and x)(scores()),
+        "scores are traced: .*Return them from the jitted function",
+    ),
+    "a mask of another shape": (
+        lambda: visualize.masks({"own": mj.Dense(np.ones((5, 5), bool))}, mj.Tokens(3)),
+        r"rules\['own'\] does not fit 3 queries and 3 keys",
+    ),
+    "tokens of another shape": (
+        lambda: visualize.masks({"own": mj.Causal()}, mj.Tokens(3, pos=np.arange(3))),
+        r"does not fit.*Arrays of tokens are \[B, length\]",
+    ),
+    "no tokens": (lambda: visualize.masks({"own": mj.Causal()}, mj.Tokens(0)), "no pair to draw"),
+    "a number of tokens": (
+        lambda: visualize.masks({"own": mj.Causal()}, 5),  # type: ignore[arg-type]
+        "queries must be of class Tokens: got int",
+    ),
     "no figures": (lambda: visualize.curves({}), "series holds no figures to draw"),
     "no mask": (lambda: visualize.masks({}, mj.Tokens(3)), "there is no mask to draw"),
     "too much for a page": (
@@ -301,6 +326,34 @@ BAD = {
         "3,000,000 weights are too many for a page.*pass fewer heads or rows",
     ),
 }
+
+
+@pytest.mark.parametrize("value", [5, None, b"x"], ids=repr)
+def test_titles_and_names_that_are_no_text(value):
+    labels = {"queries": "abcd", "keys": "vwxyz"}
+    drawn = [
+        lambda: visualize.alignment(scores(), **labels, title=value),
+        lambda: visualize.alignment(scores(), **labels, query_name=value),
+        lambda: visualize.heads(scores(), title=value),
+        lambda: visualize.by_query(scores()[0], name=value),
+        lambda: visualize.by_query(scores()[0], title=value),
+        lambda: visualize.entropy([scores()], names=[value]),
+        lambda: visualize.layers([scores()], names=[value]),
+        lambda: visualize.top_keys(scores(), np.zeros((3, 4, 5), int), title=value),
+        lambda: visualize.curves({value: ([1], [2])}),
+        lambda: visualize.masks({value: mj.Causal()}, mj.Tokens(3)),
+    ]
+    for draw in drawn:
+        with pytest.raises(ShapeError, match="must be a text: got"):
+            draw()
+
+
+def test_half_a_character_is_drawn_as_one_that_is_not_known(tmp_path):
+    labels = ["\ud83d", "b", "c", "d"]  # what a tokenizer of bytes may cut
+    visualize.html(scores(), tmp_path / "page.html", queries=labels)
+    assert ">?<" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    visualize.heads(scores(), tmp_path / "heads.png", queries=labels)
+    assert (tmp_path / "heads.png").stat().st_size
 
 
 @pytest.mark.parametrize("name", BAD)

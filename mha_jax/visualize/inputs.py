@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import jax
+import jax.core
 import numpy as np
 
 from mha_jax.attention.given import as_array, text
@@ -18,7 +20,7 @@ def numbers(name: str, array: Any, *forms: str) -> np.ndarray:
     Raises:
       ShapeError: If it is of another rank, empty, or holds NaN, Inf or negative numbers.
     """
-    array = np.asarray(as_array(name, array, f"{' or '.join(forms)}, numbers"))
+    array = np.asarray(known(name, as_array(name, array, f"{' or '.join(forms)}, numbers")))
     if np.iscomplexobj(array):
         raise ShapeError(f"{name} must be real numbers: got {array.dtype}. Pass weights.")
     array = array.astype(np.float32)
@@ -33,6 +35,20 @@ def numbers(name: str, array: Any, *forms: str) -> np.ndarray:
         raise ShapeError(
             f"{name} must be finite and not negative: got {array.min()} to {array.max()}. "
             "Pass weights after the softmax, not logits."
+        )
+    return array
+
+
+def known(name: str, array: Any) -> Any:
+    """Return an array that has numbers.
+
+    Raises:
+      ShapeError: If it is traced.
+    """
+    if isinstance(array, jax.core.Tracer):
+        raise ShapeError(
+            f"{name} are traced: got {array.dtype}{list(array.shape)} without numbers yet. Return them from "
+            "the jitted function, and draw what it returns."
         )
     return array
 
@@ -119,4 +135,5 @@ def _texts(labels: Labels) -> list[str] | None:
     if labels is None:
         return None
     shown = (str(label).replace("\n", "↵") for label in labels)
+    shown = (label.encode(errors="replace").decode() for label in shown)  # halves of a character
     return [text if text.strip() else "␣" * max(1, len(text)) for text in shown]

@@ -10,7 +10,15 @@ from mha_jax.attention.given import as_array, of_kind
 from mha_jax.attention.masks import Mask, check_mask
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
-from mha_jax.visualize.inputs import Labels, check_labels, each_layer, numbers, sequence, texts
+from mha_jax.visualize.inputs import (
+    Labels,
+    check_labels,
+    each_layer,
+    known,
+    numbers,
+    sequence,
+    texts,
+)
 
 # Inches of a whole picture, about the width of a page.
 _PAGE = 11.0
@@ -42,7 +50,8 @@ def heads(
     >>> figure = heads(np.full((2, 3, 3), 1 / 3), queries="abc", keys="abc")
     """
     texts(query_name=query_name, key_name=key_name, title=title)
-    scores = as_array("scores", scores, "weights [N, T, S], or their mean over the heads [T, S]")
+    wanted = "weights [N, T, S], or their mean over the heads [T, S]"
+    scores = known("scores", as_array("scores", scores, wanted))
     if np.ndim(scores) == 2:
         scores, names = np.asarray(scores)[None], ["mean over heads"]
     else:
@@ -83,6 +92,7 @@ def alignment(
 
     >>> figure = alignment(np.full((2, 2, 3), 1 / 3), queries=["K", "AE"], keys="cat")
     """
+    texts(query_name=query_name, key_name=key_name, title=title)
     scores = numbers("scores", scores, "[N, T, S]")
     row_labels, column_labels = check_labels(scores, queries, keys)
     from mha_jax.visualize import pictures
@@ -197,12 +207,28 @@ def masks(
     if not rules:
         raise ShapeError("there is no mask to draw: got {}. Expected masks by name.")
     keys = queries if keys is None else keys
-    seen = {name: rule.matrix(queries, keys) for name, rule in rules.items()}
+    seen = {name: _matrix(name, rule, queries, keys) for name, rule in rules.items()}
     maps = {
         name: np.asarray(matrix if matrix.ndim == 2 else matrix[0, 0], np.float32)
         for name, matrix in seen.items()
     }
     return _grid(maps, path, None, None, largest=1.25, names=("query", "key"), title=title)
+
+
+def _matrix(name: str, rule: Mask, queries: Tokens, keys: Tokens) -> np.ndarray:
+    """Return what a mask shows of tokens, [T, S] or [#B, #N, T, S]."""
+    for side, tokens in (("queries", queries), ("keys", keys)):
+        of_kind(side, tokens, Tokens, "Pass mj.Tokens(length, start=..., segment=...).")
+    try:
+        matrix = rule.matrix(queries, keys)
+    except (ValueError, IndexError) as error:
+        raise ShapeError(
+            f"rules[{name!r}] does not fit {queries.length} queries and {keys.length} keys: {error}. Arrays "
+            "of tokens are [B, length] here, those of a mask [T, S] or [B, N, T, S]."
+        ) from error
+    if matrix.size == 0:
+        raise ShapeError(f"rules[{name!r}] has no pair to draw: got {matrix.shape} pairs.")
+    return matrix
 
 
 def layer_names(names: Sequence[str] | None, count: int) -> Sequence[str]:
@@ -218,6 +244,7 @@ def layer_names(names: Sequence[str] | None, count: int) -> Sequence[str]:
         raise ShapeError(
             f"got {len(names)} names for {count} layers. Expected one for each, or None."
         )
+    texts(**{f"name {name!r}": name for name in names})
     return names
 
 

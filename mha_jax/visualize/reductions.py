@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from mha_jax.attention.given import as_array, integer
 from mha_jax.errors import ShapeError
-from mha_jax.visualize.inputs import each_layer, numbers, texts
+from mha_jax.visualize.inputs import each_layer, known, numbers, texts
 from mha_jax.visualize.maps import layer_names
 
 
@@ -81,6 +82,7 @@ def by_query(
 
     >>> figure = by_query(np.ones((2, 100)), name="largest weight")
     """
+    texts(name=name, title=title)
     values = numbers("values", values, "[N, T]")
     from mha_jax.visualize.pictures import WEIGHTS, Picture, draw_scale, finish
 
@@ -129,13 +131,18 @@ def top_keys(
 
     >>> figure = top_keys(np.ones((2, 5, 1)), np.arange(5)[None, :, None] * np.ones((2, 1, 1), int))
     """
+    texts(title=title)
     weights = numbers("weights", weights, "[N, T, k]")
-    places = np.asarray(places)
+    places = np.asarray(known("places", as_array("places", places, "integers [N, T, k]")))
     if places.shape != weights.shape:
         raise ShapeError(
             f"weights and places must be the two arrays of scores_top_k: got shapes {weights.shape} "
             f"and {places.shape}. Expected [N, T, k] twice, of one example."
         )
+    if not np.issubdtype(places.dtype, np.integer):
+        raise ShapeError(f"places must be numbers of keys, integers: got {places.dtype}.")
+    if length is not None:
+        integer("length", length, 1, 2**31 - 1, "It is the number of keys, S.")
     length = int(places.max()) + 1 if length is None else length
     if places.min() < 0 or places.max() >= length:
         raise ShapeError(

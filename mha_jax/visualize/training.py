@@ -8,6 +8,7 @@ import numpy as np
 
 from mha_jax.attention.given import of_kind
 from mha_jax.errors import ShapeError
+from mha_jax.visualize.inputs import texts
 
 
 def curves(
@@ -29,6 +30,7 @@ def curves(
 
     hint = "Pass steps and values by name, {'loss': ([0, 50], [4.0, 1.2])}."
     of_kind("series", series, Mapping, hint)
+    texts(**{f"name {name!r}": name for name in series})
     for name, pair in series.items():
         fits = isinstance(pair, (tuple, list)) and len(pair) == 2
         if not fits or np.ndim(pair[0]) != 1 or np.shape(pair[0]) != np.shape(pair[1]):
