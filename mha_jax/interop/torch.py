@@ -88,6 +88,8 @@ def import_state(
     """
     of_kind("state", state, Mapping, "Pass layer.state_dict(), arrays by name.")
     text("prefix", prefix, "It is the start of the names, 'encoder.layers.0.self_attn.' say.")
+    for name in state:
+        text("a name in the state", name, "Pass layer.state_dict(), arrays by name.")
     found = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
     weights.require_nothing(
         _TARGET, {_APPENDED[name]: f"the state holds {name}" for name in found if name in _APPENDED}

@@ -23,7 +23,7 @@ def params_of(variables: dict[str, Params]) -> Params:
     """Return the parameters in variables, without boxes.
 
     Raises:
-      WeightsError: If there are none.
+      WeightsError: If there are none, or one is no array of floating-point numbers.
     """
     of_kind("variables", variables, Mapping, 'Pass {"params": ...}, as module.init returns them.')
     params = variables.get("params")
@@ -34,6 +34,14 @@ def params_of(variables: dict[str, Params]) -> Params:
         )
     params = nn.meta.unbox(params)
     projections.check_trees(params)
+    for name, weights in params.items():
+        for part, weight in weights.items():
+            if not _floating(weight):
+                got = getattr(weight, "dtype", type(weight).__name__)
+                raise WeightsError(
+                    f"the {name} {part} must be an array of floating-point numbers: got {got}. Pass the "
+                    "variables as module.init or an import returned them."
+                )
     return {name: dict(weights) for name, weights in params.items()}
 
 
@@ -43,10 +51,12 @@ def array(what: str, weight: Any) -> Array:
     Raises:
       WeightsError: If it holds no floating-point numbers, or more bits than JAX would keep.
     """
-    if not jnp.issubdtype(weight.dtype, jnp.floating):
+    if isinstance(weight, np.ndarray) and not weight.dtype.isnative:
+        weight = weight.astype(weight.dtype.newbyteorder("="))  # of a machine of the other kind
+    if not _floating(weight) or weight.dtype.itemsize < 2:
         raise WeightsError(
-            f"the {what} has dtype {weight.dtype}, expected floating-point numbers: quantized layers "
-            "cannot be read. Save the layer before quantizing it."
+            f"the {what} has dtype {weight.dtype}, expected float64, float32, float16 or bfloat16: quantized "
+            "layers cannot be read. Save the layer before quantizing it."
         )
     if weight.dtype == np.float64 and jnp.asarray(np.float64(0)).dtype != jnp.float64:
         raise WeightsError(
@@ -56,6 +66,13 @@ def array(what: str, weight: Any) -> Array:
     # A copy, so that the caller's memory is never aliased; putting it compiles nothing, where
     # jnp.asarray compiles an identity for every shape.
     return weight if isinstance(weight, jax.Array) else jax.device_put(np.array(weight))
+
+
+def _floating(x: Any) -> bool:
+    try:
+        return jnp.issubdtype(x.dtype, jnp.floating)
+    except (AttributeError, TypeError):  # no array, or of a dtype that JAX has not
+        return False
 
 
 def check_shapes(
