@@ -20,8 +20,8 @@ ROOMS = {
     "mha_jax": "biases constraints initializers interop models nnx regularizers rotary sharding train "
     "visualize",
     "mha_jax.interop": "flax keras torch",
-    "mha_jax.models": "bert decoder deepseek feed_forward gguf gpt latent layouts llama minilm rxnmapper "
-    "sizes smiles smollm2 t5 torch_file transformer vit weights wordpiece",
+    "mha_jax.models": "bert decoder decoder_config deepseek feed_forward gguf gpt latent layouts llama "
+    "minilm rxnmapper sizes smiles smollm2 t5 torch_file transformer vit weights wordpiece",
     "mha_jax.train": "checkpoints cmudict command configs data decoding digits g2p layout lm loop losses "
     "modern optimizer predict processes progress scoring settings tasks translation workdir",
 }

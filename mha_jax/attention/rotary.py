@@ -83,6 +83,8 @@ def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> Scaling | No
         if each and every:
             factor = given["factor"]
             given["attention"] = yarn_magnitude(factor, each) / yarn_magnitude(factor, every)
+    if "factor" not in given:
+        raise ShapeError(f"rotary positions of type {kind!r} need a factor: got {dict(rope)}.")
     return scaling(**given)
 
 
@@ -206,7 +208,10 @@ class Rotary:
         Rotary(base=500000.0, fraction=1.0, interleaved=False, scaling=Linear(factor=2.0), axes=None)
         """
         of_kind("config", config, Mapping, "Pass config.to_dict() of Hugging Face.")
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope = dict(
+            of_kind("the config's rope_scaling", rope, Mapping, "Pass its config.json as it is.")
+        )
         if any(isinstance(x, Mapping) for x in rope.values()):
             raise ShapeError(
                 f"the config has rotary positions for each type of layer: got {sorted(rope)}. Choose one: "
@@ -215,7 +220,8 @@ class Rotary:
         found = {**config, **rope}
         base = found.get("rope_theta") or found.get("rotary_emb_base") or 10000.0
         fraction = found.get("partial_rotary_factor") or found.get("rotary_pct") or 1.0
-        return cls(base=float(base), fraction=float(fraction), scaling=_scaling(rope, config))
+        base, fraction = (float(x) if is_number(x) else x for x in (base, fraction))
+        return cls(base=base, fraction=fraction, scaling=_scaling(rope, config))
 
     def to_config(self, head_size: int | None = None) -> dict[str, Any]:
         """Return what a Hugging Face config says of these rotary positions.

@@ -5,6 +5,7 @@ import typing as _typing
 if _typing.TYPE_CHECKING:
     from mha_jax.models import bert as bert
     from mha_jax.models import decoder as decoder
+    from mha_jax.models import decoder_config as decoder_config
     from mha_jax.models import deepseek as deepseek
     from mha_jax.models import feed_forward as feed_forward
     from mha_jax.models import gguf as gguf

@@ -21,12 +21,13 @@ import numpy as np
 
 from mha_jax.attention.call import Call
 from mha_jax.attention.functions import attention_scores
+from mha_jax.attention.given import integer
 from mha_jax.attention.masks import ValidKeys
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.layer.projections import product
-from mha_jax.models.sizes import check_config
+from mha_jax.models.sizes import check_config, symbols
 from mha_jax.types import Array, ArrayLike, Bool, Float, Int
 
 # By the mean of squared deviations, as accurate as the tiny epsilon needs.
@@ -69,6 +70,10 @@ class Config:
         )
         optional = {} if self.embedding is None else {"embedding": 1}
         check_config(self, "dropout", **sizes, **optional)
+        for layer in self.layers:
+            integer(
+                "each of layers", layer, 0, 2**20, "It is the number of the parameters it uses."
+            )
 
 
 class Embeddings(nn.Module):
@@ -146,13 +151,15 @@ class Bert(nn.Module):
         Raises:
           ShapeError: The sequence is longer than there are positions.
         """
-        config, tokens = self.config, jnp.asarray(tokens)
+        config = self.config
+        tokens = symbols("tokens", tokens, config.vocabulary)
         if tokens.shape[-1] > config.positions:
             raise ShapeError(
                 f"tokens of shape {tokens.shape} are longer than the {config.positions} positions that "
                 "the model has. Shorten them, or split them into several sequences."
             )
-        segments = jnp.zeros_like(tokens) if segments is None else jnp.asarray(segments)
+        segments = jnp.zeros_like(tokens) if segments is None else segments
+        segments = symbols("segments", segments, config.segments)
         layers = {i: Layer(config, name=f"layer_{i}") for i in sorted(set(config.layers))}
         x = Embeddings(config, name="embeddings")(tokens, segments, training)
         self._keep(x)

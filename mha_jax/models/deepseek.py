@@ -20,6 +20,7 @@ from mha_jax.models import llama
 from mha_jax.models.decoder import CausalLM, Config, Local, filled
 from mha_jax.models.feed_forward import GroupedExperts
 from mha_jax.models.latent import Latent
+from mha_jax.models.sizes import published
 from mha_jax.types import Params
 
 _SELF, _MLP = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
@@ -55,6 +56,7 @@ def config_of(config: Mapping[str, Any]) -> Config:
     >>> config_of(config).latent
     Latent(rank=4, key_size=3, turned_size=2, value_size=3, query_rank=None)
     """
+    config = published(config)
     if config.get("model_type") != "deepseek_v3":
         raise UnsupportedError(
             f"the config is of the family {config.get('model_type')!r}, where deepseek_v3 can be read. "
@@ -82,7 +84,7 @@ def config_of(config: Mapping[str, Any]) -> Config:
         config["hidden_size"],
         config["moe_intermediate_size"],
         config["num_attention_heads"],
-        tuple(Local(rotary, sparse=i >= dense) for i in range(config["num_hidden_layers"])),
+        tuple(Local(rotary, sparse=i >= dense) for i in range(config.count("num_hidden_layers"))),
         head_size=latent.key_size + latent.turned_size,
         dense_hidden=config["intermediate_size"],
         epsilon=config.get("rms_norm_eps", 1e-6),
@@ -131,7 +133,7 @@ def read(
     Cost: A copy of the tensors.
     """
     ours = dataclasses.replace(config_of(config), dtype=dtype)
-    latent = _latent(config)
+    latent = _latent(published(config))
     of_queries = (
         {} if latent.query_rank is None else {"layer_{i}/attention/query": _SELF + "q_b_proj"}
     )

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+from mha_jax.attention.given import integer
+from mha_jax.models.sizes import FLOAT32, check_named, check_numbers
 from mha_jax.types import Array, DType
 
 ACTIVATIONS = {
@@ -23,6 +25,15 @@ ACTIVATIONS = {
     "gelu": partial(nn.gelu, approximate=False),
     "gelu_tanh": partial(nn.gelu, approximate=True),
 }
+
+
+def _check_experts(experts: Any) -> None:
+    """Refuse experts of which as many cannot be chosen."""
+    hint = "A router chooses `chosen` of `count` experts for every token."
+    integer("count of experts", experts.count, 1, 2**31 - 1, hint)
+    integer("chosen experts", experts.chosen, 1, experts.count, hint)
+    if hasattr(experts, "activation"):
+        check_named(experts, activation=ACTIVATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +53,10 @@ class Experts:
     chosen: int
     limit: float = 7.0
     slope: float = 1.702
+
+    def __post_init__(self):
+        _check_experts(self)
+        check_numbers(self, limit=0, slope=-FLOAT32)
 
     def output(self, of: "Mixture", x: Array) -> Array:
         logits = nn.Dense(self.count, dtype=of.dtype, name="router")(x)
@@ -69,6 +84,9 @@ class SharedExperts:
     count: int
     chosen: int
     activation: str = "silu"
+
+    def __post_init__(self):
+        _check_experts(self)
 
     def output(self, of: "Mixture", x: Array) -> Array:
         logits = nn.Dense(self.count, use_bias=False, dtype=of.dtype, name="router")(x)
@@ -104,6 +122,10 @@ class GroupedExperts:
     normalized: bool = True
     scale: float = 1.0
     activation: str = "silu"
+
+    def __post_init__(self):
+        _check_experts(self)
+        check_numbers(self, scale=-FLOAT32)
 
     def output(self, of: "Mixture", x: Array) -> Array:
         route = nn.Dense(self.count, use_bias=False, dtype=jnp.float32, name="router")

@@ -20,6 +20,7 @@ from mha_jax.attention.rotary import Rotary
 from mha_jax.errors import UnsupportedError
 from mha_jax.models.decoder import CausalLM, Config, Local, filled
 from mha_jax.models.layouts import separated
+from mha_jax.models.sizes import Published, published
 from mha_jax.types import Params
 
 _ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
@@ -84,14 +85,14 @@ _TWO_NORMS = {"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 
 
-def _gpt2(config: Mapping[str, Any]) -> Config:
+def _gpt2(config: Published) -> Config:
     width = config["n_embd"]
     sizes = (width, config.get("n_inner") or 4 * width, config["n_head"])
-    layers = (Local(),) * config["n_layer"]
+    layers = (Local(),) * config.count("n_layer")
     return _config(config, sizes, layers, positions=config["n_positions"])
 
 
-def _gpt_neo(config: Mapping[str, Any]) -> Config:
+def _gpt_neo(config: Published) -> Config:
     width = config["hidden_size"]
     kinds = config.get("attention_layers") or [
         kind for group, times in config["attention_types"] for kind in group * times
@@ -107,13 +108,13 @@ def _gpt_neo(config: Mapping[str, Any]) -> Config:
     )
 
 
-def _gptj(config: Mapping[str, Any]) -> Config:
+def _gptj(config: Published) -> Config:
     width, heads = config["n_embd"], config["n_head"]
     rotary = Rotary(fraction=config["rotary_dim"] * heads / width, interleaved=True)
     return _config(
         config,
         (width, config.get("n_inner") or 4 * width, heads),
-        (Local(rotary),) * config["n_layer"],
+        (Local(rotary),) * config.count("n_layer"),
         use_bias=False,
         parallel=True,
         one_norm=True,
@@ -122,18 +123,18 @@ def _gptj(config: Mapping[str, Any]) -> Config:
     )
 
 
-def _gpt_neox(config: Mapping[str, Any]) -> Config:
+def _gpt_neox(config: Published) -> Config:
     rotary = Rotary.from_config({"rotary_pct": 0.25} | dict(config))
     return _config(
         config,
         (config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]),
-        (Local(rotary),) * config["num_hidden_layers"],
+        (Local(rotary),) * config.count("num_hidden_layers"),
         parallel=config.get("use_parallel_residual", True),
         tied=False,
     )
 
 
-def _opt(config: Mapping[str, Any]) -> Config:
+def _opt(config: Published) -> Config:
     width = config["hidden_size"]
     expected = {"do_layer_norm_before": True, "_remove_final_layer_norm": False}
     expected |= {"word_embed_proj_dim": width, "layer_norm_elementwise_affine": True}
@@ -142,14 +143,14 @@ def _opt(config: Mapping[str, Any]) -> Config:
     return _config(
         config,
         (width, config["ffn_dim"], config["num_attention_heads"]),
-        (Local(),) * config["num_hidden_layers"],
+        (Local(),) * config.count("num_hidden_layers"),
         use_bias=biased,
         hidden_bias=biased,
         positions=config["max_position_embeddings"],
     )
 
 
-def _falcon(config: Mapping[str, Any]) -> Config:
+def _falcon(config: Published) -> Config:
     _refuse(config, alibi=False)
     width, heads = config["hidden_size"], config["num_attention_heads"]
     grouped = config.get("new_decoder_architecture", False)
@@ -158,7 +159,7 @@ def _falcon(config: Mapping[str, Any]) -> Config:
     return _config(
         config,
         (width, config.get("ffn_hidden_size") or 4 * width, heads),
-        (Local(Rotary.from_config(config)),) * config["num_hidden_layers"],
+        (Local(Rotary.from_config(config)),) * config.count("num_hidden_layers"),
         num_kv_heads=(config.get("num_kv_heads") or heads) if grouped else alone,
         use_bias=config.get("bias", False),
         hidden_bias=config.get("bias", False),
@@ -167,11 +168,11 @@ def _falcon(config: Mapping[str, Any]) -> Config:
     )
 
 
-def _bloom(config: Mapping[str, Any]) -> Config:
+def _bloom(config: Published) -> Config:
     _refuse(config, apply_residual_connection_post_layernorm=False)
     width = config.get("n_embed") or config["hidden_size"]
     heads = config.get("n_head") or config["num_attention_heads"]
-    layers = (Local(),) * (config.get("n_layer") or config["num_hidden_layers"])
+    layers = (Local(),) * config.count("n_layer" if config.get("n_layer") else "num_hidden_layers")
     return _config(config, (width, 4 * width, heads), layers, alibi=True, embedding_norm=True)
 
 
@@ -239,8 +240,9 @@ def config_of(config: Mapping[str, Any]) -> Config:
     >>> config_of(config).hidden
     32
     """
+    config = published(config)
     family = config.get("model_type")
-    if family not in _FAMILIES:
+    if not isinstance(family, str) or family not in _FAMILIES:
         raise UnsupportedError(
             f"the config is of the family {family!r}, where {', '.join(_FAMILIES)} can be read here, and "
             "Llama's relatives by models.llama."

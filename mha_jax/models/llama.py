@@ -16,9 +16,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mha_jax.attention.given import integer
 from mha_jax.attention.rotary import Rotary
 from mha_jax.errors import UnsupportedError
 from mha_jax.models.decoder import CausalLM, Config, Experts, Local, SharedExperts, filled
+from mha_jax.models.sizes import Published, published
 from mha_jax.types import Array, ArrayLike, Float, Int, Params
 
 _SELF, _MLP = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
@@ -54,11 +56,15 @@ _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"
 _INPUTS = ("query", "key", "value")
 
 
+_HEAD = "It is the head size, or a number in its place."
+
+
 def _gemma(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "norm_after": True,
         "activation": _ACTIVATIONS[config.get("hidden_activation") or "gelu_pytorch_tanh"],
-        "scale": config["query_pre_attn_scalar"] ** -0.5,
+        "scale": integer("query_pre_attn_scalar", config["query_pre_attn_scalar"], 1, 2**20, _HEAD)
+        ** -0.5,
         "logit_cap": config.get("attn_logit_softcapping"),
         "output_cap": config.get("final_logit_softcapping"),
         "embedding_scale": config["hidden_size"] ** 0.5,
@@ -151,9 +157,9 @@ def config_of(config: Mapping[str, Any]) -> Config:
     >>> [local.window for local in config_of(config).layers]
     [3, 3]
     """
-    config = config.get("text_config") or config
+    config = published(config)
     family = config.get("model_type")
-    if family not in _FAMILIES:
+    if not isinstance(family, str) or family not in _FAMILIES:
         raise UnsupportedError(
             f"the config is of the family {family!r}, where {', '.join(_FAMILIES)} can be read. "
             "Build a models.decoder.Config by hand if the family is made of the same parts."
@@ -182,19 +188,22 @@ def config_of(config: Mapping[str, Any]) -> Config:
     )
 
 
-def _layers(config: Mapping[str, Any]) -> tuple[Local, ...]:
+def _layers(config: Published) -> tuple[Local, ...]:
     kinds = _kinds(config)
     rotary = {kind: _rotary(config, kind) for kind in set(kinds)}
     window = config.get("sliding_window")
     return tuple(Local(rotary[k], window if k == "sliding_attention" else None) for k in kinds)
 
 
-def _llama4_layers(config: Mapping[str, Any]) -> tuple[Local, ...]:
+def _llama4_layers(config: Published) -> tuple[Local, ...]:
     """Return layers with rotary positions, in chunks, and those without, which scale by position."""
-    count, every = config["num_hidden_layers"], config.get("no_rope_layer_interval", 4)
+    count, every = config.count("num_hidden_layers"), config.get("no_rope_layer_interval", 4)
     turned = config.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(count)]
     size = config.get("attention_chunk_size", 8192)
     chunked = config.get("layer_types") or ["chunked_attention" if one else "" for one in turned]
+    for name, each in (("no_rope_layers", turned), ("layer_types", chunked)):
+        if len(each) != count:
+            raise UnsupportedError(_lengths(name, each, count))
     step, sparse = config.get("interleave_moe_layer_step", 1), config.get("moe_layers")
     sparse = range(step - 1, count, step) if sparse is None else sparse
     tempered = None
@@ -210,14 +219,23 @@ def _llama4_layers(config: Mapping[str, Any]) -> tuple[Local, ...]:
             normed=bool(turns) and config.get("use_qk_norm", True),
             sparse=i in sparse,
         )
-        for i, (turns, kind) in enumerate(zip(turned[:count], chunked))
+        for i, (turns, kind) in enumerate(zip(turned, chunked))
     )
 
 
-def _kinds(config: Mapping[str, Any]) -> list[str]:
+def _lengths(name: str, each: Any, count: int) -> str:
+    return (
+        f"{name} of the config must say something of each of {count} layers: got {len(each)} entries. "
+        "Compare num_hidden_layers."
+    )
+
+
+def _kinds(config: Published) -> list[str]:
     """Return for every layer whether its attention slides, as newer configs list it."""
-    count = config["num_hidden_layers"]
+    count = config.count("num_hidden_layers")
     if config.get("layer_types"):
+        if len(config["layer_types"]) != count:
+            raise UnsupportedError(_lengths("layer_types", config["layer_types"], count))
         unknown = set(config["layer_types"]) - {"full_attention", "sliding_attention"}
         if unknown:
             raise UnsupportedError(
@@ -262,7 +280,7 @@ def read(
     Cost: A copy of the tensors.
     """
     ours = dataclasses.replace(config_of(config), dtype=dtype)
-    family = (config.get("text_config") or config)["model_type"]
+    family = published(config)["model_type"]
     tensors = dict(_plain(name, x) for name, x in tensors.items())
     if family.startswith("gemma"):  # Its norms multiply by 1 + weight.
         tensors = {

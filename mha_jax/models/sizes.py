@@ -1,10 +1,16 @@
 """What no model can have: sizes that are no sizes, rates that are no shares, heads that do not fit."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
-from mha_jax.attention.given import is_integer, is_number, switch
-from mha_jax.errors import ShapeError
+from mha_jax.attention.fitted import mask_array
+from mha_jax.attention.given import integer, integers, is_integer, is_number, of_kind, switch
+from mha_jax.errors import ShapeError, UnsupportedError
+from mha_jax.types import Array
+
+FLOAT32 = 3.4e38  # the largest number, about
 
 
 def check_config(config: Any, *rates: str, **least: int) -> None:
@@ -34,3 +40,94 @@ def check_config(config: Any, *rates: str, **least: int) -> None:
             f"width must be a multiple of num_heads: got width={config.width} and "
             f"num_heads={config.num_heads}. Every head has width / num_heads features."
         )
+
+
+def check_numbers(config: Any, **least: float) -> None:
+    """Refuse fields of a model's configuration that are no finite numbers.
+
+    Args:
+      config: It.
+      least: Names of fields, and the smallest number that each may be.
+
+    Raises:
+      ShapeError: Naming the field, its value and what was expected.
+    """
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if not is_number(value) or not smallest <= float(value) < math.inf:
+            raise ShapeError(
+                f"{name} must be a finite number from {smallest:.3g} on: got {value!r}."
+            )
+
+
+def check_named(config: Any, **known: Any) -> None:
+    """Refuse fields that are none of the names they may be.
+
+    Raises:
+      ShapeError: Naming the field, its value and what was expected.
+    """
+    for name, names in known.items():
+        if getattr(config, name) not in tuple(names):
+            raise ShapeError(
+                f"{name} must be one of {', '.join(names)}: got {getattr(config, name)!r}."
+            )
+
+
+def symbols(name: str, x: Any, count: int) -> Array:
+    """Return numbers of symbols, [B, T]; those that are known are below `count`.
+
+    Raises:
+      ShapeError: If they are none: a lookup gives NaN, or the last ones for negative numbers.
+    """
+    hint = f"They are numbers of {count} symbols, [B, T]."
+    return integers(name, x, [(None, None)], 0, count - 1, hint)
+
+
+def reals(name: str, mask: Any, tokens: Array) -> Array:
+    """Return which tokens [B, T] are real, as booleans.
+
+    Raises:
+      ShapeError: If it says something else.
+    """
+    mask = mask_array(mask, name)
+    fits = mask.ndim == 2 and all(a in (1, b) for a, b in zip(mask.shape, tokens.shape))
+    if not fits or mask.shape[1] != tokens.shape[1]:
+        raise ShapeError(
+            f"{name} must have the shape of the tokens, {tokens.shape}, True at real ones: got {mask.shape}."
+        )
+    return mask
+
+
+class Published(dict):
+    """A Hugging Face config that says in words what it lacks."""
+
+    def __missing__(self, name: str) -> Any:
+        raise UnsupportedError(
+            f"the config has no {name!r}, which the family {self.get('model_type')!r} needs: it has "
+            f"{', '.join(map(str, self)) or 'nothing'}. Pass all of its config.json as a dictionary."
+        )
+
+    def count(self, name: str) -> int:
+        """Return how many layers there are, under a name.
+
+        Raises:
+          ShapeError: If that is no count.
+        """
+        return integer(name, self[name], 0, 2**20, "It counts the layers of the model.")
+
+
+def published(config: Any) -> Published:
+    """Return a config that tells what is missing; that of the text where it has one.
+
+    Raises:
+      ShapeError: If it is no dictionary.
+    """
+    for _ in range(2):
+        of_kind(
+            "config",
+            config,
+            Mapping,
+            "Pass config.to_dict() of Hugging Face, or its config.json read.",
+        )
+        config = config.get("text_config") or config
+    return Published(config)

@@ -20,8 +20,8 @@ from mha_jax.attention.biases import Buckets
 from mha_jax.attention.cache import Cache
 from mha_jax.errors import UnsupportedError
 from mha_jax.layer.linen import MultiHeadAttention
-from mha_jax.models.feed_forward import FeedForward
-from mha_jax.models.sizes import check_config
+from mha_jax.models.feed_forward import ACTIVATIONS, FeedForward
+from mha_jax.models.sizes import check_config, check_named, check_numbers, published, symbols
 from mha_jax.models.weights import variables_of
 from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int, Params
 
@@ -67,6 +67,8 @@ class Config:
     def __post_init__(self):
         names = ("vocabulary", "width", "hidden", "num_heads", "head_size", "buckets")
         check_config(self, **dict.fromkeys(names, 1), encoder_layers=0, decoder_layers=0)
+        check_named(self, activation=ACTIVATIONS)
+        check_numbers(self, epsilon=0)
 
 
 def _norm(config: Config, name: str) -> nn.Module:
@@ -162,7 +164,8 @@ class T5(nn.Module):
         self, source: Int[ArrayLike, "B S"], mask: Bool[ArrayLike, "B S"] | None = None
     ) -> Float[Array, "B S D"]:
         """Map source tokens to the memory."""
-        return self.encoder(self.embedding(jnp.asarray(source)), mask)[0]
+        source = symbols("source", source, self.config.vocabulary)
+        return self.encoder(self.embedding(source), mask)[0]
 
     def decode(
         self,
@@ -182,7 +185,7 @@ class T5(nn.Module):
         Returns:
           Logits [B, T, W]; with caches, they and the caches.
         """
-        x = self.embedding(jnp.asarray(target))
+        x = self.embedding(symbols("target", target, self.config.vocabulary))
         mask = None if memory is None else mask
         x, kept = self.decoder(x, None, memory, mask, caches)
         if self.config.tied:
@@ -216,6 +219,7 @@ def config_of(config: Mapping[str, Any]) -> Config:
     ...            "num_layers": 1}).decoder_layers
     1
     """
+    config = published(config)
     activation = config.get("feed_forward_proj", "relu")
     known = {"relu": ("relu", False), "gated-gelu": ("gelu_tanh", True)}
     if config.get("model_type") != "t5" or activation not in known:

@@ -18,7 +18,7 @@ import numpy as np
 from mha_jax.errors import ShapeError, UnsupportedError
 from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.models.feed_forward import ACTIVATIONS, FeedForward
-from mha_jax.models.sizes import check_config
+from mha_jax.models.sizes import check_config, check_named, check_numbers, published
 from mha_jax.models.weights import variables_of
 from mha_jax.types import Array, ArrayLike, Float, Params
 
@@ -57,6 +57,8 @@ class Config:
     def __post_init__(self):
         names = ("classes", "image", "patch", "channels", "width", "num_heads", "hidden")
         check_config(self, **dict.fromkeys(names, 1), layers=0)
+        check_named(self, activation=ACTIVATIONS)
+        check_numbers(self, epsilon=0)
         if self.image % self.patch:
             raise ShapeError(
                 f"patch must divide image: got patch={self.patch} and image={self.image}."
@@ -160,6 +162,7 @@ def read(
       UnsupportedError: If the config is none of ViT's.
       WeightsError: A tensor is missing or has another shape.
     """
+    config = published(config)
     if config.get("model_type") != "vit" or config.get("hidden_act", "gelu") not in ACTIVATIONS:
         raise UnsupportedError(
             f"the config is of the family {config.get('model_type')!r} with "
@@ -185,8 +188,8 @@ def read(
 
 def _published(name: str, x: np.ndarray) -> tuple[str, np.ndarray]:
     """Return a tensor as of modules with published names, patches as rows of a matrix."""
-    for theirs, published in _RENAMED.items():
-        name = name.replace(theirs, published)
+    for theirs, first in _RENAMED.items():
+        name = name.replace(theirs, first)
     if name in (_NAMES["first"], _NAMES["positions"]):
         return f"{name}.weight", x.reshape(x.shape[-2:])
     if name == f"{_NAMES['patches']}.weight" and x.ndim == 4:  # (D, channels, rows, columns)

@@ -171,7 +171,8 @@ def fill(
       Parameters of the same tree, from the tensors alone.
 
     Raises:
-      WeightsError: A tensor is missing, or has another shape than the parameter needs.
+      WeightsError: A tensor is missing, has another shape than the parameter needs, or holds integers or
+        numbers of a byte, whose scales lie elsewhere; or one beside it has no place, a bias say.
 
     >>> shapes = {"dense": {"kernel": jax.ShapeDtypeStruct((3, 2), jnp.float32)}}
     >>> fill(shapes, {"dense": "linear"}, {"linear.weight": np.ones((2, 3))})["dense"]["kernel"].shape
@@ -182,7 +183,13 @@ def fill(
         *module, part = [entry.key for entry in path]
         place = "/".join(module)
         number = next((name[6:] for name in module if name.startswith("layer_")), "")
-        theirs = names[place.replace(f"layer_{number}", "layer_{i}")].format(i=number)
+        ours = place.replace(f"layer_{number}", "layer_{i}")
+        if ours not in names:
+            raise WeightsError(
+                f"no tensor is known for {place}/{part}: names are of {', '.join(names)}. Make the layer "
+                "without it, or fill it yourself."
+            )
+        theirs = names[ours].format(i=number)
         name = f"{prefix}{theirs}.{'bias' if part == 'bias' else 'weight'}"
         if name not in tensors:
             raise WeightsError(
@@ -195,7 +202,8 @@ def fill(
             "kernel": (math.prod(shape[ins:]), math.prod(shape[:ins])),
             "bias": (math.prod(shape),),
         }.get(part, shape)
-        tensor = tensors[name]
+        tensor = _numbers(name, tensors[name])
+        used[name] = place
         if part == "scale" and tensor.size == math.prod(shape):  # of heads, flattened or not
             flat = tensor.shape
         if tensor.shape != flat:
@@ -205,4 +213,28 @@ def fill(
             )
         return jnp.asarray((tensor.T if part == "kernel" else tensor).reshape(shape), leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(parameter, shapes)
+    used: dict[str, str] = {}
+    filled = jax.tree_util.tree_map_with_path(parameter, shapes)
+    modules = {name.rpartition(".")[0]: place for name, place in used.items()}
+    for name in tensors:
+        if name not in used and (place := modules.get(name.rpartition(".")[0])) is not None:
+            raise WeightsError(
+                f"the tensor {name} would be lost: the model's {place} has no such part. Expected the "
+                "weights of this very model; compare its config (biases, say), or leave the tensor out."
+            )
+    return filled
+
+
+def _numbers(name: str, x: Any) -> Any:
+    """Return a tensor that holds what it means."""
+    if not isinstance(x, (np.ndarray, jax.Array)):
+        raise WeightsError(
+            f"the tensor {name} must be a NumPy array: got {type(x).__name__}. Pass tensor.numpy(), of "
+            "bfloat16 tensor.float().numpy()."
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
+        raise WeightsError(
+            f"the tensor {name} holds {x.dtype}, which is quantized, or no weight: expected float64, "
+            "float32, float16 or bfloat16. Dequantize it by its scales first."
+        )
+    return x
