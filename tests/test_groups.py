@@ -1,0 +1,56 @@
+"""Tiles of several examples and heads: they read and write the arrays as these lie, whoever shares a tile."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mha_jax as mj
+from mha_jax.backends.blockwise import Blockwise
+
+
+def drawn(*shapes):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize("batch, heads, kv_heads", [(2, 6, 3), (4, 2, 1), (3, 4, 4), (6, 4, 2)])
+@pytest.mark.parametrize("pairs", [1, 2, 6, 12])
+@pytest.mark.parametrize("t, s, block", [(20, 20, 32), (37, 20, 16), (20, 37, 32)])
+def test_every_group_has_its_own_place(batch, heads, kv_heads, pairs, t, s, block):
+    tiled = Blockwise(block_q=block, block_k=block, pairs=pairs)
+    q, k, v, weight = drawn(
+        (batch, t, heads, 8), (batch, s, kv_heads, 8), (batch, s, kv_heads, 4), (batch, t, heads, 4)
+    )
+
+    def gradients(backend):
+        def loss(*inputs):
+            return (mj.dot_product_attention(*inputs, backend=backend) * weight).sum()
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
+
+    for found, wanted in zip(*map(jax.tree.leaves, (gradients(tiled), gradients("reference")))):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def entry(function, *args):
+    """Return the operations that a program runs outside of its loops, as (name, shape, inputs)."""
+    text = jax.jit(function).lower(*args).compile().as_text()
+    pattern = r"^\s+(?:ROOT )?%\S+ = \S*?\[([\d,]*)\]\S* (fusion|copy|transpose|dot)\((.*?)\)"
+    found = re.findall(pattern, text[text.index("\nENTRY") :], re.MULTILINE)
+    return [
+        (name, tuple(map(int, filter(None, shape.split(",")))), args) for shape, name, args in found
+    ]
+
+
+def test_what_the_loops_give_is_not_turned_once_more():
+    q, k, v = drawn(*3 * [(8, 512, 4, 64)])
+
+    def loss(*inputs):
+        return mj.dot_product_attention(*inputs, backend=Blockwise()).sum()
+
+    for program in (loss, jax.grad(loss, (0, 1, 2))):
+        turned = [x for x in entry(program, q, k, v) if x[1] == q.shape and "%while" in x[2]]
+        assert not turned
