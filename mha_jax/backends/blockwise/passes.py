@@ -30,7 +30,7 @@ def forward(tiles: Tiles) -> State:
     dropout = problem.dropout
 
     def tile(q_row, at, state):
-        dot = tiles.dot("...rh,...sh->...rs", q_row, tiles.keys_of(tiles.k, at))
+        dot = tiles.weighed(q_row, tiles.keys_of(tiles.k, at))
         x = by.logits(tiles.rules.capped(dot), at)
         if state is None:
             p, m, l = softmax.apart(x) if tiles.written else softmax.first(x)
@@ -41,7 +41,7 @@ def forward(tiles: Tiles) -> State:
         if dropout is not None:
             p = jnp.where(by.kept(at), p, 0)
         v_tile = v_of(at).astype(tiles.dtype)
-        return softmax.Running(before + tiles.dot("...rs,...sv->...rv", p, v_tile), m, l)
+        return softmax.Running(before + tiles.summed(p, v_tile), m, l)
 
     def finished(end):
         out = end.acc * softmax.inverse(end.l)
