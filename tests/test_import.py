@@ -38,6 +38,13 @@ def test_nothing_above_the_core_is_imported(imported):
     assert not {name for name in imported if name.startswith(tuple(f"mha_jax.{x}" for x in above))}
 
 
+def test_what_a_layer_is_made_with_waits_for_the_first_layer(imported):
+    rooms = {f"mha_jax.layer.{x}" for x in ("initializers", "regularizers", "constraints")}
+    assert not rooms & imported
+    made = modules_after("import mha_jax; mha_jax.MultiHeadAttention(num_heads=1, key_dim=1)")
+    assert rooms <= made
+
+
 def test_the_import_starts_no_backend_of_jax():
     code = "import mha_jax; from jax._src import xla_bridge; assert not xla_bridge._backends"
     modules_after(code)

@@ -8,6 +8,7 @@ N query heads   K key-value heads   H query-key head size   V value head size
 """
 
 import dataclasses
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import field
@@ -21,7 +22,7 @@ from mha_jax.attention.cache import Cache
 from mha_jax.attention.given import of_kind
 from mha_jax.attention.rotary import Rotary, to_plain
 from mha_jax.errors import ShapeError, WeightsError
-from mha_jax.layer import checks, constraints, initializers, regularizers, saved, vectors
+from mha_jax.layer import checks, saved, vectors
 from mha_jax.layer.projections import KernelShape
 from mha_jax.types import DType, Params, Precision
 
@@ -39,9 +40,13 @@ def _of_call(check: Callable[[str, Any], Any]) -> dict[str, Any]:
     return {"check": check, "call": True}
 
 
-def _object(module: Any) -> dict[str, Any]:
-    """Return the metadata of an argument that is an object of Keras's, which `module` reads and writes."""
-    return {"check": lambda name, x: module.get(x), "call": False, "object": module}
+def _object(room: str) -> dict[str, Any]:
+    """Return the metadata of an argument that is an object of Keras's, which a room reads and writes."""
+
+    def module() -> Any:  # imported when the first layer is made, not with the package
+        return importlib.import_module(f"mha_jax.layer.{room}")
+
+    return {"check": lambda name, x: module().get(x), "call": False, "object": module}
 
 
 def _any(name: str, x: Any) -> Any:
@@ -118,13 +123,13 @@ class Arguments:
         default=None, metadata=_of_call(checks.axes_or_none)
     )
     sliding_window: int | None = field(default=None, metadata=_of_call(checks.positive_or_none))
-    kernel_initializer: Any = field(default="glorot_uniform", metadata=_object(initializers))
-    bias_initializer: Any = field(default="zeros", metadata=_object(initializers))
-    kernel_regularizer: Any = field(default=None, metadata=_object(regularizers))
-    bias_regularizer: Any = field(default=None, metadata=_object(regularizers))
-    activity_regularizer: Any = field(default=None, metadata=_object(regularizers))
-    kernel_constraint: Any = field(default=None, metadata=_object(constraints))
-    bias_constraint: Any = field(default=None, metadata=_object(constraints))
+    kernel_initializer: Any = field(default="glorot_uniform", metadata=_object("initializers"))
+    bias_initializer: Any = field(default="zeros", metadata=_object("initializers"))
+    kernel_regularizer: Any = field(default=None, metadata=_object("regularizers"))
+    bias_regularizer: Any = field(default=None, metadata=_object("regularizers"))
+    activity_regularizer: Any = field(default=None, metadata=_object("regularizers"))
+    kernel_constraint: Any = field(default=None, metadata=_object("constraints"))
+    bias_constraint: Any = field(default=None, metadata=_object("constraints"))
     use_gate: bool = field(default=False, metadata=_of_layer(checks.switch))
     seed: int | None = field(default=None, metadata=_of_layer(checks.seed))
     num_kv_heads: int | None = field(default=None, metadata=_of_layer(checks.positive_or_none))
@@ -356,7 +361,7 @@ def _plain(name: str, value: Any) -> Any:
     """Return an argument as JSON has it."""
     written = FIELDS[name].metadata.get("object") if name in FIELDS else None
     if written is not None:
-        return written.serialize(value)
+        return written().serialize(value)
     if name == "rotary":
         return None if value is None else to_plain(value)
     if name in ("qk_norm", "scale") and callable(value):

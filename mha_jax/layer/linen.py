@@ -23,8 +23,6 @@ from mha_jax.errors import ShapeError, WeightsError
 from mha_jax.layer import (
     axes,
     checks,
-    constraints,
-    initializers,
     penalties,
     projections,
     vectors,
@@ -73,6 +71,8 @@ class Projection(nn.Module):
 
 def _make(module: Projection, made: Made) -> tuple[Any, Any | None]:
     """Draw and store a kernel, and a bias if there is one."""
+
+    from mha_jax.layer import initializers
 
     def draw(rng, initializer, shape, in_axes):
         return initializers.initialize(initializer, rng, shape, made.param_dtype, in_axes)
@@ -223,6 +223,8 @@ class MultiHeadAttention(Arguments, nn.Module):
 
     def constrain(self, params: Params) -> Params:
         """Return the parameters with `kernel_constraint` and `bias_constraint` applied."""
+        from mha_jax.layer import constraints
+
         return constraints.constrain(
             params, kernel=self.kernel_constraint, bias=self.bias_constraint
         )

@@ -15,7 +15,6 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mha_jax.errors import WeightsError
-from mha_jax.layer import initializers
 from mha_jax.types import Array, Params, Precision, PRNGKey
 
 # JAX's own product. Qwix for one puts other code into the same function.
@@ -46,6 +45,8 @@ def init(
     dtype: Any,
 ) -> dict[str, Any]:
     """Return the kernel of one projection, and its bias unless its initializer is None; boxed if drawn so."""
+    from mha_jax.layer import initializers
+
     kernel_key, bias_key = jax.random.split(rng)
     params = {
         "kernel": initializers.initialize(
