@@ -20,6 +20,7 @@ class CheckoutPeer(Peer):
 
     framework = "ours"
     packages = ("mha_jax",)
+    has = Ours.has
 
     def __init__(self, name: str, checkout: Checkout):
         self.name, self.checkout = name, checkout

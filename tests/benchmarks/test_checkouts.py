@@ -5,6 +5,7 @@ import pytest
 from benchmarks import __main__ as program
 from benchmarks import report
 from benchmarks.checkouts import HERE, Checkout
+from benchmarks.peers.checkout import CheckoutPeer
 from benchmarks.results import BEFORE, OURS, Result
 from benchmarks.rows import ROWS
 
@@ -51,6 +52,11 @@ def test_this_checkout_beside_itself(capsys):
     assert [len(r.cpu_times) for r in results] == [2, 2]
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert (last[0], last[-1]) == ("decode", "1.000")
+
+
+def test_a_checkout_runs_every_row_that_ours_runs():
+    peer = CheckoutPeer(OURS, None)  # type: ignore[arg-type]
+    assert [row.name for row in ROWS.values() if peer.cannot(row)] == []
 
 
 def test_the_comparison_is_ours_over_the_baselines():
