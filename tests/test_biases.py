@@ -12,7 +12,7 @@ import mha_jax as mj
 from mha_jax import Call, Causal, SameSegment, ShapeError, Tokens, UnsupportedError, biases
 from mha_jax.attention.check import check
 from mha_jax.attention.tokens import distance
-from mha_jax.backends.blockwise import Blockwise, few_rows
+from mha_jax.backends.blockwise import Blockwise, diagonals, few_rows
 from mha_jax.backends.reference import Reference
 from tests import oracles
 from tests.backends import backends, tiles
@@ -296,6 +296,23 @@ def test_distances_of_32_bits_are_what_64_bits_say():
     for made in (np.asarray, jnp.asarray):
         got = distance(made(q.astype(np.int32)), made(k.astype(np.int32)))
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("strips", [True, False])
+@pytest.mark.parametrize("rows, columns", [(1, 5), (8, 8), (9, 4), (40, 23), (13, 1)])
+def test_diagonals_of_tiles_are_summed(rows, columns, strips):
+    x = draw(1, 2, 3, rows, columns)
+    got = diagonals.summed(jnp.asarray(x), strips)
+    offsets = range(1 - rows, columns)
+    want = np.stack([x.trace(n, axis1=-2, axis2=-1) for n in offsets], -1)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_long_tables_are_summed_by_strips():
+    """The tile is read once, and nothing of its size is made of it."""
+    x = jax.ShapeDtypeStruct((2, 512, 512), np.float32)
+    memory = jax.jit(diagonals.summed).lower(x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * x.size / 8
 
 
 def test_a_bias_is_mapped_and_passed_through_jit():

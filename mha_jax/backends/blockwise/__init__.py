@@ -33,7 +33,7 @@ class Tuning:
       halves: Multiply what rests on bfloat16 inputs in bfloat16, summed in float32: what tensor cores do.
       written: Tiles of a group that are written out one after the other, without loops, at most.
       branches: Ask which part of a cache is seen before a step reads it, and whether a bias says the same of
-        all pairs of a tile: where branches that the data decide cost little.
+        all pairs of a tile, and loop inside of tiles: where branches that the data decide cost little.
     """
 
     side: int

@@ -48,7 +48,8 @@ class Tiling:
       halves: Multiply in bfloat16 where the inputs are, and no other precision is asked for.
       written: Write tiles out one after the other, without loops, where a group has no more than these, and
         they are known while compiling.
-      branches: Ask of every tile whether a bias by rule says the same of all its pairs.
+      branches: Ask of every tile whether a bias by rule says the same of all its pairs, and sum up the
+        diagonals of others in a loop.
     """
 
     block_q: Size
@@ -442,29 +443,35 @@ class ByQueries:
     def pulled(self, dx: Array, at: Place) -> Any:
         """Return the cotangents of the rule's floats, of those of a tile.
 
-        Where all distances of a tile are alike to the rule, one sum is enough. Else the sums of the diagonals
-        cost two copies of the tile. T 4096, 32 buckets of T5: 42 tiles of 64 are of one number.
+        A rule that knows distances alone is asked for them with the sums of the diagonals, or, where all
+        distances of a tile are alike to it, with one sum. T 4096, 32 buckets of T5: 42 tiles of 64 are of one
+        number.
         """
         tiles = self.tiles
         rule: Any = tiles.rule
-
-        def of_all(dx):
+        if not (tiles.consecutive and rule.only_distances):
             return jax.vjp(self.ruled(dx.shape, at), tiles.rule_floats)[1](dx)[0]
+        heads, branches = self._heads(at)[..., 0], tiles.tiling.branches
 
-        def of_one(dx):
-            heads, sums = self._heads(at)[..., 0, 0], self._sum_of_heads(dx)
-            distance = distances[:1].reshape((1,) * heads.ndim)
+        def of_sums(distances, sums):
+            distances = distances.reshape((1,) * (heads.ndim - 1) + (-1,))
 
-            def number(moved):
-                found = with_floats(rule, moved).at(distance, heads).astype(tiles.dtype)
+            def numbers(moved):
+                found = with_floats(rule, moved).at(distances, heads).astype(tiles.dtype)
                 return jnp.broadcast_to(found, sums.shape)
 
-            return jax.vjp(number, tiles.rule_floats)[1](sums)[0]
+            return jax.vjp(numbers, tiles.rule_floats)[1](sums)[0]
 
-        known = tiles.consecutive and tiles.tiling.branches and not tiles.tiling.exhaustive
-        if not known or not rule.only_distances or rule.alike_from is None:
+        def of_all(dx):
+            return of_sums(distances, self._sums_of_diagonals(dx, branches))
+
+        def of_one(dx):
+            return of_sums(distances[:1], self._sum_of_heads(dx)[..., None])
+
+        distances = tiles.distances(at)
+        if rule.alike_from is None or not branches or tiles.tiling.exhaustive:
             return of_all(dx)
-        distances, far = tiles.distances(at), jnp.int32(rule.alike_from)
+        far = jnp.int32(rule.alike_from)
         alike = (distances[0] >= far) | (distances[-1] <= -far)
         return lax.cond(alike, of_one, of_all, dx)
 
@@ -476,6 +483,11 @@ class ByQueries:
     def _sum_of_heads(self, dx: Array) -> Array:
         """Sum up a tile for every head, [*lead, G]."""
         return jnp.sum(dx.reshape(*dx.shape[:-2], self.tiles.groups, -1), -1)
+
+    def _sums_of_diagonals(self, dx: Array, strips: bool) -> Array:
+        """Sum up the diagonals of a tile for every head, [*lead, G, distances]."""
+        heads = self.tiles.groups, self.tiles.tiling.block_q
+        return diagonals.summed(dx.reshape(*dx.shape[:-2], *heads, dx.shape[-1]), strips)
 
     def _facts(self, at: Place) -> tuple[Facts, Facts]:
         """Return the facts of a tile's queries and keys, which broadcast against each other."""
@@ -550,6 +562,10 @@ class ByKeys(ByQueries):
     def _sum_of_heads(self, dx: Array) -> Array:
         rows = jnp.sum(dx, -2)
         return jnp.sum(rows.reshape(*rows.shape[:-1], self.tiles.groups, -1), -1)
+
+    def _sums_of_diagonals(self, dx: Array, strips: bool) -> Array:
+        heads = dx.reshape(*dx.shape[:-1], self.tiles.groups, self.tiles.tiling.block_q)
+        return diagonals.summed(jnp.moveaxis(heads, -2, -3), strips)[..., ::-1]
 
     def _lay(self, tile: Array) -> Array:
         return jnp.moveaxis(tile, -1, -3)
