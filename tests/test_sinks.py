@@ -124,7 +124,11 @@ def test_the_output_keeps_its_dtype():
 
 
 @pytest.mark.parametrize("backend", [None, "reference", "blockwise"])
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.vmap, jax.checkpoint], ids=repr)
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda f: f, jax.jit, jax.vmap, jax.checkpoint],
+    ids=["plain", "jit", "vmap", "remat"],
+)
 def test_beside_sinks_the_output_is_a_linear_function_of_the_values(wrap, backend):
     q, k, v = (
         jax.random.normal(key, (2, 1, 5, 6, 4)) for key in jax.random.split(jax.random.key(0), 3)
