@@ -117,13 +117,10 @@ class Tiles:
         self.mask = jax.tree.map(self.pad_dense, problem.mask)
         self.bias = None if problem.bias is None else self.pad_dense(jnp.asarray(problem.bias))
         self.rule = problem.bias_rule
-        arrays = (
-            getattr(x, f) for x in (problem.q_tokens, problem.k_tokens) for f in ("index", "pos")
-        )
-        sizes = tiling.block_q, tiling.block_k
-        self.consecutive = all(a is None for a in arrays) and all(isinstance(n, int) for n in sizes)
-        # And no distance leaves 32 bits.
-        self.consecutive &= abs(problem.k_tokens.start - problem.q_tokens.start) < 2**30
+        sides, sizes = (problem.q_tokens, problem.k_tokens), (tiling.block_q, tiling.block_k)
+        plain = all(a is None for x in sides for a in (x.index, x.pos))
+        near = abs(sides[1].start - sides[0].start) < 2**30  # no distance leaves 32 bits
+        self.consecutive = plain and near and all(isinstance(n, int) for n in sizes)
         # In the accumulator's dtype, in which its gradients are summed up.
         self.rule_floats = jax.tree.map(lambda a: jnp.asarray(a, self.dtype), floats(self.rule))
         self.row_keys = None
@@ -241,9 +238,8 @@ class Tiles:
         """Multiply the queries and the keys of a tile, [*, r, H] and [*, s, H], to [*, r, s]."""
         if not self.tiny:
             return self.dot("...rh,...sh->...rs", q, k)
-        return jnp.sum(
-            q.astype(self.dtype)[..., None, :] * k.astype(self.dtype)[..., None, :, :], -1
-        )
+        q, k = q.astype(self.dtype), k.astype(self.dtype)
+        return jnp.sum(q[..., None, :] * k[..., None, :, :], -1)
 
     def summed(self, p: Array, v: Array) -> Array:
         """Sum up the values of a tile, [*, s, V], by weights [*, r, s], to [*, r, V]."""
