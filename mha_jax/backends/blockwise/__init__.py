@@ -123,8 +123,7 @@ class Blockwise(Backend):
         step = self._is_step(problem)
         short = rows <= tuning.side and s <= tuning.side
         wanted = self.pairs or (b * kv if step else tuning.short // (rows * s) if short else wanted)
-        whole = (d for d in range(min(b * kv, wanted), 0, -1) if not b * kv % d)
-        pairs = next(d for d in whole if not kv % d or not d % kv)
+        pairs = next(d for d in range(min(b * kv, wanted), 0, -1) if b * kv % d == 0)
         block_q = _near(max(1, (self.block_q or side) // problem.groups), t)
         block_k = _near(self.block_k or (s if step else side), s)
         return Tiling(block_q, block_k, Grouped(b, kv, pairs), **rest)

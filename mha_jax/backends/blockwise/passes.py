@@ -52,12 +52,11 @@ def forward(tiles: Tiles) -> State:
     def start(q_row):
         return softmax.start(q_row.shape[:-1], tiles.v.shape[-1], tiles.dtype)
 
-    def row(g, i, whole):
+    def row(g, i, _):
         q_row = tiles.rows_of(tiles.q, Place(g, i, 0))
         first = None if order.single else start(q_row)
         end = tiles.over(order, g, i, lambda j, state: tile(q_row, Place(g, i, j), state), first)
-        out, *statistics = finished(end)
-        return tiles.put_back(whole, out, g, i), statistics
+        return None, finished(end)
 
     def row_in_turn(g, i, blocks, _, last):
         q_row = tiles.rows_of(tiles.q, Place(g, i, 0))
@@ -69,25 +68,19 @@ def forward(tiles: Tiles) -> State:
 
     if tiles.written:
         _, (out, m, l), _ = in_turn(row_in_turn, None, tiles.layout.groups, order)
-        out = tiles.queries_back(out)
     else:
-        b, t, n, _ = problem.q.shape
-        out = jnp.zeros((b, tiles.t, n, problem.v.shape[-1]), problem.v.dtype)
-        out, (m, l) = scan(row, out, tiles.layout.groups, tiles.q_blocks)
-        out = out[:, :t]
-    return State(out, tiles.statistics_back(m), tiles.statistics_back(l))
+        _, (out, m, l) = scan(row, None, tiles.layout.groups, tiles.q_blocks)
+    return State(tiles.queries_back(out), tiles.statistics_back(m), tiles.statistics_back(l))
 
 
 def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
     """Return the cotangents of q, k, v and bias."""
     problem, dtype, order = tiles.problem, tiles.dtype, tiles.visits(by_rows=False)
     by, rules = ByKeys(tiles, order), tiles.rules
-    b, d_out = problem.q.shape[0], cotangent.out.astype(dtype)
-    delta = tiles.statistics(jnp.sum(d_out * state.out.astype(dtype), -1).swapaxes(1, 2))
-    d_out = tiles.queries(d_out)
+    d_out, out = (tiles.queries(x.astype(dtype)) for x in (cotangent.out, state.out))
     m, l, d_lse = (tiles.statistics(x) for x in (state.m, state.l, cotangent.lse))
     c, log = softmax.parts(m, l)
-    delta = delta - d_lse
+    delta = jnp.sum(d_out * out, -1) - d_lse
     if tiles.hides:
         c = hidden.judged(c, delta, l, d_out, d_lse)
     if problem.dropout is not None:
@@ -124,13 +117,6 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
         dk = tiles.dot("...sr,...rh->...sh", dx, q.astype(dtype))
         return (d_bias, d_rule), dx, dk, dv
 
-    def of_queries(dq):
-        return (dq * jnp.asarray(tiles.scale, dtype)).astype(problem.q.dtype)
-
-    def of_keys(dk, dv):
-        dk = (dk * jnp.asarray(rules.scale, dtype)).astype(problem.k.dtype)
-        return dk, dv.astype(problem.v.dtype)
-
     def keys_and_values(g, j):
         return tuple(of(Place(g, 0, j)) for of in (k_of, v_of))
 
@@ -142,18 +128,14 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
 
         def block(i, carry):
             at = Place(g, i, j)
-            sums, dq, dk, dv = carry
+            *sums, dq, dk, dv = carry
             sums, dx, dk_part, dv_part = tile(k_tile, v_tile, at, sums)
             dq = tiles.add_transposed(dq, tiles.dot("...hs,...sr->...hr", k_transposed, dx), at)
-            return sums, dq, dk + dk_part, dv + dv_part
+            return *sums, dq, dk + dk_part, dv + dv_part
 
-        sums, dq, dk, dv = carry
-        zeros = (jnp.zeros(x.shape, dtype) for x in (k_tile, v_tile))
-        own = no_dq if alone else dq
-        sums, own, *parts = tiles.over(order, g, j, block, (sums, own, *zeros))
-        dk, dv = (tiles.put_back(x, y, g, j) for x, y in zip((dk, dv), of_keys(*parts)))
-        dq = tiles.put_back(dq, of_queries(own[0].swapaxes(-1, -2)), g, 0) if alone else own
-        return (sums, dq, dk, dv), None
+        zeros = jnp.zeros(k_tile.shape, dtype), jnp.zeros(v_tile.shape, dtype)
+        *carry, dk, dv = tiles.over(order, g, j, block, (*carry, *zeros))
+        return tuple(carry), (dk, dv)
 
     def column_in_turn(g, j, blocks, sums, turn):
         k_tile, v_tile = keys_and_values(g, j)
@@ -180,26 +162,21 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
     groups = tiles.layout.groups
     if tiles.written:
         (d_bias, d_rule), (dk, dv), dq = in_turn(column_in_turn, sums, groups, order, queries)
-        dk, dv = of_keys(tiles.keys_back(dk), tiles.keys_back(dv))
-        dq = of_queries(tiles.queries_back(dq))
+        dq = tiles.queries_back(dq)
     else:
-        alone = tiles.k_blocks == 1  # a group's queries are done with its only column
-        *lead, length, size = tiles.q.shape[1:]
-        no_dq = jnp.zeros((1 if alone else groups, *lead, size, length), dtype)
-        q, k, v = problem.q, problem.k, problem.v
-        dq = jnp.zeros((b, tiles.t, *q.shape[2:]), q.dtype) if alone else no_dq
-        dk, dv = (jnp.zeros((b, tiles.s, *x.shape[2:]), x.dtype) for x in (k, v))
-        carry, _ = scan(column, (sums, dq, dk, dv), groups, tiles.k_blocks)
-        (d_bias, d_rule), dq, dk, dv = carry
-        dk, dv = dk[:, : k.shape[1]], dv[:, : k.shape[1]]
-        dq = dq[:, : q.shape[1]] if alone else of_queries(tiles.transposed_back(dq))
+        *lead, length, size = tiles.q.shape
+        carry = (*sums, jnp.zeros((*lead, size, length), dtype))
+        (d_bias, d_rule, dq), (dk, dv) = scan(column, carry, groups, tiles.k_blocks)
+        dq = tiles.transposed_back(dq)
+    dk = tiles.keys_back(dk) * jnp.asarray(rules.scale, dtype)
+    dq = dq * jnp.asarray(tiles.scale, dtype)
     bias = asked.bias
     if bias is not None and d_bias is not None:
         d_bias = d_bias[tuple(slice(n) for n in bias.shape)].astype(bias.dtype)
     return Moves(
-        dq,
-        dk,
-        dv,
+        dq.astype(problem.q.dtype),
+        dk.astype(problem.k.dtype),
+        tiles.keys_back(dv).astype(problem.v.dtype),
         d_bias,
         jax.tree.map(lambda a, d: d.astype(jnp.result_type(a)), asked.bias_rule, d_rule)
         if ruled

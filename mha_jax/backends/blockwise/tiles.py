@@ -160,31 +160,37 @@ class Tiles:
 
     def queries_back(self, x: Array) -> Array:
         """Turn lines [g q_blocks, *lead, r, H] back into [B, T, N, H]."""
-        return self._back(x, self.q_blocks, self.groups)[:, : self.problem.q.shape[1]]
+        return self._rows_back(x).swapaxes(1, 2)
 
     def statistics_back(self, x: Array) -> Array:
         """Turn lines of statistics [g q_blocks, *lead, r, 1] back into [B, N, T]."""
-        return self.queries_back(x)[..., 0].swapaxes(1, 2)
-
-    def keys_back(self, x: Array) -> Array:
-        """Turn lines [g k_blocks, *lead, block_k, H] back into [B, S, K, H]."""
-        return self._back(x, self.k_blocks, 1)[:, : self.problem.k.shape[1]]
+        return self._rows_back(x)[..., 0]
 
     def transposed_back(self, x: Array) -> Array:
         """Turn [g, *lead, H, G t] back into [B, T, N, H]."""
-        x = x.reshape(self.batch, self.kv_heads, -1, self.groups, self.t).transpose(0, 4, 1, 3, 2)
-        x = x.reshape(self.batch, self.t, self.kv_heads * self.groups, -1)
-        return x[:, : self.problem.q.shape[1]]
+        return self._heads_back(self.layout.join(x.swapaxes(-1, -2))).swapaxes(1, 2)
 
-    def _back(self, x: Array, lines: int, heads: int) -> Array:
-        """Turn lines [g lines, *lead, heads block, H] into [B, lines block, K heads, H].
+    def keys_back(self, x: Array) -> Array:
+        """Turn lines [g k_blocks, *lead, block_k, H] back into [B, S, K, H]."""
+        x = self._lines_inward(x, self.k_blocks, at=-2)
+        x = self.layout.join(x.reshape(*x.shape[:-3], self.s, x.shape[-1]))
+        return x[:, :, : self.problem.k.shape[1]].transpose(0, 2, 1, 3)
 
-        One transposition: of two, the last of which merges no axes, XLA makes two copies.
-        """
-        *outer, b, k = self.layout.box
-        block, size = x.shape[-2] // heads, x.shape[-1]
-        x = x.reshape(*outer, lines, b, k, heads, block, size).transpose(0, 3, 2, 6, 1, 4, 5, 7)
-        return x.reshape(self.batch, lines * block, self.kv_heads * heads, size)
+    def _rows_back(self, x: Array) -> Array:
+        """Turn lines [g q_blocks, *lead, r, H] back into [B, N, T, H]."""
+        x = x.reshape(*x.shape[:-2], self.groups, self.tiling.block_q, x.shape[-1])
+        x = self._lines_inward(x, self.q_blocks, at=-2)
+        return self._heads_back(self.layout.join(x.reshape(*x.shape[:-4], -1, x.shape[-1])))
+
+    def _heads_back(self, x: Array) -> Array:
+        """Turn [B, K, G t, H] into [B, N, T, H], without padding."""
+        x = x.reshape(self.batch, self.kv_heads * self.groups, self.t, x.shape[-1])
+        return x[:, :, : self.problem.q.shape[1]]
+
+    def _lines_inward(self, x: Array, lines: int, at: int) -> Array:
+        """Turn [g lines, ...] into [g, ...] with the lines before the axis `at`."""
+        x = x.reshape(self.layout.groups, lines, *x.shape[1:])
+        return jnp.moveaxis(x, 1, at - 1)
 
     def pad_dense(self, dense: Array) -> Array:
         """Pad [#B, #N, #T, #S] to whole tiles."""
@@ -299,16 +305,6 @@ class Tiles:
         tile = tile.reshape(1, *tile.shape[:-1], self.groups, -1)
         blocks = {0: (at.group, 1), heads.ndim - 1: (at.q, self.tiling.block_q)}
         return _put(heads, _cut(heads, blocks) + tile, blocks).reshape(whole.shape)
-
-    def put_back(self, whole: Array, tile: Array, group: Any, block: Any) -> Array:
-        """Put a tile [*lead, r, H] where it belongs in [B, t, N, H], or one of keys in [B, s, K, H]."""
-        _, heads_of, b, k = self.layout.box
-        tile = tile.reshape(b, k, whole.shape[2] // self.kv_heads, -1, tile.shape[-1])
-        tile = tile.transpose(0, 3, 1, 2, 4)
-        tile = tile.reshape(*tile.shape[:2], -1, tile.shape[-1])
-        first, second = (group, 0) if heads_of == 1 else (group // heads_of, group % heads_of)
-        at = (first, block, second)
-        return _put(whole, tile, {axis: (n, tile.shape[axis]) for axis, n in enumerate(at)})
 
     def _blocks_of(self, dense: Array, at: Place) -> dict[int, tuple[Any, Size]]:
         blocks = {2: (at.q, self.tiling.block_q), 3: (at.k, self.tiling.block_k)}
