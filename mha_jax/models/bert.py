@@ -21,7 +21,7 @@ import numpy as np
 
 from mha_jax.attention.call import Call
 from mha_jax.attention.functions import attention_scores
-from mha_jax.attention.given import integer
+from mha_jax.attention.given import integer, of_kind
 from mha_jax.attention.masks import ValidKeys
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
@@ -70,10 +70,9 @@ class Config:
         )
         optional = {} if self.embedding is None else {"embedding": 1}
         check_config(self, "dropout", **sizes, **optional)
-        for layer in self.layers:
-            integer(
-                "each of layers", layer, 0, 2**20, "It is the number of the parameters it uses."
-            )
+        hint = "A layer is the number of the parameters it uses: tuple(range(12)), say."
+        for layer in of_kind("layers", self.layers, tuple, hint):
+            integer("each of layers", layer, 0, 2**20, hint)
 
 
 class Embeddings(nn.Module):

@@ -129,7 +129,7 @@ class Block(nn.Module):
 class CausalLM(nn.Module):
     """A decoder with a vocabulary at both ends: tokens in, logits of the next ones out.
 
-    >>> model = CausalLM(Config(11, 8, 16, 2, layers=(Local(Rotary()), Local(Rotary(), window=3))))
+    >>> model = CausalLM(Config(11, 8, 16, 2, layers=(Local(mj.Rotary()), Local(window=3))))
     >>> tokens = jnp.ones((3, 5), int)
     >>> variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
     >>> jax.eval_shape(model.apply, variables, tokens).shape
@@ -224,7 +224,7 @@ class CausalLM(nn.Module):
         Raises:
           ShapeError: The caches shall roll, and the model has learned its positions.
 
-        >>> model = CausalLM(Config(11, 8, 16, 2, layers=(Local(Rotary()),)))
+        >>> model = CausalLM(Config(11, 8, 16, 2, layers=(Local(mj.Rotary()),)))
         >>> tokens = jnp.ones((3, 5), int)
         >>> variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
         >>> caches = model.empty_caches(batch=3, capacity=5)
