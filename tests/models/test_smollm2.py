@@ -90,7 +90,9 @@ def theirs(file):
 
 @needs_package
 def test_logits_are_those_of_transformers(writer, theirs):
-    """Float32 itself is 9e-5 off, in either library; logits reach 38."""
+    """Float32 itself is off: by 9e-5 in either library on an AMD EPYC, by 6e-5 in PyTorch and 1.6e-4 in XLA
+    on an Intel Xeon with AMX. Logits reach 38.
+    """
     import torch
 
     tokens = torch.from_numpy(writer.encode(PROMPTS[1])[None].astype(np.int64))
@@ -98,9 +100,8 @@ def test_logits_are_those_of_transformers(writer, theirs):
         single = theirs(tokens).logits[0].numpy()
         double = theirs.double()(tokens).logits[0].numpy()
     theirs.float()
-    rounding = np.abs(single - double).max()
-    assert rounding < 3e-4
-    np.testing.assert_allclose(writer.logits(PROMPTS[1]), double, rtol=0, atol=2 * rounding)
+    for logits in (single, writer.logits(PROMPTS[1])):
+        np.testing.assert_allclose(logits, double, rtol=0, atol=3e-4)
 
 
 @needs_package
