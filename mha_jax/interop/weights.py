@@ -37,9 +37,10 @@ def params_of(variables: dict[str, Params]) -> Params:
     for name, weights in params.items():
         for part, weight in weights.items():
             if not _floating(weight):
-                got = getattr(weight, "dtype", type(weight).__name__)
+                dtype = getattr(weight, "dtype", None)
+                got = f"is a {type(weight).__name__}" if dtype is None else f"has dtype {dtype}"
                 raise WeightsError(
-                    f"the {name} {part} must be an array of floating-point numbers: got {got}. Pass the "
+                    f"the {name} {part} {got}, expected floating-point numbers in an array. Pass the "
                     "variables as module.init or an import returned them."
                 )
     return {name: dict(weights) for name, weights in params.items()}
@@ -55,8 +56,8 @@ def array(what: str, weight: Any) -> Array:
         weight = weight.astype(weight.dtype.newbyteorder("="))  # of a machine of the other kind
     if not _floating(weight) or weight.dtype.itemsize < 2:
         raise WeightsError(
-            f"the {what} has dtype {weight.dtype}, expected float64, float32, float16 or bfloat16: quantized "
-            "layers cannot be read. Save the layer before quantizing it."
+            f"the {what} has dtype {weight.dtype}, expected floating-point numbers of 16 bits or more: "
+            "quantized layers cannot be read. Save the layer before quantizing it."
         )
     if weight.dtype == np.float64 and jnp.asarray(np.float64(0)).dtype != jnp.float64:
         raise WeightsError(

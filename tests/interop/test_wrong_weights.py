@@ -56,5 +56,5 @@ def test_variables_that_hold_no_weights_are_not_exported(export, projection, par
     for weight in wrong:
         changed = copy.deepcopy(variables)
         changed["params"][projection][part] = weight
-        with pytest.raises(MhaError, match="must be an array"):
+        with pytest.raises(MhaError, match="expected floating-point numbers"):
             export(module, changed)
