@@ -311,7 +311,7 @@ BAD = {
         r"rules\['own'\] does not fit 3 queries and 3 keys",
     ),
     "tokens of another shape": (
-        lambda: visualize.masks({"own": mj.Causal()}, mj.Tokens(3, pos=np.arange(3))),
+        lambda: visualize.masks({"own": mj.Causal()}, mj.Tokens(3, pos=np.arange(4)[None])),
         r"does not fit.*Arrays of tokens are \[B, length\]",
     ),
     "no tokens": (lambda: visualize.masks({"own": mj.Causal()}, mj.Tokens(0)), "no pair to draw"),
