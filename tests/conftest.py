@@ -32,13 +32,30 @@ LONG = (
 )
 # What they compare is kinds of programs, not how well LLVM writes the loops of small ones.
 QUICKLY = (
+    "tests/models/test_bert.py",
+    "tests/models/test_transformer.py",
+    "tests/train/test_meshes.py",
+    "tests/test_backends.py",
+    "tests/test_biases.py",
+    "tests/test_cache.py",
+    "tests/test_cache_kinds.py",
+    "tests/test_derivatives.py",
+    "tests/test_fuzz",
+    "tests/test_gpu_tiles.py",
+    "tests/test_groups.py",
+    "tests/test_guide.py",
+    "tests/test_keras_defects.py",
+    "tests/test_layer.py",
+    "tests/test_linear_map.py",
+    "tests/test_modern_layer.py",
+    "tests/test_mosaic_gpu",
+    "tests/test_nnx.py",
+    "tests/test_norms_and_hooks.py",
+    "tests/test_one_answer.py",
+    "tests/test_pallas_tpu",
     "tests/test_programs.py",
     "tests/test_sequence.py",
-    "tests/test_guide.py",
-    "tests/test_one_answer.py",
-    "tests/test_cache_kinds.py",
-    "tests/test_modern_layer.py",
-    "tests/test_norms_and_hooks.py",
+    "tests/test_sharding.py",
 )
 
 

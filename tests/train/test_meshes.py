@@ -140,6 +140,7 @@ def start(workdir, count, devices, mesh, config, *more):
         port = free.getsockname()[1]
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as this process does by now
     command = [sys.executable, "-m", "mha_jax.train", f"--config={config}", f"--config.mesh={mesh}"]
     command += [f"--workdir={workdir}", f"--coordinator_address=localhost:{port}"]
     command += [f"--num_processes={count}", *more]

@@ -46,7 +46,8 @@ def start(workdir, *more, limit=None):
     command.append(f"--workdir={workdir}")
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | cache, preexec_fn=limits, **pipes)
 
