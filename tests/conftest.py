@@ -39,24 +39,24 @@ QUICKLY = (
     "tests/test_biases.py",
     "tests/test_cache.py",
     "tests/test_cache_kinds.py",
+    "tests/test_constant_bias.py",
     "tests/test_derivatives.py",
     "tests/test_fuzz",
     "tests/test_gpu_tiles.py",
     "tests/test_groups.py",
     "tests/test_guide.py",
-    "tests/test_keras_defects.py",
-    "tests/test_layer.py",
     "tests/test_linear_map.py",
     "tests/test_modern_layer.py",
     "tests/test_mosaic_gpu",
     "tests/test_nnx.py",
     "tests/test_norms_and_hooks.py",
     "tests/test_one_answer.py",
-    "tests/test_pallas_tpu",
     "tests/test_programs.py",
     "tests/test_sequence.py",
     "tests/test_sharding.py",
 )
+# Where versions are tested and not speed, the environment says so for all.
+ALL_QUICKLY = jax.config.read("jax_disable_most_optimizations")
 
 
 def pytest_addoption(parser):
@@ -65,7 +65,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+    items.sort(key=lambda item: (not item.nodeid.startswith(LONG), item.nodeid.startswith(QUICKLY)))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -83,16 +83,13 @@ def pytest_collection_finish():
     gc.set_threshold(50_000)
 
 
-@pytest.fixture(autouse=True)
-def quickly_compiled(request):
-    """Compile some files' programs without what makes them fast."""
-    if not request.node.nodeid.startswith(QUICKLY):
-        yield
-        return
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Compile some files' programs without what makes them fast, and none of both kinds: bits may differ."""
+    quickly = ALL_QUICKLY or item.nodeid.startswith(QUICKLY)
+    if quickly != jax.config.read("jax_disable_most_optimizations"):
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", quickly)
 
 
 @pytest.fixture

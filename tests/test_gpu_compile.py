@@ -14,7 +14,7 @@ from mha_jax.attention.biases import Alibi, Buckets
 if (why := gpu_cards.missing()) is not None:
     pytest.skip(why, allow_module_level=True)
 
-LENGTH, WIDTH, HEADS = 4096, 64, 4
+LENGTH, WIDTH, HEADS = 3072, 64, 4
 FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
 # The logits of the smallest and of the largest tile, and what the operations of a looped one launch at most.
 SMALLEST, LARGEST, LAUNCHES = HEADS * 2**20, 2**24, 16
@@ -156,7 +156,8 @@ def test_the_branch_beside_cudnn_is_there_only_where_the_cotangent_of_lse_is():
 
         return gpu_cards.counts(gpu_cards.compiled("H100", function, x, x, x))
 
-    assert gradients(both=True).a_product and BACKWARD in gradients(both=True).calls
+    found = gradients(both=True)
+    assert found.a_product and BACKWARD in found.calls
     assert not gradients(both=False).a_product
 
 
