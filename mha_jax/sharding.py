@@ -62,7 +62,7 @@ def _named(params: Params) -> Any:
         return (None,) * len(params.shape)
     if not {"query", "key", "value", "attention_output"} <= set(params):
         return {name: _named(value) for name, value in params.items()}
-    query, key = (params[name]["kernel"].shape for name in ("query", "key"))
+    query, key = (_shape_of_kernel(params, name) for name in ("query", "key"))
     stacked = len(query) - 3  # axes of `nn.scan` and `nn.vmap` over layers
     keys = ("embed", "kv_heads" if key[-2] < query[-2] else "heads", "kv")
     names = {"key": keys, "value": keys, "attention_output": ("heads", "kv", "embed")}
@@ -91,6 +91,17 @@ def _named(params: Params) -> Any:
     }
 
 
+def _shape_of_kernel(params: Params, name: str) -> tuple[int, ...]:
+    weights = params[name]
+    kernel = weights.get("kernel") if isinstance(weights, Mapping) else None
+    if len(getattr(kernel, "shape", ())) < 3:
+        raise ShapeError(
+            f"params have an attention layer whose {name} has no kernel [features, heads, size]. Pass "
+            "them as the layer has them: flattened ones have no names."
+        )
+    return kernel.shape  # type: ignore[union-attr]
+
+
 def partition_specs(params: Params, rules: Mapping[str, Any]) -> Any:
     """Return the PartitionSpec of every kernel and bias.
 
@@ -102,7 +113,8 @@ def partition_specs(params: Params, rules: Mapping[str, Any]) -> Any:
       The tree of `params` with a PartitionSpec for every array.
 
     Raises:
-      ShapeError: If a rule is for a name that no axis has.
+      ShapeError: If a rule is for a name that no axis has, or is no mesh axis, or if one mesh axis would
+        cut an array twice.
 
     >>> from mha_jax.layer.functional import init_params
     >>> x = jnp.ones((2, 5, 16))
@@ -117,11 +129,30 @@ def partition_specs(params: Params, rules: Mapping[str, Any]) -> Any:
             f"rules name {', '.join(map(repr, unknown))}, which no axis of the layer has. "
             f"Expected names among {', '.join(map(repr, NAMES))}: see logical_axes(params)."
         )
+    for name, axes in rules.items():
+        free = axes is None or axes is PartitionSpec.UNCONSTRAINED
+        if not free and not all(isinstance(axis, str) for axis in _axes(axes)):
+            raise ShapeError(
+                f"rules cut {name!r} along {axes!r}. Expected the name of a mesh axis, or a tuple of names."
+            )
 
     def spec(names):
-        return PartitionSpec(*(None if name is None else rules.get(name) for name in names))
+        cut = [None if name is None else rules.get(name) for name in names]
+        axes = [axis for entry in cut for axis in _axes(entry) if isinstance(axis, str)]
+        twice = {axis for axis in axes if axes.count(axis) > 1}
+        if twice:
+            raise ShapeError(
+                f"rules cut an array of axes {names} twice along {min(twice)!r}: got {dict(rules)}. A "
+                "mesh axis cuts one axis of an array."
+            )
+        return PartitionSpec(*cut)
 
     return jax.tree.map(spec, logical_axes(params), is_leaf=lambda x: isinstance(x, tuple))
+
+
+def _axes(entry: Any) -> tuple[Any, ...]:
+    """Return the mesh axes of an entry of a PartitionSpec."""
+    return tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
 
 
 def with_logical_names(params: Params) -> Any:

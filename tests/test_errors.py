@@ -29,6 +29,7 @@ def ones(*shape, dtype=np.float32):
 Q, KEYS, VALUES = ones(B, T, N, H), ones(B, S, K, H), ones(B, S, K, V)
 X, Y = ones(B, T, D), ones(B, S, D)
 RNG = jax.random.key(0)
+PARAMS = mj.init_params(RNG, X, Y, num_heads=2, key_dim=4)
 
 
 def dot(q=Q, k=KEYS, v=VALUES, **options):
@@ -176,6 +177,27 @@ CORE = [
         lambda: mj.sharding.partition_specs({}, 3),
         "rules must be of class Mapping",
         "int",
+    ),
+    wrong(
+        "rule_number",
+        lambda: mj.sharding.partition_specs({}, {"heads": ("model", 3)}),
+        "rules cut 'heads' along ('model', 3)",
+        "name of a mesh axis",
+    ),
+    wrong(
+        "rules_twice",
+        lambda: mj.sharding.partition_specs(PARAMS, {"heads": "model", "kv": ("data", "model")}),
+        "twice along 'model'",
+    ),
+    wrong(
+        "layer_without_kernels",
+        lambda: mj.sharding.logical_axes({"block": PARAMS | {"key": {"bias": ones(4)}}}),
+        "whose key has no kernel",
+    ),
+    wrong(
+        "layer_of_matrices",
+        lambda: mj.sharding.logical_axes(PARAMS | {"query": {"kernel": ones(16, 32)}}),
+        "whose query has no kernel",
     ),
     wrong("no_arrays", lambda: mj.sharding.logical_axes({"a": 3}), "params must hold arrays", "3"),
     wrong(
