@@ -151,8 +151,18 @@ def distance(q: ArrayLike, k: ArrayLike) -> Any:
     return xp.where(left, xp.where(k < 0, -most, most), xp.maximum(apart, -most)).astype(np.int32)
 
 
+def consecutive(q: Tokens, k: Tokens) -> bool:
+    """Return whether all distances follow from where the sides begin: no rows or positions are data."""
+    return all(a is None for tokens in (q, k) for a in (tokens.index, tokens.pos))
+
+
+def near(q: Tokens, k: Tokens) -> bool:
+    """Return whether tokens are consecutive, and no difference of two of them leaves 32 bits."""
+    return consecutive(q, k) and abs(k.start - q.start) < 2**30
+
+
 def far(q: Tokens, k: Tokens, steps: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
-    """Return the distances of plain tokens that lie some steps further apart than the first ones."""
+    """Return the distances of consecutive tokens that lie some steps further apart than the first ones."""
     most = np.iinfo(np.int32).max
     apart = steps.astype(np.int64) + (k.start - q.start)
     return np.clip(apart, -most, most).astype(np.int32)

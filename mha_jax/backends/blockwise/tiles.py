@@ -25,7 +25,7 @@ from jax import lax
 from mha_jax.attention import hidden
 from mha_jax.attention.biases import Sum, floats, with_floats
 from mha_jax.attention.call import Problem
-from mha_jax.attention.tokens import Facts
+from mha_jax.attention.tokens import Facts, near
 from mha_jax.backends import visits
 from mha_jax.backends.blockwise import diagonals
 from mha_jax.backends.blockwise.layout import Apart, Grouped
@@ -117,10 +117,8 @@ class Tiles:
         self.mask = jax.tree.map(self.pad_dense, problem.mask)
         self.bias = None if problem.bias is None else self.pad_dense(jnp.asarray(problem.bias))
         self.rule = problem.bias_rule
-        sides, sizes = (problem.q_tokens, problem.k_tokens), (tiling.block_q, tiling.block_k)
-        plain = all(a is None for x in sides for a in (x.index, x.pos))
-        near = abs(sides[1].start - sides[0].start) < 2**30  # no distance leaves 32 bits
-        self.consecutive = plain and near and all(isinstance(n, int) for n in sizes)
+        fixed = all(isinstance(n, int) for n in (tiling.block_q, tiling.block_k))
+        self.consecutive = fixed and near(problem.q_tokens, problem.k_tokens)
         # In the accumulator's dtype, in which its gradients are summed up.
         self.rule_floats = jax.tree.map(lambda a: jnp.asarray(a, self.dtype), floats(self.rule))
         self.row_keys = None

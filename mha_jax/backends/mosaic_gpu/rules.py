@@ -19,7 +19,7 @@ from jax.extend.core import Literal
 
 from mha_jax.attention import biases
 from mha_jax.attention.call import Moves, Problem, moving
-from mha_jax.attention.tokens import far
+from mha_jax.attention.tokens import consecutive, far, near
 from mha_jax.types import Array
 
 # What tiles are computed by, operation by operation.
@@ -99,9 +99,7 @@ def _unlaid(problem: Problem, rule: Any) -> str | None:
     """Say why a rule is not laid along the diagonals, or return None."""
     if not rule.only_distances:
         return "it knows more than distances"
-    tokens = problem.q_tokens, problem.k_tokens
-    plain = all(a is None for x in tokens for a in (x.index, x.pos))
-    return None if plain else "positions are data"
+    return None if consecutive(problem.q_tokens, problem.k_tokens) else "positions are data"
 
 
 def _rules(problem: Problem) -> list[Any]:
@@ -186,12 +184,11 @@ def parted(problem: Problem, rule: Any, name: str) -> tuple[Term, dict[str, Arra
     kinds = [jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)) for a in given]
 
     # Of near tokens they are a plain difference: what else they may be costs ten operations a pair.
-    apart = abs(problem.k_tokens.start - problem.q_tokens.start)
-    near = _unlaid(problem, rule) is None and apart < 2**30
+    plain = rule.only_distances and near(problem.q_tokens, problem.k_tokens)
 
     def logits(*leaves):
         rule, q, k = jax.tree.unflatten(tree, leaves)
-        return rule.at(k.positions - q.positions, q.head) if near else rule.logits(q, k)
+        return rule.at(k.positions - q.positions, q.head) if plain else rule.logits(q, k)
 
     traced = jax.make_jaxpr(logits)(*kinds)
     inputs = [

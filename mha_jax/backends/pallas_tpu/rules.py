@@ -13,7 +13,7 @@ import numpy as np
 from mha_jax.attention import biases
 from mha_jax.attention.biases import floats, with_floats
 from mha_jax.attention.call import Problem
-from mha_jax.attention.tokens import far
+from mha_jax.attention.tokens import consecutive, far
 from mha_jax.backends.pallas_tpu.patterns import Geometry
 from mha_jax.types import Array
 
@@ -23,7 +23,7 @@ MOST = 2**18
 
 def why_not(problem: Problem) -> str | None:
     """Say why the kernels cannot add a problem's bias by rule, or return None."""
-    rule, sides = problem.bias_rule, (problem.q_tokens, problem.k_tokens)
+    rule = problem.bias_rule
     if rule is None or is_line(problem):
         return None
     tiles = "tiles run it with backend=None"
@@ -34,12 +34,12 @@ def why_not(problem: Problem) -> str | None:
             f"its kernels add biases that know the distance of two tokens alone, and {names} reads more; "
             + tiles
         )
-    if any(a is not None for tokens in sides for a in (tokens.index, tokens.pos)):
+    if not consecutive(problem.q_tokens, problem.k_tokens):
         return (
             "its kernels add a bias by rule along the diagonals, and here positions are data, those of "
             f"packed sequences or of a cache say; {tiles}"
         )
-    length = sum(tokens.length for tokens in sides)
+    length = problem.q_tokens.length + problem.k_tokens.length
     if length > MOST:
         return (
             f"its kernels hold what a bias adds at {MOST} distances, and here are {length}; {tiles}"
