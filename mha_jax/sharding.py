@@ -40,6 +40,9 @@ def logical_axes(params: Params) -> Any:
       The tree of `params` with a tuple of names for every array, as long as its rank. "kv_heads" are
       key-value heads where they are fewer than query heads. Axes that have no name have None.
 
+    Raises:
+      ShapeError: If the params hold no arrays, or an attention layer without kernels.
+
     >>> from mha_jax.layer.functional import init_params
     >>> x = jnp.ones((2, 5, 16))
     >>> params = init_params(jax.random.key(0), x, x, num_heads=4, key_dim=8, use_bias=False)

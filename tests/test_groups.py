@@ -27,7 +27,7 @@ def drawn(*shapes):
         *((6, 4, 2, pairs) for pairs in (1, 2, 6, 12)),
     ],
 )
-@pytest.mark.parametrize("t, s, block", [(20, 20, 32), (37, 20, 16)])
+@pytest.mark.parametrize("t, s, block", [(20, 20, 32), (37, 20, 16), (20, 37, 32)])
 def test_every_group_has_its_own_place(batch, heads, kv_heads, pairs, t, s, block):
     tiled = Blockwise(block_q=block, block_k=block, pairs=pairs)
     q, k, v, weight = drawn(

@@ -16,7 +16,7 @@ from tests.layer_runs import by_oracle, by_peer, by_us, error
 
 _GIVEN = os.environ.get("MHA_JAX_PARITY_SEED", "20261122")
 SEED = secrets.randbelow(2**32) if _GIVEN == "random" else int(_GIVEN)
-COUNT = int(os.environ.get("MHA_JAX_PARITY_COUNT", "80"))
+COUNT = int(os.environ.get("MHA_JAX_PARITY_COUNT", "120"))
 CHUNK = 20
 # Half an ulp of the largest number of its kind: what rounding a float32 result once may cost.
 ROUNDING = 2.0**-24
