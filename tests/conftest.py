@@ -6,7 +6,11 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("KERAS_BACKEND", "jax")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Eight devices; and small programs are compiled sooner in one piece than in parallel ones.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1",
+)
 # libtpu, where it is installed, must not look for a machine.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -23,37 +27,24 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Begun first: what takes minutes must not be what one worker is left with at the end.
+# Compiled as a user's programs are; all others without what makes programs fast: they compare kinds of
+# programs, not how well LLVM writes the loops of small ones.
+OPTIMIZED = (
+    "tests/test_attention.py",
+    "tests/test_attention_fn.py",
+    "tests/test_functional.py",
+    "tests/test_initializers.py",
+    "tests/test_layer.py",
+    "tests/test_memory.py",
+    "tests/test_precision.py",
+    "tests/test_softmax.py",
+)
+# Begun early: what takes minutes must not be what one worker is left with at the end.
 LONG = (
     "tests/train/test_resume.py",
     "tests/train/test_meshes.py",
     "tests/test_notebooks.py",
     "tests/test_keras_parity.py",
-)
-# What they compare is kinds of programs, not how well LLVM writes the loops of small ones.
-QUICKLY = (
-    "tests/models/test_bert.py",
-    "tests/models/test_transformer.py",
-    "tests/train/test_meshes.py",
-    "tests/test_backends.py",
-    "tests/test_biases.py",
-    "tests/test_cache.py",
-    "tests/test_cache_kinds.py",
-    "tests/test_constant_bias.py",
-    "tests/test_derivatives.py",
-    "tests/test_fuzz",
-    "tests/test_gpu_tiles.py",
-    "tests/test_groups.py",
-    "tests/test_guide.py",
-    "tests/test_linear_map.py",
-    "tests/test_modern_layer.py",
-    "tests/test_mosaic_gpu",
-    "tests/test_nnx.py",
-    "tests/test_norms_and_hooks.py",
-    "tests/test_one_answer.py",
-    "tests/test_programs.py",
-    "tests/test_sequence.py",
-    "tests/test_sharding.py",
 )
 # Where versions are tested and not speed, the environment says so for all.
 ALL_QUICKLY = jax.config.read("jax_disable_most_optimizations")
@@ -65,7 +56,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: (not item.nodeid.startswith(LONG), item.nodeid.startswith(QUICKLY)))
+    items.sort(
+        key=lambda item: (not item.nodeid.startswith(OPTIMIZED), not item.nodeid.startswith(LONG))
+    )
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -85,8 +78,8 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Compile some files' programs without what makes them fast, and none of both kinds: bits may differ."""
-    quickly = ALL_QUICKLY or item.nodeid.startswith(QUICKLY)
+    """Compile most files' programs without what makes them fast, and none of both kinds: bits may differ."""
+    quickly = ALL_QUICKLY or not item.nodeid.startswith(OPTIMIZED)
     if quickly != jax.config.read("jax_disable_most_optimizations"):
         jax.clear_caches()
         jax.config.update("jax_disable_most_optimizations", quickly)
