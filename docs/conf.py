@@ -40,7 +40,7 @@ toc_object_entries_show_parents = "hide"
 _FOREIGN = (
     "Any|Callable|Mapping|Sequence|NamedTuple|TypedDict|None|os|pathlib|collections|typing|abc"
     "|jax|jnp|np|numpy|nn|nnx|flax|optax|keras|torch|tokenizers|argparse"
-    "|Array|ArrayLike|Bool|Float|Int|UInt32|Shaped|DType|Params|PRNGKey|Precision|Initializer"
+    "|Array|ArrayLike|Flags|Bool|Float|Int|UInt32|Shaped|DType|Params|PRNGKey|Precision|Initializer"
     "|Queries|Keys|Values|Labels|Shape|Size|Caches|Tiling|LinenAttention"
     "|Words|FlaxArguments|attention_fn|jaxtyping|jaxlib"
 )

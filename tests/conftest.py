@@ -1,5 +1,4 @@
-"""Traps of JAX turned into errors, and shapes checked at run time where no test passes wrong
-ones."""
+"""Traps of JAX turned into errors, and annotations checked as they run."""
 
 import gc
 import os
@@ -18,7 +17,7 @@ os.environ.setdefault("TPU_WORKER_ID", "0")
 
 from tests.typed import install
 
-install(everything=bool(os.environ.get("MHA_JAX_TYPED")))
+install()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -1,7 +1,5 @@
 """The tests check the annotations of the package: what it accepts and returns is what they say."""
 
-import os
-
 import jax.numpy as jnp
 import pytest
 from jaxtyping import TypeCheckError, jaxtyped
@@ -32,7 +30,6 @@ def test_what_it_refuses_is_said_in_its_own_words():
         first(jnp.ones((2, 3)), row=-1)
 
 
-@pytest.mark.skipif(not os.environ.get("MHA_JAX_TYPED"), reason="MHA_JAX_TYPED=1 is not set")
 def test_every_module_of_the_package_is_checked():
     for function in (mj.dot_product_attention, mj.Tokens.map, mj.nnx.MultiHeadAttention.constrain):
         assert function.__wrapped__.__module__.startswith("mha_jax.")

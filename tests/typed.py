@@ -1,4 +1,4 @@
-"""Annotations, checked while the tests run; of the whole package with MHA_JAX_TYPED=1 in the environment.
+"""Annotations of the whole package, checked while the tests run.
 
 jaxtyping makes two functions of every function's annotations: one of the arguments, called before it runs,
 and one of the arguments and the result, called once it has returned. Only the second is checked: what a
@@ -21,8 +21,10 @@ from typing import Any, Never
 import jax
 import numpy as np
 from beartype import BeartypeConf, beartype
+from jax import export
 from jaxtyping import AbstractArray, install_import_hook
 
+_SYMBOL = type(*export.symbolic_shape("n"))  # a size that is known when the program is called
 _typed = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as for pyright
 
 
@@ -41,7 +43,9 @@ def checked(function: Callable) -> Callable:
 
 
 def widened(kind: Any) -> Any:
-    """Let NumPy's arrays stand for JAX's: as such it hands on the constants of what it transforms."""
+    """Let NumPy's arrays stand for JAX's, as which it hands on constants, and symbols for sizes."""
+    if kind is int:
+        return int | _SYMBOL
     if kind is jax.Array:
         return jax.Array | np.ndarray
     if isinstance(kind, type) and issubclass(kind, AbstractArray):
@@ -56,10 +60,6 @@ def widened(kind: Any) -> Any:
     return kind
 
 
-def install(everything: bool) -> None:
-    """Check what is imported from now on: the whole package, or where shapes meet most."""
-    if everything:
-        install_import_hook("mha_jax", f"{__name__}.{checked.__name__}")
-    else:
-        core = ("attention.softmax", "backends.reference", "backends.blockwise")
-        install_import_hook([f"mha_jax.{name}" for name in core], "beartype.beartype")
+def install() -> None:
+    """Check what is imported of the package from now on."""
+    install_import_hook("mha_jax", f"{__name__}.{checked.__name__}")

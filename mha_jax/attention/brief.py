@@ -41,7 +41,7 @@ def short(x: Any) -> str:
     return brief(x) if dataclasses.is_dataclass(x) and not isinstance(x, type) else repr(x)
 
 
-def alike(a: Any, b: Any, /) -> bool:
+def alike(a: Any, b: Any, /) -> Any:
     """Return whether two dataclasses are of one class and hold the same, arrays by dtype, shape and numbers.
 
     Raises:

@@ -296,7 +296,7 @@ class Cache:
         tokens = {"q_tokens": q_tokens, "k_tokens": k_tokens}
         return dataclasses.replace(call, k=k, v=v, **tokens, mask=rule, heads_first=True), cache
 
-    def truncated(self, count: int | Int[ArrayLike, "#B"]) -> "Cache":
+    def truncated(self, count: int | Int[ArrayLike, "*#B"]) -> "Cache":
         """Return the cache with the first `count` tokens of every row only: after a draft was rejected.
 
         Args:

@@ -85,7 +85,7 @@ class _Options(attention_fn.FlaxArguments, total=False):
     dropout: Dropout | None
     query_tokens: Tokens | None
     key_tokens: Tokens | None
-    scale: float | None
+    scale: float | ArrayLike | None
     logit_cap: float | None
     precision: Precision
     backend: Any
@@ -125,7 +125,7 @@ def dot_product_attention(
     dropout: Dropout | None = None,
     query_tokens: Tokens | None = None,
     key_tokens: Tokens | None = None,
-    scale: float | None = None,
+    scale: float | Float[ArrayLike, ""] | None = None,
     logit_cap: float | None = None,
     precision: Precision = None,
     cache: Cache | None = None,

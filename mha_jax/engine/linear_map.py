@@ -174,7 +174,7 @@ def _bind(
     return linear_map_p.bind(*residuals, *linear, **params, types=tuple(types), jaxpr=jaxpr)
 
 
-def _run(*args: jax.Array, fun: Flat, types: Sequence, **_: Any) -> list[jax.Array]:
+def _run(*args: Any, fun: Flat, types: Sequence, **_: Any) -> list[jax.Array]:
     return meshes.run_at_once(fun, args, types)
 
 

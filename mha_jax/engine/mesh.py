@@ -363,7 +363,7 @@ def _as_typed(*leaves: Array) -> list[Array]:
     return [jax.sharding.reshard(x, jax.typeof(x).sharding) for x in leaves]
 
 
-def run_at_once(function: Any, leaves: Sequence[Array], types: Sequence[Any]) -> list[Array]:
+def run_at_once(function: Any, leaves: Sequence, types: Sequence[Any]) -> list[Array]:
     """Run a function on concrete arrays as on Auto axes, and give its results their explicit types."""
     meshes = [_explicit_mesh(x) for x in leaves]
     with types_say_nothing():

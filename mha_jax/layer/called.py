@@ -24,16 +24,16 @@ from mha_jax.attention.cache import Cache
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Tokens
-from mha_jax.types import Array, ArrayLike, DType, Params, Precision
+from mha_jax.types import Array, ArrayLike, DType, Flags, Params, Precision
 
-_Flags: TypeAlias = ArrayLike | None
+_Flags: TypeAlias = Flags | None
 
 
 class _Options(TypedDict, total=False):
     query_mask: _Flags
     value_mask: _Flags
     key_mask: _Flags
-    attention_mask: _Flags
+    attention_mask: ArrayLike | None
     use_causal_mask: bool
     mask: Mask | None
     query_tokens: Tokens | None

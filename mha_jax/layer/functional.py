@@ -36,7 +36,7 @@ from mha_jax.layer.arguments import (
 )
 from mha_jax.layer.called import as_function
 from mha_jax.layer.inputs import Inputs, checked_inputs, entering, positions, rule_and_tokens
-from mha_jax.types import Array, ArrayLike, DType, Float, Params, PRNGKey
+from mha_jax.types import Array, ArrayLike, DType, Flags, Float, Params, PRNGKey
 
 _NAMES = Names(q_tokens="query_tokens", k_tokens="key_tokens")
 
@@ -93,9 +93,9 @@ def multi_head_attention(
     query: Float[ArrayLike, "*queries D"],
     value: Float[ArrayLike, "*values D2"] | None,
     key: Float[ArrayLike, "*values D3"] | None = None,
-    query_mask: ArrayLike | None = None,
-    value_mask: ArrayLike | None = None,
-    key_mask: ArrayLike | None = None,
+    query_mask: Flags | None = None,
+    value_mask: Flags | None = None,
+    key_mask: Flags | None = None,
     attention_mask: ArrayLike | None = None,
     return_attention_scores: bool = False,
     use_causal_mask: bool = False,

@@ -14,7 +14,7 @@ from mha_jax.attention.tokens import Tokens, zero_invalid
 from mha_jax.errors import ShapeError
 from mha_jax.layer import axes, checks
 from mha_jax.layer.arguments import Arguments
-from mha_jax.types import Array, ArrayLike
+from mha_jax.types import Array, ArrayLike, Flags
 
 
 class Inputs(NamedTuple):
@@ -23,9 +23,9 @@ class Inputs(NamedTuple):
     query: Any
     value: Any
     key: Any = None
-    query_mask: ArrayLike | None = None
-    value_mask: ArrayLike | None = None
-    key_mask: ArrayLike | None = None
+    query_mask: Flags | None = None
+    value_mask: Flags | None = None
+    key_mask: Flags | None = None
     attention_mask: ArrayLike | None = None
     return_attention_scores: bool = False
     use_causal_mask: bool = False

@@ -31,7 +31,7 @@ from mha_jax.layer.arguments import FIELDS, IN_THE_CONSTRUCTOR, Arguments, close
 from mha_jax.layer.called import as_linen
 from mha_jax.layer.functional import Weights, attend_layer
 from mha_jax.layer.inputs import Inputs
-from mha_jax.types import Array, ArrayLike, DType, Float, Params, Precision
+from mha_jax.types import Array, ArrayLike, DType, Flags, Float, Params, Precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +139,9 @@ class MultiHeadAttention(Arguments, nn.Module):
         query: Float[ArrayLike, "*queries D"],
         value: Float[ArrayLike, "*values D2"] | None,
         key: Float[ArrayLike, "*values D3"] | None = None,
-        query_mask: ArrayLike | None = None,
-        value_mask: ArrayLike | None = None,
-        key_mask: ArrayLike | None = None,
+        query_mask: Flags | None = None,
+        value_mask: Flags | None = None,
+        key_mask: Flags | None = None,
         attention_mask: ArrayLike | None = None,
         return_attention_scores: bool = False,
         training: bool | None = None,

@@ -30,7 +30,7 @@ from mha_jax.layer.functional import Weights, attend_layer
 from mha_jax.layer.initializers import Unflattened, VarianceScaling
 from mha_jax.layer.inputs import Inputs
 from mha_jax.layer.linen import MultiHeadAttention as LinenAttention
-from mha_jax.types import Array, ArrayLike, Float, Params, Precision
+from mha_jax.types import Array, ArrayLike, Flags, Float, Params, Precision
 
 
 class Loss(nnx.Variable):
@@ -227,9 +227,9 @@ class MultiHeadAttention(Arguments, nnx.Module):
         query: Float[ArrayLike, "*queries D"],
         value: Float[ArrayLike, "*values D2"] | None,
         key: Float[ArrayLike, "*values D3"] | None = None,
-        query_mask: ArrayLike | None = None,
-        value_mask: ArrayLike | None = None,
-        key_mask: ArrayLike | None = None,
+        query_mask: Flags | None = None,
+        value_mask: Flags | None = None,
+        key_mask: Flags | None = None,
         attention_mask: ArrayLike | None = None,
         return_attention_scores: bool = False,
         training: bool | None = None,

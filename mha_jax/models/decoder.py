@@ -142,7 +142,7 @@ class CausalLM(nn.Module):
     def __call__(
         self,
         tokens: Int[ArrayLike, "B T"],
-        mask: Bool[ArrayLike, "B T"] | None = None,
+        mask: Bool[ArrayLike, "B T"] | Int[ArrayLike, "B T"] | None = None,
         caches: tuple[Cache, ...] | None = None,
         training: bool = False,
     ) -> Float[Array, "B T W"] | tuple[Float[Array, "B T W"], tuple[Cache, ...]]:

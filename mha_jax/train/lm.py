@@ -136,7 +136,7 @@ def write_on(
     begun: ArrayLike,
     length: int,
     key: jax.Array,
-    temperature: float = 0.7,
+    temperature: float | jax.Array = 0.7,
 ) -> jax.Array:
     """Continue texts `[B, T]` by `length` characters, drawn at a temperature.
 
