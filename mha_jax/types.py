@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt32
 
 Array: TypeAlias = jax.Array
 ArrayLike: TypeAlias = jax.Array | np.ndarray
-Flags: TypeAlias = jax.Array | np.ndarray | bool | int  # True or 1 where something holds
+Flags: TypeAlias = ArrayLike | bool | int  # True or 1 where something holds
 DType: TypeAlias = Any  # what jnp.dtype() accepts: "bfloat16", jnp.float32, np.dtype("f4")
 Precision: TypeAlias = Any  # what jnp.einsum(precision=...) accepts
 Params: TypeAlias = Any  # {"query": {"kernel": ..., "bias": ...}, ...}

@@ -135,7 +135,7 @@ class Bert(nn.Module):
     def __call__(
         self,
         tokens: Int[ArrayLike, "B T"],
-        mask: Bool[ArrayLike, "B T"] | None = None,
+        mask: Bool[ArrayLike, "B T"] | Int[ArrayLike, "B T"] | None = None,
         segments: Int[ArrayLike, "B T"] | None = None,
         training: bool = False,
     ) -> Float[Array, "B T D"]:

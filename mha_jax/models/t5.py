@@ -155,13 +155,15 @@ class T5(nn.Module):
         self,
         source: Int[ArrayLike, "B S"],
         target: Int[ArrayLike, "B T"],
-        mask: Bool[ArrayLike, "B S"] | None = None,
+        mask: Bool[ArrayLike, "B S"] | Int[ArrayLike, "B S"] | None = None,
     ) -> Float[Array, "B T W"]:
         """Map source tokens and shifted target tokens to logits; `mask` is True at real source tokens."""
         return self.decode(target, self.encode(source, mask), mask)
 
     def encode(
-        self, source: Int[ArrayLike, "B S"], mask: Bool[ArrayLike, "B S"] | None = None
+        self,
+        source: Int[ArrayLike, "B S"],
+        mask: Bool[ArrayLike, "B S"] | Int[ArrayLike, "B S"] | None = None,
     ) -> Float[Array, "B S D"]:
         """Map source tokens to the memory."""
         source = symbols("source", source, self.config.vocabulary)
@@ -171,7 +173,7 @@ class T5(nn.Module):
         self,
         target: Int[ArrayLike, "B T"],
         memory: Float[ArrayLike, "B S D"] | None,
-        mask: Bool[ArrayLike, "B S"] | None = None,
+        mask: Bool[ArrayLike, "B S"] | Int[ArrayLike, "B S"] | None = None,
         caches: Caches | None = None,
     ) -> Any:
         """Map target tokens and the memory to logits.

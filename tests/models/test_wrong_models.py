@@ -85,6 +85,19 @@ def test_masks_and_caches_that_do_not_fit():
             model.apply(variables, TOKENS, None, caches)
 
 
+def test_masks_of_integers_are_those_of_booleans():
+    models = (
+        bert.Bert(bert.Config(11, 8, 2, 16, layers=(0,))),
+        t5.T5(t5.Config(11, 8, 16, 2, 4, 1, 1)),
+    )
+    mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 1, 0]])
+    for model, tokens in zip(models, ((TOKENS,), (TOKENS, TOKENS[:, :4]))):
+        variables = model.init(jax.random.key(0), *tokens)
+        for run in (model.apply, jax.jit(model.apply)):
+            got, want = (run(variables, *tokens, mask=x) for x in (mask, mask == 1))
+            np.testing.assert_array_equal(got, want)
+
+
 LLAMA = {"model_type": "llama", "vocab_size": 11, "hidden_size": 8, "intermediate_size": 16}
 LLAMA |= {"num_hidden_layers": 2, "num_attention_heads": 2}
 GPT2 = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 2, "n_head": 2}
