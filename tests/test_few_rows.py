@@ -44,7 +44,7 @@ def test_few_queries_to_many_keys_take_it(b, t, s, taken):
     assert not few_rows.worthwhile(dataclasses.replace(call, heads_first=True))
 
 
-@pytest.mark.parametrize(("t", "s", "tile"), [(1, 4096, (6, 4096)), (17, 4096, (2, 512))])
+@pytest.mark.parametrize(("t", "s", "tile"), [(1, 4096, (6, 4096)), (17, 4096, (3, 512))])
 def test_a_step_from_a_cache_is_one_tile(t, s, tile):
     """Of a longer cache it is many, so that those that hold nothing can be skipped."""
     q, k = (jax.ShapeDtypeStruct((2, length, 3, 8), np.float32) for length in (t, s))

@@ -24,6 +24,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Of the clone, or of what is installed where the tests stand outside it.
 PACKAGE = pathlib.Path(mha_jax.__file__).resolve().parent.parent
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+# What computes much: for these compiling as users do costs less than it saves.
+HEAVY = "long_context", "looking_inside"
 # Where the badges and the first cells point to.
 REPOSITORY = "mha-jax/mha_jax"
 LARGEST = 500_000
@@ -63,6 +65,7 @@ def execute(tmp_path, monkeypatch):
 
     def run(name):
         notebook = read(name)
+        monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(name not in HEAVY)))
         place = {"metadata": {"path": str(tmp_path)}}
         nbclient.NotebookClient(
             notebook, timeout=400, kernel_name="python3", resources=place

@@ -123,7 +123,9 @@ class Blockwise(Backend):
         step = self._is_step(problem)
         short = rows <= tuning.side and s <= tuning.side
         wanted = self.pairs or (b * kv if step else tuning.short // (rows * s) if short else wanted)
-        pairs = next(d for d in range(min(b * kv, wanted), 0, -1) if b * kv % d == 0)
+        pairs = _in_one_piece(b, kv, min(b * kv, wanted))
+        if pairs < wanted < kv < 2 * wanted and self.pairs is None:
+            pairs = kv
         block_q = _near(max(1, (self.block_q or side) // problem.groups), t)
         block_k = _near(self.block_k or (s if step else side), s)
         return Tiling(block_q, block_k, Grouped(b, kv, pairs), **rest)
@@ -166,6 +168,11 @@ class Blockwise(Backend):
 
     def partitionable(self) -> Backend:
         return dataclasses.replace(self, apart=True)
+
+
+def _in_one_piece(b: int, kv: int, most: int) -> int:
+    """Return how many pairs lie in one piece: some heads of an example, or all heads of some examples."""
+    return next(d for d in range(most, 0, -1) if not (kv % d if d < kv else d % kv or b * kv % d))
 
 
 def _near(wanted: int, length: int) -> int:

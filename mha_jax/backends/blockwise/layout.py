@@ -22,7 +22,7 @@ from mha_jax.types import Array, Size
 
 @dataclasses.dataclass(frozen=True)
 class Grouped:
-    """Pairs of an example and a key-value head in groups of `pairs`."""
+    """Pairs of an example and a key-value head in groups of `pairs`: heads of an example, or all of some."""
 
     batch: int
     kv_heads: int
@@ -36,13 +36,16 @@ class Grouped:
     def groups(self) -> int:
         return self.batch * self.kv_heads // self.pairs
 
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Of how many groups are the examples, and the heads, and how many of either are in a group."""
+        heads = min(self.pairs, self.kv_heads)
+        examples = self.pairs // heads
+        return self.batch // examples, self.kv_heads // heads, examples, heads
+
     def split(self, x: Array) -> Array:
         """Turn [B, K, ...] into [g, c, ...]."""
         return x.reshape(self.groups, self.pairs, *x.shape[2:])
-
-    def join(self, x: Array) -> Array:
-        """Turn [g, c, ...] into [B, K, ...]."""
-        return x.reshape(self.batch, self.kv_heads, *x.shape[2:])
 
     def take(self, x: Array, group: Any) -> Array:
         """Take a group's pairs out of [#B, #K, ...]: [#c, ...]."""
@@ -84,11 +87,12 @@ class Apart:
     def lead(self) -> tuple[Size, ...]:
         return self.batch, self.kv_heads
 
+    @property
+    def box(self) -> tuple[int, int, Size, int]:
+        return 1, 1, self.batch, self.kv_heads
+
     def split(self, x: Array) -> Array:
         return x[None]
-
-    def join(self, x: Array) -> Array:
-        return x[0]
 
     def take(self, x: Array, group: Any) -> Array:
         return x

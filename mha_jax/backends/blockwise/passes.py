@@ -25,7 +25,7 @@ def forward(tiles: Tiles) -> State:
     problem, order = tiles.problem, tiles.visits(by_rows=True)
     by, v_of = ByQueries(tiles, order), functools.partial(tiles.keys_of, tiles.v)
     if tiles.hides and not problem.heads_first:  # what a cache holds is not looked through
-        by = ByQueries(tiles, order, hidden.mark(tiles.k, tiles.v))
+        by = ByQueries(tiles, order, tiles.marks(tiles.k, tiles.v))
         v_of = tiles.numbers(tiles.v, tiles.keys_of)
     dropout = problem.dropout
 
@@ -52,11 +52,12 @@ def forward(tiles: Tiles) -> State:
     def start(q_row):
         return softmax.start(q_row.shape[:-1], tiles.v.shape[-1], tiles.dtype)
 
-    def row(g, i, _):
+    def row(g, i, whole):
         q_row = tiles.rows_of(tiles.q, Place(g, i, 0))
         first = None if order.single else start(q_row)
         end = tiles.over(order, g, i, lambda j, state: tile(q_row, Place(g, i, j), state), first)
-        return None, finished(end)
+        out, *statistics = finished(end)
+        return tiles.put_back(whole, out, g, i), statistics
 
     def row_in_turn(g, i, blocks, _, last):
         q_row = tiles.rows_of(tiles.q, Place(g, i, 0))
@@ -68,19 +69,25 @@ def forward(tiles: Tiles) -> State:
 
     if tiles.written:
         _, (out, m, l), _ = in_turn(row_in_turn, None, tiles.layout.groups, order)
+        out = tiles.queries_back(out)
     else:
-        _, (out, m, l) = scan(row, None, tiles.layout.groups, tiles.q_blocks)
-    return State(tiles.queries_back(out), tiles.statistics_back(m), tiles.statistics_back(l))
+        b, t, n, _ = problem.q.shape
+        out = jnp.zeros((b, tiles.t, n, problem.v.shape[-1]), problem.v.dtype)
+        out, (m, l) = scan(row, out, tiles.layout.groups, tiles.q_blocks)
+        out = out[:, :t]
+    return State(out, tiles.statistics_back(m), tiles.statistics_back(l))
 
 
 def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
     """Return the cotangents of q, k, v and bias."""
     problem, dtype, order = tiles.problem, tiles.dtype, tiles.visits(by_rows=False)
     by, rules = ByKeys(tiles, order), tiles.rules
-    d_out, out = (tiles.queries(x.astype(dtype)) for x in (cotangent.out, state.out))
+    b, d_out = problem.q.shape[0], cotangent.out.astype(dtype)
+    delta = tiles.statistics(jnp.sum(d_out * state.out.astype(dtype), -1).swapaxes(1, 2))
+    d_out = tiles.queries(d_out)
     m, l, d_lse = (tiles.statistics(x) for x in (state.m, state.l, cotangent.lse))
     c, log = softmax.parts(m, l)
-    delta = jnp.sum(d_out * out, -1) - d_lse
+    delta = delta - d_lse
     if tiles.hides:
         c = hidden.judged(c, delta, l, d_out, d_lse)
     if problem.dropout is not None:
@@ -117,6 +124,13 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
         dk = tiles.dot("...sr,...rh->...sh", dx, q.astype(dtype))
         return (d_bias, d_rule), dx, dk, dv
 
+    def of_queries(dq):
+        return (dq * jnp.asarray(tiles.scale, dtype)).astype(problem.q.dtype)
+
+    def of_keys(dk, dv):
+        dk = (dk * jnp.asarray(rules.scale, dtype)).astype(problem.k.dtype)
+        return dk, dv.astype(problem.v.dtype)
+
     def keys_and_values(g, j):
         return tuple(of(Place(g, 0, j)) for of in (k_of, v_of))
 
@@ -128,14 +142,20 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
 
         def block(i, carry):
             at = Place(g, i, j)
-            *sums, dq, dk, dv = carry
+            sums, dq, dk, dv = carry
             sums, dx, dk_part, dv_part = tile(k_tile, v_tile, at, sums)
             dq = tiles.add_transposed(dq, tiles.dot("...hs,...sr->...hr", k_transposed, dx), at)
-            return *sums, dq, dk + dk_part, dv + dv_part
+            return sums, dq, dk + dk_part, dv + dv_part
 
-        zeros = jnp.zeros(k_tile.shape, dtype), jnp.zeros(v_tile.shape, dtype)
-        *carry, dk, dv = tiles.over(order, g, j, block, (*carry, *zeros))
-        return tuple(carry), (dk, dv)
+        sums, dq, dk, dv = carry
+        zeros = (jnp.zeros(x.shape, dtype) for x in (k_tile, v_tile))
+        own = no_dq if alone else dq
+        sums, own, *parts = tiles.over(order, g, j, block, (sums, own, *zeros))
+        dk, dv = (tiles.put_back(x, y, g, j) for x, y in zip((dk, dv), of_keys(*parts)))
+        if alone:  # the barrier stops XLA from turning the product instead, in which its AMX fails
+            own = of_queries(lax.optimization_barrier(own)[0].swapaxes(-1, -2))
+            own = tiles.put_back(dq, own, g, 0)
+        return (sums, own, dk, dv), None
 
     def column_in_turn(g, j, blocks, sums, turn):
         k_tile, v_tile = keys_and_values(g, j)
@@ -162,21 +182,26 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
     groups = tiles.layout.groups
     if tiles.written:
         (d_bias, d_rule), (dk, dv), dq = in_turn(column_in_turn, sums, groups, order, queries)
-        dq = tiles.queries_back(dq)
+        dk, dv = map(tiles.keys_back, of_keys(dk, dv))
+        dq = tiles.queries_back(of_queries(dq))
     else:
-        *lead, length, size = tiles.q.shape
-        carry = (*sums, jnp.zeros((*lead, size, length), dtype))
-        (d_bias, d_rule, dq), (dk, dv) = scan(column, carry, groups, tiles.k_blocks)
-        dq = tiles.transposed_back(dq)
-    dk = tiles.keys_back(dk) * jnp.asarray(rules.scale, dtype)
-    dq = dq * jnp.asarray(tiles.scale, dtype)
+        alone = tiles.k_blocks == 1  # a group's queries are done with its only column
+        *lead, length, size = tiles.q.shape[1:]
+        no_dq = jnp.zeros((1 if alone else groups, *lead, size, length), dtype)
+        q, k, v = problem.q, problem.k, problem.v
+        dq = jnp.zeros((b, tiles.t, *q.shape[2:]), q.dtype) if alone else no_dq
+        dk, dv = (jnp.zeros((b, tiles.s, *x.shape[2:]), x.dtype) for x in (k, v))
+        carry, _ = scan(column, (sums, dq, dk, dv), groups, tiles.k_blocks)
+        (d_bias, d_rule), dq, dk, dv = carry
+        dk, dv = dk[:, : k.shape[1]], dv[:, : k.shape[1]]
+        dq = dq[:, : q.shape[1]] if alone else tiles.transposed_back(of_queries(dq))
     bias = asked.bias
     if bias is not None and d_bias is not None:
         d_bias = d_bias[tuple(slice(n) for n in bias.shape)].astype(bias.dtype)
     return Moves(
-        dq.astype(problem.q.dtype),
-        dk.astype(problem.k.dtype),
-        tiles.keys_back(dv).astype(problem.v.dtype),
+        dq,
+        dk,
+        dv,
         d_bias,
         jax.tree.map(lambda a, d: d.astype(jnp.result_type(a)), asked.bias_rule, d_rule)
         if ruled
@@ -193,8 +218,7 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
     dk, dv = (None if x is None else tiles.keys(x.astype(dtype)) for x in direction[1:3])
     v_of = tiles.numbers(tiles.v, tiles.keys_of)
     # Of keys and values the state tells.
-    mark = hidden.mark(dv) if tiles.hides and dv is not None else None
-    by = ByQueries(tiles, order, mark)
+    by = ByQueries(tiles, order, tiles.marks(dv) if tiles.hides and dv is not None else None)
     d_bias = None if direction.bias is None else tiles.pad_dense(direction.bias.astype(dtype))
     d_rule = None
     if jax.tree.leaves(direction.bias_rule):

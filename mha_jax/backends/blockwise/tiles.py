@@ -158,37 +158,31 @@ class Tiles:
 
     def queries_back(self, x: Array) -> Array:
         """Turn lines [g q_blocks, *lead, r, H] back into [B, T, N, H]."""
-        return self._rows_back(x).swapaxes(1, 2)
+        return self._back(x, self.q_blocks, self.groups)[:, : self.problem.q.shape[1]]
 
     def statistics_back(self, x: Array) -> Array:
         """Turn lines of statistics [g q_blocks, *lead, r, 1] back into [B, N, T]."""
-        return self._rows_back(x)[..., 0]
-
-    def transposed_back(self, x: Array) -> Array:
-        """Turn [g, *lead, H, G t] back into [B, T, N, H]."""
-        return self._heads_back(self.layout.join(x.swapaxes(-1, -2))).swapaxes(1, 2)
+        return self.queries_back(x)[..., 0].swapaxes(1, 2)
 
     def keys_back(self, x: Array) -> Array:
         """Turn lines [g k_blocks, *lead, block_k, H] back into [B, S, K, H]."""
-        x = self._lines_inward(x, self.k_blocks, at=-2)
-        x = self.layout.join(x.reshape(*x.shape[:-3], self.s, x.shape[-1]))
-        return x[:, :, : self.problem.k.shape[1]].transpose(0, 2, 1, 3)
+        return self._back(x, self.k_blocks, 1)[:, : self.problem.k.shape[1]]
 
-    def _rows_back(self, x: Array) -> Array:
-        """Turn lines [g q_blocks, *lead, r, H] back into [B, N, T, H]."""
-        x = x.reshape(*x.shape[:-2], self.groups, self.tiling.block_q, x.shape[-1])
-        x = self._lines_inward(x, self.q_blocks, at=-2)
-        return self._heads_back(self.layout.join(x.reshape(*x.shape[:-4], -1, x.shape[-1])))
+    def transposed_back(self, x: Array) -> Array:
+        """Turn [g, *lead, H, G t] back into [B, T, N, H]."""
+        x = x.reshape(self.batch, self.kv_heads, -1, self.groups, self.t).transpose(0, 4, 1, 3, 2)
+        x = x.reshape(self.batch, self.t, self.kv_heads * self.groups, -1)
+        return x[:, : self.problem.q.shape[1]]
 
-    def _heads_back(self, x: Array) -> Array:
-        """Turn [B, K, G t, H] into [B, N, T, H], without padding."""
-        x = x.reshape(self.batch, self.kv_heads * self.groups, self.t, x.shape[-1])
-        return x[:, :, : self.problem.q.shape[1]]
+    def _back(self, x: Array, lines: int, heads: int) -> Array:
+        """Turn lines [g lines, *lead, heads block, H] into [B, lines block, K heads, H].
 
-    def _lines_inward(self, x: Array, lines: int, at: int) -> Array:
-        """Turn [g lines, ...] into [g, ...] with the lines before the axis `at`."""
-        x = x.reshape(self.layout.groups, lines, *x.shape[1:])
-        return jnp.moveaxis(x, 1, at - 1)
+        One transposition: of two, the last of which merges no axes, XLA makes two copies.
+        """
+        *outer, b, k = self.layout.box
+        block, size = x.shape[-2] // heads, x.shape[-1]
+        x = x.reshape(*outer, lines, b, k, heads, block, size).transpose(0, 3, 2, 6, 1, 4, 5, 7)
+        return x.reshape(self.batch, lines * block, self.kv_heads * heads, size)
 
     def pad_dense(self, dense: Array) -> Array:
         """Pad [#B, #N, #T, #S] to whole tiles."""
@@ -216,16 +210,18 @@ class Tiles:
         return _cut(x, {0: (at.group, 1), axis: (at.k, self.tiling.block_k)})[0]
 
     def numbers(self, x: Array, cut: Callable) -> Callable[[Place], Array]:
-        """Return what cuts x by `cut` to a tile's, finite where something is hidden.
+        """Return what cuts x by `cut` to a tile's, finite where something is hidden."""
+        return self._of_tiles(hidden.numbers, cut, x) if self.hides else functools.partial(cut, x)
 
-        Tiles are cleaned as they are cut, in one loop and without a copy of the whole; where they are written
-        out, that would be a launch for each, and the whole is cleaned first.
-        """
-        if not self.hides:
-            return functools.partial(cut, x)
+    def marks(self, *keys: Array) -> Callable[[Place], Array]:
+        """Return what gives `hidden.mark` of a tile's keys."""
+        return self._of_tiles(hidden.mark, self.keys_of, *keys)
+
+    def _of_tiles(self, of: Callable, cut: Callable, *arrays: Array) -> Callable[[Place], Array]:
+        """Return what gives `of` of a tile, as it is read; of the whole where tiles are written out."""
         if self.written:
-            return functools.partial(cut, hidden.numbers(x))
-        return lambda at: hidden.numbers(cut(x, at))
+            return functools.partial(cut, of(*arrays))
+        return lambda at: of(*(cut(x, at) for x in arrays))
 
     def _block(self, x: Array, group: Any, block: int) -> Array:
         """Cut [g, blocks, ...] to a block, which lies in one piece: products read it where it is."""
@@ -303,6 +299,16 @@ class Tiles:
         tile = tile.reshape(1, *tile.shape[:-1], self.groups, -1)
         blocks = {0: (at.group, 1), heads.ndim - 1: (at.q, self.tiling.block_q)}
         return _put(heads, _cut(heads, blocks) + tile, blocks).reshape(whole.shape)
+
+    def put_back(self, whole: Array, tile: Array, group: Any, block: Any) -> Array:
+        """Put a tile [*lead, r, H] where it belongs in [B, t, N, H], or one of keys in [B, s, K, H]."""
+        _, heads_of, b, k = self.layout.box
+        tile = tile.reshape(b, k, whole.shape[2] // self.kv_heads, -1, tile.shape[-1])
+        tile = tile.transpose(0, 3, 1, 2, 4)
+        tile = tile.reshape(*tile.shape[:2], -1, tile.shape[-1])
+        first, second = (group, 0) if heads_of == 1 else (group // heads_of, group % heads_of)
+        at = (first, block, second)
+        return _put(whole, tile, {axis: (n, tile.shape[axis]) for axis, n in enumerate(at)})
 
     def _blocks_of(self, dense: Array, at: Place) -> dict[int, tuple[Any, Size]]:
         blocks = {2: (at.q, self.tiling.block_q), 3: (at.k, self.tiling.block_k)}
@@ -387,7 +393,7 @@ class ByQueries:
 
     tiles: Tiles
     order: Visits
-    mark: Array | None = None  # what is added to all logits of a key, laid as `Tiles.keys` does
+    mark: Callable[[Place], Array] | None = None  # what is added to all logits of a tile's keys
 
     def masks(self, at: Place) -> bool:
         """Return whether something may be hidden in a tile."""
@@ -397,12 +403,12 @@ class ByQueries:
         line, block = (at.q, at.k) if self.by_rows else (at.k, at.q)
         return not order.full[line, block]
 
-    def logits(self, capped: Array, at: Place, parts: tuple[Array, ...] = ()) -> Array:
+    def logits(self, x: Array, at: Place, parts: tuple[Array, ...] = ()) -> Array:
         """Turn capped products of a tile into logits minus numbers of their rows, -inf where hidden."""
         tiles = self.tiles
-        x = capped
         if self.mark is not None:
-            x = x + self._columns(tiles.keys_of(self.mark, at)).astype(x.dtype)
+            mark = lax.optimization_barrier(self.mark(at))  # XLA would put its sum into the product
+            x = x + self._columns(mark).astype(x.dtype)
         if tiles.bias is not None:
             x = x + self.dense(tiles.bias, at).astype(x.dtype)
         if tiles.rule is not None:
