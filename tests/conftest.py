@@ -24,6 +24,9 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Where versions are tested and not speed, the environment says so for all. Collecting is done quickly, too.
+ALL_QUICKLY = jax.config.read("jax_disable_most_optimizations")
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 # Compiled as a user's programs are; all others without what makes programs fast: they compare kinds of
@@ -45,8 +48,6 @@ LONG = (
     "tests/test_notebooks.py",
     "tests/test_keras_parity.py",
 )
-# Where versions are tested and not speed, the environment says so for all.
-ALL_QUICKLY = jax.config.read("jax_disable_most_optimizations")
 
 
 def pytest_addoption(parser):
