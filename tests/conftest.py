@@ -1,25 +1,21 @@
 """Traps of JAX turned into errors, and annotations checked as they run."""
 
 import gc
-import importlib.metadata
 import os
-
-from packaging.version import Version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("KERAS_BACKEND", "jax")
-# Eight devices; and small programs are compiled sooner in one piece than in parallel ones. The older of XLA's
-# two ways to write fusions takes a third of the time; what the newest jaxlib compiles is what users run.
-FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_cpu_parallel_codegen_split_count=1"]
-if Version(importlib.metadata.version("jaxlib")) <= Version("0.10.2"):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+# Eight devices; and small programs are compiled sooner in one piece than in parallel ones.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1",
+)
 # libtpu, where it is installed, must not look for a machine.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_WORKER_ID", "0")
 
-from tests.typed import install  # noqa: E402
+from tests.typed import install
 
 install()
 
