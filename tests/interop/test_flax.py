@@ -14,10 +14,13 @@ from mha_jax import MultiHeadAttention
 from mha_jax.errors import UnsupportedError, WeightsError
 from mha_jax.interop import flax as interop
 from tests.drawn import draw_variables, redraw
+from tests.oracles import relative_error
 
 B, T, S, D, D2, D3, N, H = 2, 5, 7, 11, 3, 13, 4, 3
 RNG = np.random.default_rng(0)
 X, Y, Z = (RNG.standard_normal(s, np.float32) for s in ((B, T, D), (B, S, D2), (B, S, D3)))
+# Half an ulp of the largest number: what rounding a float32 result once may cost.
+ROUNDING = 2.0**-24
 MASK = RNG.random((B, N, T, S)) < 0.7
 MASK[..., 0] = True  # a query that sees nothing differs by design
 CAUSAL = np.tril(np.ones((T, T), bool))
@@ -51,6 +54,42 @@ def equal(got, want):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def in_float64(compute, tree):
+    """Return `compute` of a tree's numbers in float64, as NumPy's."""
+    jax.config.update("jax_enable_x64", True)
+    try:
+        with jax.numpy_dtype_promotion("standard"):  # Flax and jax.nn need it.
+            out = np.asarray(compute(jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), tree)))
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert out.dtype == np.float64
+    return out
+
+
+def linen_in_float64(layer, variables, *inputs, **options):
+    """Return the outputs of a linen layer in float64."""
+    twin = layer.clone(dtype=jnp.float64, param_dtype=jnp.float64)
+    return in_float64(lambda given: twin.apply(*given, **options), (variables, *inputs))
+
+
+def nnx_in_float64(settings, layer, *inputs, **options):
+    """Return the outputs of `flax_nnx(**settings)` in float64."""
+
+    def compute(given):
+        params, *wide = given
+        twin = flax_nnx(**settings, dtype=jnp.float64, param_dtype=jnp.float64)
+        nnx.update(twin, params)
+        return twin(*wide, **options)
+
+    return in_float64(compute, (nnx.to_pure_dict(nnx.state(layer, nnx.Param)), *inputs))
+
+
+def assert_as_right(got, want, truth):
+    """Raise unless ours errs at most twice as much as Flax's, or as one rounding of every number."""
+    mine, theirs = relative_error(got, truth), relative_error(want, truth)
+    assert mine <= 2 * max(theirs, ROUNDING), f"error {mine:.3g}, Flax {theirs:.3g}"
 
 
 def linen(kind=nn.MultiHeadDotProductAttention, **more):
@@ -112,9 +151,10 @@ def test_outputs_of_linen(settings, masked):
     module, ours = interop.import_linen(layer, variables)
     theirs = {"mask": MASK} if masked else {}
     deterministic = {} if layer.deterministic is not None else {"deterministic": True}
-    want = layer.apply(variables, X, Z, Y, **theirs, **deterministic)
+    options = theirs | deterministic
+    want = layer.apply(variables, X, Z, Y, **options)
     got = module.apply(ours, X, Y, Z, **({"attention_mask": MASK} if masked else {}))
-    np.testing.assert_allclose(got, want, atol=1e-6, rtol=1e-6)
+    assert_as_right(got, want, linen_in_float64(layer, variables, X, Z, Y, **options))
 
 
 def test_causal_outputs_of_linen_and_any_batch_axes():
@@ -122,9 +162,10 @@ def test_causal_outputs_of_linen_and_any_batch_axes():
     variables = draw_variables(layer, X)
     module, ours = interop.import_linen(layer, variables)
     for x in (X, np.stack([X, 2 * X, -X])):
-        want = layer.apply(variables, x, mask=nn.make_causal_mask(x[..., 0]))
+        causal = nn.make_causal_mask(x[..., 0])
+        want = layer.apply(variables, x, mask=causal)
         got = module.apply(ours, x, x, use_causal_mask=True)
-        np.testing.assert_allclose(got, want, atol=1e-6, rtol=1e-6)
+        assert_as_right(got, want, linen_in_float64(layer, variables, x, mask=causal))
 
 
 def test_gradients_of_linen():
@@ -182,9 +223,10 @@ def test_outputs_of_nnx(settings, masked):
     y = Z if layer.in_kv_features == D3 else own.standard_normal((B, S, D), np.float32)
     theirs = {"mask": jnp.asarray(MASK)} if masked else {}
     deterministic = {} if layer.deterministic is not None else {"deterministic": True}
-    want = layer(X, y, **theirs, **deterministic)
+    options = theirs | deterministic
+    want = layer(X, y, **options)
     got = module.apply(ours, X, y, **({"attention_mask": MASK} if masked else {}))
-    np.testing.assert_allclose(got, want, atol=1e-6, rtol=1e-6)
+    assert_as_right(got, want, nnx_in_float64(NNX[settings], layer, X, y, **options))
     np.testing.assert_allclose(
         mj.nnx.MultiHeadAttention.from_linen(module, ours, rngs=nnx.Rngs(0))(X, y, **(
             {"attention_mask": MASK} if masked else {}
@@ -198,7 +240,8 @@ def test_causal_outputs_of_nnx():
     layer = flax_nnx()
     module, ours = interop.import_nnx(layer)
     got = module.apply(ours, X, X, use_causal_mask=True)
-    np.testing.assert_allclose(got, layer(X, mask=jnp.asarray(CAUSAL[None, None])), atol=1e-6)
+    causal = jnp.asarray(CAUSAL[None, None])
+    assert_as_right(got, layer(X, mask=causal), nnx_in_float64({}, layer, X, mask=causal))
 
 
 def test_dropout_of_an_exported_nnx_layer():
@@ -208,9 +251,10 @@ def test_dropout_of_an_exported_nnx_layer():
     out = layer(X, deterministic=False)
     assert not np.allclose(out, layer(X, deterministic=False))
     assert layer.broadcast_dropout is False
-    np.testing.assert_allclose(
-        layer(X, deterministic=True), module.apply(variables, X, X), atol=1e-6
-    )
+    want = layer(X, deterministic=True)
+    settings = {"qkv_features": N * H}
+    truth = nnx_in_float64(settings, layer, X, deterministic=True)
+    assert_as_right(module.apply(variables, X, X), want, truth)
 
 
 class Own(nn.MultiHeadDotProductAttention):
