@@ -1,4 +1,4 @@
-"""Spelling to pronunciation, four times as long as the main job.
+"""Spelling to pronunciation, with a larger model than the main job's and for longer.
 
     pip install "mha_jax[train]"
     python -m mha_jax.train --config=g2p_long
@@ -14,7 +14,7 @@ from mha_jax.train.configs import g2p
 
 
 def get_config() -> ConfigDict:
-    """Return the main job's experiment with more steps."""
+    """Return the main job's experiment with a larger model and more steps."""
     config = g2p.get_config()
-    config.steps = 5000
+    config.update({"steps": 5000, "model": {"hidden": 512, "decoder_layers": 2}})
     return config
