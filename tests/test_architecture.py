@@ -22,6 +22,8 @@ FLOORS = [
 ]
 # The doors through which a floor reaches a higher one: a backend by its name, when it is first asked.
 LAZY = {"backends.base": "backends.blockwise"}
+# What several backends share.
+SHARED = {"backends.base", "backends.visits", "backends.arithmetic"}
 OUTSIDE = {"jax", "flax", "numpy", "optax", "jaxtyping", "typing_extensions"}
 
 
@@ -94,7 +96,7 @@ def test_a_backend_imports_no_other():
         if name.startswith("backends."):
             own = ".".join(name.split(".")[:2])
             ours = {x for x in imports(FILES[name])[0] if x.startswith("backends.")}
-            ours -= {"backends.base", "backends.visits", LAZY.get(name)}
+            ours -= {*SHARED, LAZY.get(name)}
             assert all(f"{x}.".startswith(f"{own}.") for x in ours), f"{name} imports {ours}"
 
 

@@ -20,6 +20,7 @@ from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Facts
 from mha_jax.backends import visits
+from mha_jax.backends.arithmetic import Operand, Term
 from mha_jax.backends.mosaic_gpu import rules as ruled
 from mha_jax.backends.mosaic_gpu.sums import Summed
 from mha_jax.types import Array
@@ -67,7 +68,7 @@ class Plan:
     mask: Mask
     integers: tuple[str, ...]
     padded: bool
-    bias: tuple[ruled.Term, ...]
+    bias: tuple[Term, ...]
     diagonals: int
     dropout: Dropout | None
     rules: Logits
@@ -196,7 +197,7 @@ def plan(
     bias, lengths = [], {"q": whole(t), "k": whole(s)}
     if problem.bias is not None:
         dense("bias", problem.bias)
-        bias.append(ruled.Term((), ruled.Operand("bias", jnp.float32)))
+        bias.append(Term((), Operand("bias", jnp.float32)))
     arithmetic, others = ruled.terms(problem)
     for term, read in arithmetic:
         bias.append(term)
@@ -205,7 +206,7 @@ def plan(
     of_rows, of_columns = lengths[rows], lengths["k" if rows == "q" else "q"]
     if others is not None:
         slabs[DIAGONALS] = ruled.laid(problem, others, rows, ROWS, (of_rows, of_columns))[None]
-        bias.append(ruled.Term((), ruled.Operand(DIAGONALS, jnp.float32)))
+        bias.append(Term((), Operand(DIAGONALS, jnp.float32)))
     if problem.dropout is not None:
         b, n = problem.q.shape[0], problem.q.shape[2]
         words = problem.dropout.row_keys(b, n, jnp.asarray(problem.q_tokens.rows))
