@@ -23,7 +23,7 @@ FLOORS = [
 # The doors through which a floor reaches a higher one: a backend by its name, when it is first asked.
 LAZY = {"backends.base": "backends.blockwise"}
 # What several backends share.
-SHARED = {"backends.base", "backends.visits", "backends.arithmetic"}
+SHARED = {"backends.base", "backends.visits", "backends.arithmetic", "backends.asked"}
 OUTSIDE = {"jax", "flax", "numpy", "optax", "jaxtyping", "typing_extensions"}
 
 

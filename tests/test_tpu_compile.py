@@ -75,6 +75,9 @@ class Compiled:
         return compiled(self.kind, both_passes, qkv, d_out, self.arrays)
 
 
+SHORT = Tokens(512, segment=np.arange(512)[None] // 99, pos=np.arange(512)[None] % 99)
+
+
 def causal():
     return {"mask": Causal()}
 
@@ -90,6 +93,20 @@ def dropped(key):
 def packed(ids):
     tokens = Tokens(ids.shape[1], segment=ids)
     return {"q_tokens": tokens, "k_tokens": tokens, "mask": SameSegment() & Causal()}
+
+
+def packed_causal():
+    return {"q_tokens": SHORT, "k_tokens": SHORT, "mask": Causal()}
+
+
+def packed_by_tiles():
+    tokens = Tokens(2048, segment=np.arange(2048, dtype=np.int32)[None] // 512)
+    return {"q_tokens": tokens, "k_tokens": tokens, "mask": SameSegment()}
+
+
+def placed_and_dropped(key):
+    tokens = Tokens(512, index=np.arange(512, dtype=np.int32)[None])
+    return {"q_tokens": tokens, "k_tokens": tokens, "dropout": Dropout(key, 0.1)}
 
 
 def chunked():
@@ -122,6 +139,10 @@ GRID = {
     "v5e-64": Compiled("v5e", 64, (32768, 32768), heads=(1, 1), options=causal),
     "v5e-128": Compiled("v5e", 128, (1, 4096), 64, (8, 2)),
     "v5e-256": Compiled("v5e", 256, SQUARE, 128, options=causal),
+    # Facts that no mask reads, or none of the tiles that are visited.
+    "v5e-packed": Compiled("v5e", 128, (512, 512), options=packed_causal),
+    "v5e-by-tiles": Compiled("v5e", 128, (2048, 2048), options=packed_by_tiles),
+    "v5e-placed": Compiled("v5e", 128, (512, 512), options=placed_and_dropped, arrays=KEY),
     "v5p-32": Compiled("v5p", 32, (129, 4095), options=lambda: {"logit_cap": 30.0}),
     "v5p-64": Compiled("v5p", 64, (1, 1)),
     "v5p-128": Compiled("v5p", 128, (32768, 32768), heads=(1, 1), options=window),

@@ -18,8 +18,7 @@ from mha_jax.attention import hidden
 from mha_jax.attention.call import Logits, Problem
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Mask
-from mha_jax.attention.tokens import Facts
-from mha_jax.backends import visits
+from mha_jax.backends import asked, visits
 from mha_jax.backends.arithmetic import Operand, Term
 from mha_jax.backends.mosaic_gpu import rules as ruled
 from mha_jax.backends.mosaic_gpu.sums import Summed
@@ -187,7 +186,7 @@ def plan(
     if masked:
         for name, leaf in zip(names, leaves):
             dense(name, leaf)
-        for side, field in _facts(problem):
+        for side, field in asked.facts(problem):
             tokens = problem.q_tokens if side == "q" else problem.k_tokens
             fact = jnp.asarray(getattr(tokens.facts(), field))
             vectors[f"{side}.{field}"] = side, fact.astype(jnp.int32)[:, None]
@@ -262,34 +261,6 @@ def _table(problem: Problem, rows: str, columns: int, summed: Summed | None) -> 
     table = xp.concatenate([x.astype(np.int32) for x in (*counts, order)], -1)
     masked = xp is jnp or bool(np.any(kind == visits.PARTIAL))
     return jnp.asarray(table), masked
-
-
-class _Asked:
-    """The facts of one side, which note which of them a mask reads."""
-
-    def __init__(self, facts: Facts):
-        self._facts, self.names = facts, set()
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._facts, name)
-        if found is not None:
-            self.names.add(name)
-        return found
-
-
-def _facts(problem: Problem) -> list[tuple[str, str]]:
-    """Return the side and the name of every fact that a problem's mask reads."""
-    one = {name: np.zeros((1, 1, 1, 1), np.int32) for name in Facts._fields if name != "head"}
-    sides = {"q": problem.q_tokens.facts(), "k": problem.k_tokens.facts()}
-    asked = {
-        side: _Asked(
-            Facts(**{n: a if getattr(facts, n) is not None else None for n, a in one.items()})
-        )
-        for side, facts in sides.items()
-    }
-    mask = jax.tree.map(lambda leaf: np.zeros((1, 1, 1, 1), leaf.dtype), problem.mask)
-    mask.visible(asked["q"], asked["k"])
-    return [(side, name) for side in "qk" for name in sorted(asked[side].names)]
 
 
 def contains(problem: Problem) -> bool:

@@ -21,6 +21,7 @@ from mha_jax.attention.call import Logits, Problem
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Tokens
+from mha_jax.backends import asked
 from mha_jax.backends.pallas_tpu import rules
 from mha_jax.backends.pallas_tpu.patterns import Geometry, Order, order
 from mha_jax.types import Array
@@ -75,28 +76,35 @@ def make_plan(
             a = a.astype(np.int32)
         vectors[name], sides[name] = a, side
 
-    def add_dense(name: str, a: Array) -> str:
+    def add_dense(name: str, a: Array) -> None:
         if a.dtype == jnp.bool_:
             a = a.astype(jnp.int8)
         t, s = g.lengths
         if a.shape[2] == t and a.shape[3] == s and (t, s) != (1, 1) and t > 1 and s > 1:
             slabs[name] = a
-            return name
+            return
         if a.dtype != jnp.float32:
             a = a.astype(np.float32 if jnp.issubdtype(a.dtype, jnp.floating) else np.int32)
         if a.shape[3] == s and s > 1:
             add_vector(name, "k", a[:, :, 0, :])
         else:
             add_vector(name, "q", jnp.broadcast_to(a[:, :, :, 0], (*a.shape[:2], t)))
-        return name
 
-    for side, tokens in (("q", problem.q_tokens), ("k", problem.k_tokens)):
-        for field in ("index", "pos", "segment", "valid"):
-            a = getattr(tokens, field)
-            if a is not None:
-                add_vector(f"{side}.{field}", side, jnp.asarray(a)[:, None])
+    visited = order(problem, g)
+    # What nobody reads may not be there: compilers fail on a vector that is turned, and not used then.
+    masked = any("P" in row for shape in visited.shapes for row in shape.pattern)
+    facts = asked.facts(problem) if masked else []
+    if problem.dropout is not None:
+        facts = [*facts, ("k", "rows")]
+    for side, fact in facts:
+        tokens = problem.q_tokens if side == "q" else problem.k_tokens
+        field = _field(tokens, fact)
+        if (a := getattr(tokens, field)) is not None:
+            add_vector(f"{side}.{field}", side, jnp.asarray(a)[:, None])
     leaves, tree = jax.tree.flatten(problem.mask)
-    names = [add_dense(f"mask.{i}", leaf) for i, leaf in enumerate(leaves)]
+    names = [f"mask.{i}" for i in range(len(leaves))]
+    for name, leaf in zip(names, leaves if masked else []):
+        add_dense(name, leaf)
     integers = tuple(name for name, leaf in zip(names, leaves) if leaf.dtype != jnp.bool_)
     if problem.bias is not None:
         add_dense("bias", jnp.asarray(problem.bias))
@@ -120,7 +128,7 @@ def make_plan(
     )
     plan = Plan(
         geometry=g,
-        order=order(problem, g),
+        order=visited,
         vectors=sides,
         slabs=tuple(slabs),
         mask=jax.tree.unflatten(tree, names),
@@ -134,6 +142,13 @@ def make_plan(
         by_distance=rule is not None,
     )
     return plan, streams
+
+
+def _field(tokens: Tokens, fact: str) -> str:
+    """Return the field of tokens that a fact is read from."""
+    if fact == "positions":
+        fact = "rows" if tokens.pos is None else "pos"
+    return "index" if fact == "rows" else fact
 
 
 def contains(problem: Problem) -> bool:

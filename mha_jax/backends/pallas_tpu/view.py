@@ -215,18 +215,18 @@ class View:
         return place + tokens.start if tokens.start else place
 
     def facts(self, side: str, part: Part) -> Facts:
+        """Return the facts of one side that a mask reads, as tiles."""
         tokens = self.plan.q_tokens if side == "q" else self.plan.k_tokens
-        rows = self.tokens_of(side, part)
 
         def fact(field):
-            if getattr(tokens, field) is None:
-                return None
-            return self.whole(f"{side}.{field}", part)
+            name = f"{side}.{field}"
+            return self.whole(name, part) if name in self.plan.vectors else None
 
-        positions, valid = fact("pos"), fact("valid")
+        rows = self.tokens_of(side, part) if tokens.index is None else fact("index")
+        valid = fact("valid")
         return Facts(
             rows,
-            rows if positions is None else positions,
+            rows if tokens.pos is None else fact("pos"),
             fact("segment"),
             None if valid is None else valid != 0,
         )
