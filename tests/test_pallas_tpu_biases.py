@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.experimental import pallas as pl
 
 import mha_jax as mj
-from mha_jax import Call, Causal, Dropout, Tokens, biases
+from mha_jax import Call, Causal, Dropout, SameSegment, Tokens, Window, biases
 from mha_jax.attention.call import Output
 from mha_jax.attention.check import check
 from mha_jax.backends.pallas_tpu import diagonals, rules
@@ -42,7 +43,7 @@ def both_passes(backend, call, d_out, d_lse):
     return jax.jit(run).lower(call).compile(compiler_options=options)(call)
 
 
-@pytest.mark.parametrize("name", ["alibi", "buckets_shifted", "relative"])
+@pytest.mark.parametrize("name", ["alibi", "alibi_packed", "buckets_shifted", "relative"])
 def test_the_kernels_agree_with_the_oracle(name):
     rule = NAMES[name]
     out, lse, moves = both_passes(SMALL, call_of(rule), jnp.asarray(D_OUT), jnp.asarray(D_LSE))
@@ -57,6 +58,56 @@ def test_the_kernels_agree_with_the_oracle(name):
     d_table = np.atleast_2d(jax.tree.leaves(moves.bias_rule)[0])
     sums = np.abs(dx * rule.factor[:, None]).sum()
     oracles.assert_close(d_table, rule.gradient(dx), EPSILON * sums)
+
+
+def operations(ahead, same):
+    """Return floats made of a distance by every operation that the kernels know."""
+    x, few = ahead.astype(jnp.float32) / 8, jnp.abs(ahead)
+    near, floats = ahead % 7 > 3, lambda a: a.astype(jnp.float32)
+    return [
+        jnp.abs(x) - x**3 / 4096 + jnp.square(x) / 64,
+        jnp.cos(x) + jnp.sin(x) + jnp.tanh(x),
+        jnp.exp(-jnp.abs(x)) + jnp.exp2(-jnp.abs(x)) + jnp.log(1 + jnp.abs(x)),
+        jnp.sqrt(1 + jnp.abs(x)) + lax.rsqrt(1 + jnp.abs(x)) + 1 / (1 + jnp.abs(x)),
+        jnp.sign(x) + x % 3 + floats(jnp.sign(ahead) + lax.rem(ahead, np.int32(5)) + ahead // 7),
+        jnp.clip(x, -2, 2) + floats(jnp.maximum(ahead, -9)) / 8 + floats(jnp.minimum(few, 9)),
+        jnp.where((near & same) | ~near ^ same, 1.0, -1.0) + floats(few // 3 <= 4),
+        floats((ahead & 3) + (ahead ^ 5) - (ahead | 2) + ~ahead) / 64,
+        jnp.where(jnp.where(ahead == 3, same, ahead != 5), 0.5, floats(x.astype(jnp.int32)) / 64),
+    ]
+
+
+@biases.pytree
+class EveryOperation(biases.Bias):
+    """A rule of a user's own of what the kernels compute pair by pair, and of nothing that they do not."""
+
+    weights: object  # of operations
+    scale: object
+
+    def logits(self, q, k):
+        made = operations(q.positions - k.positions, q.segment == k.segment)
+        weighed = sum(w * x for w, x in zip(jnp.asarray(self.weights), made, strict=True))
+        return weighed * jnp.asarray(self.scale)[q.head]
+
+
+@biases.pytree
+class Sides(biases.Bias):
+    """Numbers of queries and of keys, of both, and of all pairs."""
+
+    queries: object
+    keys: object
+    both: object
+
+    def logits(self, q, k):
+        queries, keys = (jnp.asarray(x) for x in (self.queries, self.keys))
+        product = queries[q.rows % 5] * jnp.asarray(self.both) * keys[k.rows % 7]
+        return product + jnp.where(k.rows > q.rows, keys[k.rows % 7], jnp.asarray(self.both))
+
+
+def packed(length):
+    ids = np.sort(np.random.default_rng(3).integers(0, 4, (2, length)), 1)
+    tokens = Tokens.packed(jnp.asarray(ids))
+    return {"q_tokens": tokens, "k_tokens": tokens}
 
 
 def buckets(heads):
@@ -100,6 +151,30 @@ CASES = [
     Long(
         *("beside_an_array_of_queries", (389, 130), (2, 1)),
         {"bias": buckets(2) + biases.Array(draw(8, 2, 2, 389, 1))},
+    ),
+    # Pair by pair, what data say of positions and segments among what is read.
+    Long(
+        *("packed_shared_keys", (300, 300), (4, 2)),
+        {
+            "bias": biases.Alibi(jnp.abs(draw(7, 4))),
+            "mask": Causal() & SameSegment(),
+            **packed(300),
+        },
+    ),
+    Long(
+        *("every_operation", (270, 270), (2, 2)),
+        {"bias": EveryOperation(draw(4, 9) / 9, draw(5, 2)), "mask": Causal(), **packed(270)},
+    ),
+    Long(
+        *("beside_what_is_laid", (389, 300), (2, 1)),
+        {
+            "bias": Sides(*(jnp.asarray(draw(n, n)) for n in (5, 7)), jnp.float32(0.3))
+            + buckets(2)
+            + biases.Array(draw(8, 2, 2, 1, 300)),
+            "mask": Window(99, 40),
+            "logit_cap": 2.0,
+            "dropout": Dropout(jax.random.key(0), 0.2),
+        },
     ),
     Long("beside_all_pairs", (150, 130), (2, 1), {"bias": ALIBI + biases.Array(draw(8, 150, 130))}),
     # A step of decoding: one query, whatever the rule reads and wherever its token is.
@@ -185,11 +260,36 @@ def test_a_sum_of_distances_is_one_of_distances():
     np.testing.assert_allclose((heads + Own()).at(distances, numbers), want, rtol=1e-6)
 
 
+@biases.pytree
+class Narrow(biases.Bias):
+    def logits(self, q, k):
+        return (q.rows.astype(jnp.int16) + k.rows.astype(jnp.int16)).astype(jnp.float32)
+
+
+@biases.pytree
+class Held(biases.Bias):
+    pairs: object
+
+    def logits(self, q, k):
+        return jnp.where(q.rows > k.rows, self.pairs, 0.0)
+
+
 @pytest.mark.parametrize(
     ("bias", "tokens", "says"),
     [
-        (biases.Relative(np.zeros((9, 2)), (2, 2)) + ALIBI, None, "and Relative reads more; tiles"),
-        (ALIBI, Tokens(5, pos=np.arange(5)[None]), "along the diagonals, and here positions are"),
+        (
+            biases.Relative(np.zeros((9, 2)), (2, 2)) + ALIBI,
+            None,
+            "Relative takes 'gather'; along the diagonals it cannot be laid, as it knows more than dist",
+        ),
+        (
+            buckets(2),
+            Tokens(5, pos=np.arange(5)[None]),
+            "Buckets takes 'gather'; along the diagonals it cannot be laid, as positions are data; tiles",
+        ),
+        (Narrow(), None, "and Narrow takes 'add' of int16"),
+        (Held(np.ones((1, 1, 5, 5), np.float32)), None, "and Held takes an array of T x S; along"),
+        (ALIBI, Tokens(5, pos=np.arange(5)[None]), "can run"),
         (ALIBI, None, "can run"),
     ],
 )
@@ -198,19 +298,37 @@ def test_explain_says_what_its_kernels_add(bias, tokens, says):
     assert says in mj.explain(Call(x, x, x, tokens, tokens, bias=bias), "tpu")["pallas_tpu"]
 
 
-def test_more_distances_than_are_held_go_by_tiles():
+def test_more_distances_than_are_held_are_computed_where_they_are_arithmetic():
     x = jax.ShapeDtypeStruct((1, rules.MOST // 2 + 1, 2, 8), jnp.float32)
-    says = mj.explain(Call(x, x, x, bias=ALIBI), "tpu")["pallas_tpu"]
-    assert f"at {rules.MOST} distances, and here are {rules.MOST + 2}; tiles" in says
+    assert mj.explain(Call(x, x, x, bias=ALIBI), "tpu")["pallas_tpu"] == "can run"
+    says = mj.explain(Call(x, x, x, bias=buckets(2)), "tpu")["pallas_tpu"]
+    assert f"as {rules.MOST} distances are held, and here are {rules.MOST + 2}; tiles" in says
 
 
-def test_a_part_of_the_keys_whose_places_are_data_goes_by_tiles():
-    rule = NAMES["alibi"]
+def test_long_sequences_are_computed_pair_by_pair_too(monkeypatch):
+    call = CASES[0].call()
+    call = dataclasses.replace(call, bias=biases.Alibi(jnp.abs(draw(7, 4))))
+    d_out, d_lse = jnp.asarray(draw(4, 2, 300, 4, 5)), jnp.asarray(draw(5, 2, 4, 300))
+    laid = both_passes(SMALL, call, d_out, d_lse)
+    monkeypatch.setattr(rules, "MOST", 499)
+    own = both_passes(SMALL, call, d_out, d_lse)
+    jax.tree.map(lambda a, b: oracles.assert_close(a, b, 3e-5 * np.abs(b).max()), own, laid)
+
+
+@pytest.mark.parametrize("name", ["alibi", "buckets_shifted"])
+def test_a_part_of_the_keys_whose_places_are_data(name):
+    rule = NAMES[name]
     problem = check(call_of(rule))
-    index = jnp.arange(Q.shape[1], dtype=jnp.int32)[None]
-    placed = dataclasses.replace(problem, q_tokens=Tokens(Q.shape[1], index=index))
+    start, length = problem.q_tokens.start, Q.shape[1]
+    index = jnp.arange(start, start + length, dtype=jnp.int32)[None]
+    placed = dataclasses.replace(problem, q_tokens=Tokens(length, index=index))
+    assert (rules.why_not(placed) is None) == (name == "alibi")
     state = SMALL.forward(placed)
     want, _, _ = oracles.attention(Q, KEYS, VALUES, visible=visible(rule), bias=rule.dense())
     oracles.assert_close(state.out, want, 1e-5)
-    moves = SMALL.cotangent(placed, state, Output(jnp.asarray(D_OUT), jnp.zeros_like(state.l)))
-    assert jax.tree.leaves(moves.bias_rule)[0].shape == (6,)
+    zeros = jnp.zeros_like(state.l)
+    moves, plain = (
+        backend.cotangent(placed, state, Output(jnp.asarray(D_OUT), zeros))
+        for backend in (SMALL, Reference())
+    )
+    jax.tree.map(lambda a, b: oracles.assert_close(a, b, 2e-5 * np.abs(b).max()), moves, plain)

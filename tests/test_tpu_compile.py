@@ -35,6 +35,7 @@ from mha_jax.backends.pallas_tpu.sizes import SIZES
 from mha_jax.layer.vectors import normalized
 
 pytest.importorskip("libtpu", reason="libtpu is not installed: pip install libtpu")
+from tests.test_pallas_tpu_biases import EveryOperation
 from tests.topologies import TOPOLOGIES, VERSION, compiled, largest_array
 
 
@@ -104,6 +105,15 @@ def packed_by_tiles():
     return {"q_tokens": tokens, "k_tokens": tokens, "mask": SameSegment()}
 
 
+def sloped_by_data(slopes):
+    return {**packed_causal(), "bias": biases.Alibi(slopes)}
+
+
+def ruled_by_data(weights, scale):
+    few = Tokens(128, segment=np.arange(128)[None] // 99, pos=np.arange(128)[None] % 99)
+    return {**dict.fromkeys(("q_tokens", "k_tokens"), few), "bias": EveryOperation(weights, scale)}
+
+
 def placed_and_dropped(key):
     tokens = Tokens(512, index=np.arange(512, dtype=np.int32)[None])
     return {"q_tokens": tokens, "k_tokens": tokens, "dropout": Dropout(key, 0.1)}
@@ -133,6 +143,11 @@ GRID = {
         options=packed,
         arrays={"ids": shape_of(2, 4096, dtype=jnp.int32)},
     ),
+    "v4-ruled": Compiled(
+        *("v4", 128, (512, 512)),
+        options=sloped_by_data,
+        arrays={"slopes": shape_of(2, dtype=jnp.float32)},
+    ),
     "v4-256": Compiled("v4", 256, SQUARE, options=causal),
     "v4-float32": Compiled("v4", 128, (2048, 2048), 64, dtype=jnp.float32, options=causal),
     "v5e-32": Compiled("v5e", 32, (100, 129), 48),
@@ -143,6 +158,11 @@ GRID = {
     "v5e-packed": Compiled("v5e", 128, (512, 512), options=packed_causal),
     "v5e-by-tiles": Compiled("v5e", 128, (2048, 2048), options=packed_by_tiles),
     "v5e-placed": Compiled("v5e", 128, (512, 512), options=placed_and_dropped, arrays=KEY),
+    "v5e-ruled": Compiled(
+        *("v5e", 128, (128, 128)),
+        options=ruled_by_data,
+        arrays={"weights": shape_of(9, dtype=jnp.float32), "scale": shape_of(2, dtype=jnp.float32)},
+    ),
     "v5p-32": Compiled("v5p", 32, (129, 4095), options=lambda: {"logit_cap": 30.0}),
     "v5p-64": Compiled("v5p", 64, (1, 1)),
     "v5p-128": Compiled("v5p", 128, (32768, 32768), heads=(1, 1), options=window),
@@ -194,12 +214,17 @@ def ruled(w, q, k):
     return Call(q, k, k, mask=Window(1023, 0), bias=bias, logit_cap=30.0)
 
 
+def ruled_and_packed(w, q, k):
+    bias = biases.Alibi(w["sinks"])
+    return Call(q, k, k, PACKED, PACKED, Causal() & SameSegment(), bias)
+
+
 def packed_and_dropped(w, q, k):
     options = {"mask": Causal(), "dropout": Dropout(w["key"], 0.1), "sinks": w["sinks"]}
     return Call(q, k, k, q_tokens=PACKED, k_tokens=PACKED, **options)
 
 
-@pytest.mark.parametrize("features", [turned, ruled, packed_and_dropped])
+@pytest.mark.parametrize("features", [turned, ruled, ruled_and_packed, packed_and_dropped])
 def test_a_step_with_features_needs_less_than_ten_times_the_queries(features):
     if VERSION < (0, 0, 30):
         pytest.skip("this libtpu keeps 11.5 times with rotary positions: pip install -U libtpu")

@@ -15,28 +15,20 @@ import numpy as np
 from mha_jax.attention import biases
 from mha_jax.attention.call import Moves, Problem, moving
 from mha_jax.attention.tokens import consecutive, far
+from mha_jax.backends import arithmetic
 from mha_jax.backends.arithmetic import Term, parted
 from mha_jax.types import Array
 
 
 def why_not(problem: Problem) -> str | None:
     """Say why the kernels cannot add a problem's bias by rule, or return None."""
-    for rule in _rules(problem):
-        operation, where = parted(problem, rule, ""), _unlaid(problem, rule)
-        if not isinstance(operation, str) or where is None:
-            continue
-        return (
-            "its kernels compute a bias by rule pair by pair where it is arithmetic, and "
-            f"{type(rule).__name__} takes {operation!r}; along the diagonals it cannot be laid, as {where}; "
-            "tiles run it with backend=None"
-        )
-    return None
+    return arithmetic.why_not(problem, _unlaid)
 
 
 def unsummed(problem: Problem) -> str | None:
     """Say which rule's gradient, if it is asked for, is no sum along the diagonals, or return None."""
     asked = biases.apart(moving(problem).bias_rule)[1]
-    for rule, floats in zip(_rules(problem), asked):
+    for rule, floats in zip(arithmetic.rules(problem), asked):
         if jax.tree.leaves(floats) and (where := _unlaid(problem, rule)) is not None:
             return f"{type(rule).__name__} is asked for, and {where}"
     return None
@@ -49,14 +41,10 @@ def _unlaid(problem: Problem, rule: Any) -> str | None:
     return None if consecutive(problem.q_tokens, problem.k_tokens) else "positions are data"
 
 
-def _rules(problem: Problem) -> list[Any]:
-    return [] if problem.bias_rule is None else biases.apart(problem.bias_rule)[1]
-
-
 def terms(problem: Problem) -> tuple[list[tuple[Term, dict[str, Array]]], Any]:
     """Return the rules that are arithmetic with their operands, and the sum of the others, if any."""
     found, others = [], []
-    for i, rule in enumerate(_rules(problem)):
+    for i, rule in enumerate(arithmetic.rules(problem)):
         term = parted(problem, rule, f"rule.{i}")
         others.append(rule) if isinstance(term, str) else found.append(term)
     return found, biases.together(others)

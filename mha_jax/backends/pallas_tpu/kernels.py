@@ -156,15 +156,14 @@ def without_nan(x: Array) -> Array:
 def backward(view: View, precision: Any) -> None:
     """Add what blocks of keys give to dq, dk and dv; rows are keys, tiles are transposed."""
     refs = view.refs
-    bias_of_queries = "d_bias" in refs and view.plan.vectors["bias"] == "q"
+    sums = [f"d.{name}" for name in view.plan.moved if view.plan.vectors[name] == "q"]
+    sums += ["d_distances"] if "d_distances" in refs else []
 
     @view.at_first_rows
     def _():
         _begin(refs)
-        if bias_of_queries:
-            refs["d_bias"][...] = jnp.zeros_like(refs["d_bias"])
-        if "d_distances" in refs:
-            refs["d_distances"][...] = jnp.zeros_like(refs["d_distances"])
+        for name in sums:
+            refs[name][...] = jnp.zeros_like(refs[name])
 
     view.each_block(lambda view: _backward_block(view, precision), lambda: _clear(view))
 
@@ -197,16 +196,15 @@ def _begin(refs: dict[str, Any]) -> None:
 
 def _clear(view: View) -> None:
     """Start with keys that were given nothing."""
-    for name in ("dk_sum", "dv_sum", "d_bias_sum"):
-        if name in view.refs:
-            view.refs[name][...] = jnp.zeros_like(view.refs[name])
+    of_keys = [name for name in view.plan.moved if view.plan.vectors[name] == "k"]
+    for name in ("dk_sum", "dv_sum", *(f"d.{name}.sum" for name in of_keys)):
+        view.refs[name][...] = jnp.zeros_like(view.refs[name])
 
 
 def _backward_block(view: View, precision: Any) -> None:
     refs, plan, rows = view.refs, view.plan, view.rows
     q, k, v, d_out = (refs[name] for name in ("q", "k", "v", "d_out_scaled"))
     dq_sum, dk_sum, dv_sum = refs["dq_sum"], refs["dk_sum"], refs["dv_sum"]
-    bias_side = plan.vectors.get("bias") if "d_bias" in refs else None
     last = "dk_before" not in refs
     if not last:
         dk_sum[...], dv_sum[...] = refs["dk_before"][rows], refs["dv_before"][rows]
@@ -224,10 +222,11 @@ def _backward_block(view: View, precision: Any) -> None:
         dv_sum[part.rows] += dot(kept.astype(d_out.dtype), d_out[here], (1, 0), precision)
         dp = dot(v[view.rows_of_part(part)], d_out[here], (1, 1), precision)
         ds = slopes(view, p, dp, keep, part)
-        if bias_side == "k":
-            refs["d_bias_sum"][part.rows] += by_lane(ds)
-        if bias_side == "q":
-            refs["d_bias"][:, here] += jnp.sum(ds, axis=0, keepdims=True)
+        for name, moved in view.moves(ds, part).items():
+            if plan.vectors[name] == "k":
+                refs[f"d.{name}.sum"][part.rows] += by_lane(moved)
+            else:
+                refs[f"d.{name}"][:, here] += jnp.sum(moved, axis=0, keepdims=True)
         if "d_distances" in refs:
             refs["d_distances"][:, view.distances(part)] += diagonals.summed(ds)
         if slope is not None:
@@ -243,10 +242,11 @@ def _backward_block(view: View, precision: Any) -> None:
     share = 1.0 if plan.dropout is None else plan.dropout.factor
     refs["dk"][rows] = (dk_sum[...] * (plan.rules.scale if last else 1.0)).astype(refs["dk"].dtype)
     refs["dv"][rows] = (dv_sum[...] * (share if last else 1.0)).astype(refs["dv"].dtype)
-    if bias_side == "k":
-        total = jnp.sum(refs["d_bias_sum"][...], axis=1, keepdims=True)
-        line = as_line(jnp.broadcast_to(total, (total.shape[0], LANES)))
-        refs["d_bias"][:, rows] = line
+    for name in plan.moved:
+        if plan.vectors[name] == "k":
+            total = jnp.sum(refs[f"d.{name}.sum"][...], axis=1, keepdims=True)
+            line = as_line(jnp.broadcast_to(total, (total.shape[0], LANES)))
+            refs[f"d.{name}"][:, rows] = line
 
 
 def bias_gradient(view: View, precision: Any) -> None:

@@ -22,6 +22,7 @@ from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Tokens
 from mha_jax.backends import asked
+from mha_jax.backends.arithmetic import Term
 from mha_jax.backends.pallas_tpu import rules
 from mha_jax.backends.pallas_tpu.patterns import Geometry, Order, order
 from mha_jax.types import Array
@@ -51,6 +52,12 @@ class Plan:
     has_bias: bool
     hides: bool
     by_distance: bool  # whether a bias by rule has a table of distances
+    terms: tuple[Term, ...]  # what of it is computed pair by pair
+    moved: tuple[str, ...] = ()  # the vectors whose cotangents are summed up
+
+    @property
+    def biased(self) -> bool:
+        return self.has_bias or self.by_distance or bool(self.terms)
 
     @property
     def outer_vectors(self) -> list[str]:
@@ -114,14 +121,17 @@ def make_plan(
         add_vector("dropout.c", "q", lax.bitcast_convert_type(c, jnp.int32))
     for name, a in (extra or {}).items():
         add_vector(name, "q", a)
-    padding = {"shift": np.inf}  # queries that only pad have no weights
+    rule = problem.bias_rule
+    table, read = rules.ruled(problem, g)(rules.numbers(rule))
+    for name, a in read.items():
+        add_dense(name, a)
+    # Queries that only pad have no weights; what a rule makes of other tokens than there are is not asked.
+    padding = {"shift": np.inf} | dict.fromkeys(read)
     streams = {
         name: _vector_stream(g, sides[name], a, padding.get(name, 0)) for name, a in vectors.items()
     }
     streams |= {name: _slab_stream(g, a) for name, a in slabs.items()}
-    rule = problem.bias_rule
-    if rule is not None:
-        table = rules.table(problem, g)(rules.numbers(rule))
+    if table is not None:
         streams["distances"] = Stream(table[:, None], _table_spec(table.shape[1]))
     dropout = problem.dropout and dataclasses.replace(
         problem.dropout, key=None, batch_start=None, head_start=None
@@ -139,7 +149,8 @@ def make_plan(
         rules=problem.logits,
         has_bias=problem.bias is not None,
         hides=contains(problem),
-        by_distance=rule is not None,
+        by_distance=table is not None,
+        terms=rules.terms(problem),
     )
     return plan, streams
 
@@ -166,16 +177,18 @@ def _plain(tokens: Tokens) -> Tokens:
     return dataclasses.replace(tokens.map(lambda a: True, tokens.length, tokens.start))  # type: ignore[arg-type, return-value]
 
 
-def pad_to(x: Array, axis: int, length: int, value: float = 0.0) -> Array:
-    """Pad one axis; nothing happens where the length fits."""
+def pad_to(x: Array, axis: int, length: int, value: float | None = 0.0) -> Array:
+    """Pad one axis by a value, or by the last one; nothing happens where the length fits."""
     missing = length - x.shape[axis]
     if not missing:
         return x
     widths = [(0, missing if a == axis % x.ndim else 0) for a in range(x.ndim)]
+    if value is None:
+        return jnp.pad(x, widths, mode="edge")
     return jnp.pad(x, widths, constant_values=value)
 
 
-def _vector_stream(g: Geometry, side: str, a: Array, padding: float) -> Stream:
+def _vector_stream(g: Geometry, side: str, a: Array, padding: float | None) -> Stream:
     """Stream [#B, #N, L] as [#B, #N, 1, L]."""
     some_b, some_n = int(a.shape[0] > 1), int(a.shape[1] > 1)
     a = pad_to(jnp.asarray(a), 2, g.padded[side], padding)[:, :, None]
@@ -220,7 +233,7 @@ def _slab_stream(g: Geometry, a: Array) -> Stream:
 def folds(problem: "Problem | Plan") -> bool:
     """Return whether the scale can wait until the exponent: no bias, no cap, and order is kept."""
     if isinstance(problem, Plan):
-        logits, has_bias = problem.rules, problem.has_bias or problem.by_distance
+        logits, has_bias = problem.rules, problem.biased
     else:
         logits = problem.logits
         has_bias = problem.bias is not None or problem.bias_rule is not None

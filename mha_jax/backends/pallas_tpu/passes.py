@@ -182,14 +182,18 @@ def _backward(
         "dv_sum": ((g.rows, size_v), jnp.float32),
     }
     asked = moving(problem)
-    bias_side = plan.vectors.get("bias") if asked.bias is not None else None
-    if bias_side is not None:
-        outputs["d_bias"] = ops.vector_output(g) if bias_side == "k" else ops.resident_vector(g)
-    if bias_side == "k":
-        scratch["d_bias_sum"] = ((g.rows, LANES), jnp.float32)
-    ruled = plan.by_distance and bool(jax.tree.leaves(asked.bias_rule))
-    if ruled:
+    ruled = bool(jax.tree.leaves(asked.bias_rule))
+    moved = [name for term in plan.terms for name in term.moving] if ruled else []
+    if asked.bias is not None and "bias" in plan.vectors:
+        moved.append("bias")
+    for name in moved:
+        of_keys = plan.vectors[name] == "k"
+        outputs[f"d.{name}"] = ops.vector_output(g) if of_keys else ops.resident_vector(g)
+        if of_keys:
+            scratch[f"d.{name}.sum"] = ((g.rows, LANES), jnp.float32)
+    if ruled and plan.by_distance:
         outputs["d_distances"] = ops.table_output(g)
+    plan = dataclasses.replace(plan, moved=tuple(moved))
     run = _Kernel("attention_backward", kernels.backward, plan, 1, _precision(problem))
     if g.chunks == 1:
         found = dict(zip(outputs, run(tuning, inputs, outputs, scratch, 0)))
@@ -198,24 +202,28 @@ def _backward(
     dq, dk, dv = (found[name] for name in ("dq", "dk", "dv"))
     if g.groups > 1:
         dk, dv = (x.reshape(g.batch, -1, g.groups, *x.shape[2:]).sum(2) for x in (dk, dv))
+    lines = {
+        name: found[f"d.{name}"][..., :s]
+        if plan.vectors[name] == "k"
+        else found[f"d.{name}"][..., :t].swapaxes(2, 3)
+        for name in moved
+    }
     d_bias, d_rule = None, asked.bias_rule
+    if "bias" in lines:
+        d_bias = _reduce_to(lines.pop("bias"), problem.bias.shape)  # type: ignore[union-attr]
     if ruled:
-        _, pull = jax.vjp(rules.table(problem, g), rules.numbers(problem.bias_rule))
-        (d_rule,) = pull(found["d_distances"][:, :, 0].sum(0))
-    if "d_bias" in found:
-        line = found["d_bias"][:, :, 0]
-        line = line[:, :, :s] if bias_side == "k" else line[:, :, :t]
-        dense = line[:, :, None, :] if bias_side == "k" else line[:, :, :, None]
-        d_bias = _reduce_to(dense, problem.bias.shape)  # type: ignore[union-attr]
+        made, pull = jax.vjp(rules.ruled(problem, g, lines), rules.numbers(problem.bias_rule))
+        table = found["d_distances"][:, :, 0].sum(0) if plan.by_distance else None
+        read = {name: _reduce_to(line, made.read[name].shape) for name, line in lines.items()}
+        (d_rule,) = pull(rules.Ruled(table, read))
     back = (dq[:, :, :t], dk[:, :, :s], dv[:, :, :s])
     return *(x.swapaxes(1, 2) for x in back), d_bias, d_rule  # type: ignore[return-value]
 
 
 def _by_chunk(run, tuning, problem, g, inputs, outputs, scratch):
     """Go through the queries chunk by chunk where not all of them fit into VMEM."""
-    by_query = {"dq": 2}
-    if "d_bias" in outputs and run.plan.vectors["bias"] == "q":
-        by_query["d_bias"] = 3
+    of_queries = [name for name in run.plan.moved if run.plan.vectors[name] == "q"]
+    by_query = {"dq": 2} | {f"d.{name}": 3 for name in of_queries}
     summed = [name for name in outputs if name not in by_query]
     sums = {name: jnp.zeros(outputs[name][0].shape, jnp.float32) for name in summed}
 

@@ -1,10 +1,13 @@
-"""Biases by rule, made ready for the kernels: a table of distances, or a line where one side is one token.
+"""Biases by rule, made ready for the kernels.
+
+What knows distances alone is laid along the diagonals, out of a table; what knows more, or where positions
+are data, is computed pair by pair where it is arithmetic; where one side is one token, all is one line.
 
 N query heads
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Container
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,37 +17,46 @@ from mha_jax.attention import biases
 from mha_jax.attention.biases import floats, with_floats
 from mha_jax.attention.call import Problem
 from mha_jax.attention.tokens import consecutive, far
+from mha_jax.backends import arithmetic
+from mha_jax.backends.arithmetic import Able, Term, parted
 from mha_jax.backends.pallas_tpu.patterns import Geometry
 from mha_jax.types import Array
 
 # Distances whose numbers are held in VMEM: 1 MiB, a second time backward.
 MOST = 2**18
+ABLE = Able(frozenset(map(np.dtype, ("float32", "int32", "bool"))), pairs=False)
 
 
 def why_not(problem: Problem) -> str | None:
     """Say why the kernels cannot add a problem's bias by rule, or return None."""
-    rule = problem.bias_rule
-    if rule is None or is_line(problem):
-        return None
-    tiles = "tiles run it with backend=None"
-    others = [r for r in biases.apart(rule)[1] if not r.only_distances]
-    if others:
-        names = ", ".join(type(r).__name__ for r in others)
-        return (
-            f"its kernels add biases that know the distance of two tokens alone, and {names} reads more; "
-            + tiles
-        )
+    return None if is_line(problem) else arithmetic.why_not(problem, _unlaid, ABLE)
+
+
+def pair_by_pair(problem: Problem) -> bool:
+    """Return whether something of a problem's bias is computed pair by pair."""
+    rules = arithmetic.rules(problem)
+    return not is_line(problem) and any(_unlaid(problem, rule) for rule in rules)
+
+
+def _unlaid(problem: Problem, rule: Any) -> str | None:
+    """Say why a rule is not laid along the diagonals, or return None."""
+    if not rule.only_distances:
+        return "it knows more than distances"
     if not consecutive(problem.q_tokens, problem.k_tokens):
-        return (
-            "its kernels add a bias by rule along the diagonals, and here positions are data, those of "
-            f"packed sequences or of a cache say; {tiles}"
-        )
+        return "positions are data"
     length = problem.q_tokens.length + problem.k_tokens.length
-    if length > MOST:
-        return (
-            f"its kernels hold what a bias adds at {MOST} distances, and here are {length}; {tiles}"
-        )
-    return None
+    return f"{MOST} distances are held, and here are {length}" if length > MOST else None
+
+
+def _laid(problem: Problem, rule: Any) -> Any:
+    """Return the sum of those rules of a problem's bias that are laid along the diagonals, if any."""
+    return biases.together([x for x in biases.apart(rule)[1] if _unlaid(problem, x) is None])
+
+
+def _parted(problem: Problem, rule: Any) -> list[Any]:
+    """Return the other rules as terms with what they read."""
+    rules = [x for x in biases.apart(rule)[1] if _unlaid(problem, x) is not None]
+    return [parted(problem, x, f"rule.{i}", ABLE) for i, x in enumerate(rules)]
 
 
 def is_line(problem: Problem) -> bool:
@@ -72,19 +84,43 @@ def written_out(problem: Problem) -> Callable[[Any, Any], Array]:
     return both
 
 
-def table(problem: Problem, g: Geometry) -> Callable[[Any], Array]:
-    """Return the table of a problem's tiles, [N, rows + columns], as a function of the rule's numbers."""
+class Ruled(NamedTuple):
+    """A bias by rule for the kernels: a table of distances [N, rows + columns], and what terms read."""
+
+    table: Array | None
+    read: dict[str, Array]
+
+
+def terms(problem: Problem) -> tuple[Term, ...]:
+    """Return what is computed pair by pair."""
+    return tuple(term for term, _ in _parted(problem, problem.bias_rule))
+
+
+def ruled(
+    problem: Problem, g: Geometry, names: Container[str] | None = None
+) -> Callable[[Any], Ruled]:
+    """Return what the kernels read for a problem's bias by rule, as a function of the rule's numbers.
+
+    Args:
+      problem: The problem.
+      g: Its tiles.
+      names: Of what terms read; all of it if None.
+    """
     rows = g.rows * g.row_blocks
     after = np.arange(-rows, g.chunk * g.chunks, dtype=np.int32)
     t, s = g.lengths
     # What lies beyond the tokens is hidden: it is asked for nothing new.
     distances = np.clip(after if g.outer == "q" else -after, 1 - t, s - 1)
-    distances = far(problem.q_tokens, problem.k_tokens, distances)
     heads = np.arange(g.heads, dtype=np.int32)[:, None]
 
-    def of(moved: Any) -> Array:
+    def of(moved: Any) -> Ruled:
         rule = with_floats(problem.bias_rule, moved)
-        x = jnp.asarray(rule.at(distances[None], heads), jnp.float32)
-        return jnp.broadcast_to(x, (g.heads, distances.size))
+        read = {x: a for _, one in _parted(problem, rule) for x, a in one.items()}
+        table = _laid(problem, rule)
+        if table is not None:
+            moves = far(problem.q_tokens, problem.k_tokens, distances)
+            x = jnp.asarray(table.at(moves[None], heads), jnp.float32)
+            table = jnp.broadcast_to(x, (g.heads, distances.size))
+        return Ruled(table, {x: a for x, a in read.items() if names is None or x in names})
 
     return of

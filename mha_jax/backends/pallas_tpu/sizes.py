@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from mha_jax.attention.call import Problem
+from mha_jax.backends.pallas_tpu import rules
 from mha_jax.backends.pallas_tpu.patterns import LANES, Blocks, Geometry, geometry, visited_pairs
 
 MIB = 2**20
@@ -24,7 +25,7 @@ class Sizes:
       vmem: Bytes of VMEM that a kernel may use.
       resident: Bytes of the columns held at once: keys and values, or queries and their cotangents.
       outer_resident: Bytes of the rows held at once, with what is computed for them.
-      dropout: Tiles forward with dropout, if others than without.
+      dropout: Tiles forward with dropout or a bias pair by pair, if others than without.
     """
 
     forward: tuple[Blocks, ...]
@@ -42,7 +43,7 @@ class Sizes:
         """
         forward = outer == "q" and not writes_slab
         choices = self.forward if forward else self.backward
-        if forward and problem.dropout is not None and self.dropout:
+        if forward and self.dropout and (problem.dropout or rules.pair_by_pair(problem)):
             choices = self.dropout
         lanes = sum(-(-x.shape[-1] // LANES) * LANES for x in (problem.q, problem.v))
         token = lanes * problem.q.dtype.itemsize * 2

@@ -5,6 +5,7 @@ B batch   T query length   S key length   N query heads   K key-value heads   G 
 
 import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mha_jax.attention.tokens import Facts
+from mha_jax.backends.arithmetic import Term
 from mha_jax.backends.pallas_tpu import diagonals
 from mha_jax.backends.pallas_tpu.operands import Plan, folds
 from mha_jax.backends.pallas_tpu.patterns import LANES, Geometry, Shape, entry
@@ -266,6 +268,8 @@ class View:
         if self.plan.by_distance:
             line = self.refs["distances"][:, self.distances(part)]
             x = x + diagonals.spread(line, part.height, part.width)
+        for term in self.plan.terms:
+            x = x + self.term(term, part)
         if not part.kinds:
             return x
         pieces = []
@@ -273,6 +277,28 @@ class View:
             piece = x[:, offset : offset + run.width]
             pieces.append(jnp.where(self.visible(run), piece, -jnp.inf) if masked else piece)
         return jnp.concatenate(pieces, 1) if len(pieces) > 1 else pieces[0]
+
+    def term(self, term: Term, part: Part, moved: dict[str, Array] | None = None) -> Array:
+        """Return what a rule adds to a part, given some of what it reads, or all as it is."""
+
+        def read(name: str) -> Array:
+            return moved[name] if moved and name in moved else self.dense(name, part)
+
+        return term.tile((part.height, part.width), read)
+
+    def moves(self, ds: Array, part: Part) -> dict[str, Array]:
+        """Return the cotangents of the vectors that a bias is made of, given those of a part's logits."""
+        found = {"bias": ds}
+        for term in self.plan.terms:
+            given = {
+                name: self.dense(name, part) for name in self.plan.moved if name in term.moving
+            }
+            if not given:
+                continue
+            (moved,) = jax.vjp(functools.partial(self.term, term, part), given)[1](ds)
+            # Where a part hides something, slopes may be NaN there.
+            found |= {x: jnp.where(ds == 0, 0.0, a) if part.kinds else a for x, a in moved.items()}
+        return {name: found[name] for name in self.plan.moved}
 
     def slope(self, capped: Array) -> Array | None:
         """Return the derivative of the soft cap at capped products; None without a cap."""
