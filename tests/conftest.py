@@ -22,6 +22,8 @@ install()
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests.drawn import double_precision  # noqa: E402
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Where versions are tested and not speed, the environment says so for all. Collecting is done quickly, too.
@@ -88,6 +90,5 @@ def pytest_runtest_setup(item):
 @pytest.fixture
 def x64():
     """Run a test with 64-bit types."""
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
+    with double_precision():
+        yield

@@ -3,12 +3,23 @@
 NumPy draws and rounds; `jax.device_put` only copies, where `jnp.asarray` may compile an identity.
 """
 
+import contextlib
 import random
 from collections.abc import Iterator
 from functools import partial
 
 import jax
 import numpy as np
+
+
+@contextlib.contextmanager
+def double_precision(wanted=True):
+    """Compute with 64-bit types where they are wanted."""
+    jax.config.update("jax_enable_x64", wanted)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", False)
 
 
 def draw(seed, *shape, dtype=np.float32):

@@ -26,6 +26,7 @@ import mha_jax as mj
 from mha_jax.backends.blockwise import Blockwise
 from mha_jax.backends.pallas_tpu import PallasTPU
 from tests.backends import backends, tiles
+from tests.drawn import double_precision
 from tests.keras_peer import OPTIONS
 
 BACKENDS: dict[str, Any] = {
@@ -313,12 +314,9 @@ class FunctionCall:
     def check(self) -> None:
         """Raise unless forward, statistics, scores and derivatives are those of the definition."""
         wide = self.dtype == "float64"
-        jax.config.update("jax_enable_x64", wide)
-        try:
-            with jax.numpy_rank_promotion("raise"), np.errstate(over="ignore", invalid="ignore"):
-                self._check(np.float64 if wide else np.float32)
-        finally:
-            jax.config.update("jax_enable_x64", False)
+        ignored = np.errstate(over="ignore", invalid="ignore")
+        with double_precision(wide), jax.numpy_rank_promotion("raise"), ignored:
+            self._check(np.float64 if wide else np.float32)
 
     def _check(self, accumulator) -> None:
         dtype, (t, s), (n, kv), (h, size) = DTYPES[self.dtype], self.lengths, self.heads, self.sizes

@@ -25,6 +25,7 @@ from jax.sharding import AxisType
 import mha_jax as mj
 from mha_jax.attention import rotary
 from tests import fuzz_calls
+from tests.drawn import double_precision
 from tests.fuzz_calls import BACKENDS, DTYPES, LEAST, RULES, SLOW, Linear, dice, kept, read
 from tests.fuzz_layer_oracle import Layer
 from tests.keras_peer import OPTIONS
@@ -91,13 +92,9 @@ class LayerCall:
 
     def check(self) -> None:
         """Raise unless all doors give what the oracle gives."""
-        wide = self.dtype == "float64"
-        jax.config.update("jax_enable_x64", wide)
-        try:
-            with jax.numpy_rank_promotion("raise"), np.errstate(over="ignore", invalid="ignore"):
-                self._check()
-        finally:
-            jax.config.update("jax_enable_x64", False)
+        wide, ignored = self.dtype == "float64", np.errstate(over="ignore", invalid="ignore")
+        with double_precision(wide), jax.numpy_rank_promotion("raise"), ignored:
+            self._check()
 
     # ---- sizes --------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import mha_jax as mj
 from mha_jax import Causal, Rotary, SameSegment, ShapeError, Tokens
 from mha_jax.attention.rotary import NTK, Linear, Llama3, Scaling, YaRN
 from tests import oracles
+from tests.drawn import double_precision
 
 B, L, N, H = 2, 11, 3, 24
 
@@ -57,7 +58,7 @@ def test_pairs_turn_by_their_positions(interleaved, fraction, size):
     want = turned(x, POSITIONS[..., None], plain(size, 500.0), interleaved)
     got = jax.jit(rotary.__call__)(x, POSITIONS)
     oracles.assert_close(got, want, 500 * 2e-7)  # an angle's rounding grows with it
-    with jax.enable_x64(True):
+    with double_precision():
         oracles.assert_close(rotary(np.asarray(x, np.float64), POSITIONS), want, 1e-12)
 
 

@@ -13,7 +13,7 @@ import mha_jax as mj
 from mha_jax import MultiHeadAttention
 from mha_jax.errors import UnsupportedError, WeightsError
 from mha_jax.interop import flax as interop
-from tests.drawn import draw_variables, redraw
+from tests.drawn import double_precision, draw_variables, redraw
 from tests.oracles import assert_close, relative_error
 
 B, T, S, D, D2, D3, N, H = 2, 5, 7, 11, 3, 13, 4, 3
@@ -58,12 +58,8 @@ def equal(got, want):
 
 def in_float64(compute, tree):
     """Return `compute` of a tree's numbers in float64, as NumPy's."""
-    jax.config.update("jax_enable_x64", True)
-    try:
-        with jax.numpy_dtype_promotion("standard"):  # Flax and jax.nn need it.
-            out = np.asarray(compute(jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), tree)))
-    finally:
-        jax.config.update("jax_enable_x64", False)
+    with double_precision(), jax.numpy_dtype_promotion("standard"):  # Flax and jax.nn need that.
+        out = np.asarray(compute(jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), tree)))
     assert out.dtype == np.float64
     return out
 
