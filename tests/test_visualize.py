@@ -348,6 +348,23 @@ def test_titles_and_names_that_are_no_text(value):
             draw()
 
 
+@pytest.mark.parametrize("name", ["\ud83d", "cost $\\frac$", "$", "", " ", "a\nb"])
+def test_any_text_is_a_name(tmp_path, name):
+    path = tmp_path / "picture.png"
+    drawn = [
+        lambda: visualize.curves({name: ([1], [2])}, path),
+        lambda: visualize.masks({name: mj.Causal()}, mj.Tokens(3), None, path),
+        lambda: visualize.heads(scores(), path, title=name, query_name=name, key_name=name),
+        lambda: visualize.layers([scores()], path, names=[name]),
+        lambda: visualize.entropy([scores()], path, names=[name]),
+        lambda: visualize.html(scores(), path, query_name=name, key_name=name),
+    ]
+    for draw in drawn:
+        draw()
+        assert path.stat().st_size
+        path.unlink()
+
+
 def test_half_a_character_is_drawn_as_one_that_is_not_known(tmp_path):
     labels = ["\ud83d", "b", "c", "d"]  # what a tokenizer of bytes may cut
     visualize.html(scores(), tmp_path / "page.html", queries=labels)

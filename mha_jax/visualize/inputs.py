@@ -126,6 +126,11 @@ def check_labels(
     return _texts(queries), _texts(keys)
 
 
+def whole(label: str) -> str:
+    """Return a text whose halves of characters, which cannot be written, are question marks."""
+    return label.encode(errors="replace").decode()
+
+
 def _rank(form: str) -> int:
     return form.count(",") + 1
 
@@ -134,6 +139,5 @@ def _texts(labels: Labels) -> list[str] | None:
     """Return labels as they can be seen: blanks as an open box, line breaks as an arrow."""
     if labels is None:
         return None
-    shown = (str(label).replace("\n", "↵") for label in labels)
-    shown = (label.encode(errors="replace").decode() for label in shown)  # halves of a character
+    shown = (whole(str(label)).replace("\n", "↵") for label in labels)
     return [text if text.strip() else "␣" * max(1, len(text)) for text in shown]

@@ -279,7 +279,7 @@ def _grid(
     for place, axes in pictures.used(grid, len(maps)):
         name, weights = list(maps.items())[place]
         pictures.draw_map(axes, weights, queries, keys, sized, largest)
-        fitting = sized.width * 72 / (0.6 * len(name))
+        fitting = sized.width * 72 / (0.6 * max(1, len(name)))
         axes.set_title(pictures.plain(name), fontsize=float(np.clip(fitting, 6, 9)), pad=4)
         first, last = place % across == 0, place + across >= len(maps)
         axes.tick_params(labelleft=first, labelbottom=last)

@@ -11,7 +11,7 @@ from typing import Any, SupportsFloat
 import numpy as np
 
 from mha_jax.errors import ShapeError
-from mha_jax.visualize.inputs import Labels, check_labels, numbers, texts
+from mha_jax.visualize.inputs import Labels, check_labels, numbers, texts, whole
 
 # Weights that a page may carry, a byte each: a notebook with more opens slowly.
 _MOST = 2**21
@@ -84,8 +84,8 @@ def html(
         name=name,
         style=_STYLE.replace("ROOT", "." + name),
         buttons=buttons,
-        query_name=escaping.escape(query_name),
-        key_name=escaping.escape(key_name),
+        query_name=escaping.escape(whole(query_name)),
+        key_name=escaping.escape(whole(key_name)),
         queries=_tokens(rows, [None] * len(rows), scale, chosen=0),
         keys=_tokens(columns, first, scale),
         script=_SCRIPT.replace("NAME", name).replace("DATA", json.dumps(data)),

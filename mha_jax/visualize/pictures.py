@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mha_jax.rooms import packages
+from mha_jax.visualize.inputs import whole
 
 with packages():
     from matplotlib.axes import Axes
@@ -154,8 +155,8 @@ def blocks_of_maxima(weights: np.ndarray, most: int) -> np.ndarray:
 
 
 def plain(label: str) -> str:
-    """Keep matplotlib from reading dollar signs as mathematics."""
-    return label.replace("$", r"\$")
+    """Keep matplotlib from reading dollar signs as mathematics; halves of characters cannot be drawn."""
+    return whole(label).replace("$", r"\$")
 
 
 def contrasting(colors: Colormap, share: float) -> str:

@@ -26,7 +26,7 @@ def curves(
 
     >>> figure = curves({"loss": ([0, 50, 100], [4.0, 1.2, 0.7])})
     """
-    from mha_jax.visualize.pictures import INK, Picture, finish
+    from mha_jax.visualize.pictures import INK, Picture, finish, plain
 
     hint = "Pass steps and values by name, {'loss': ([0, 50], [4.0, 1.2])}."
     of_kind("series", series, Mapping, hint)
@@ -44,7 +44,7 @@ def curves(
     for axes, (name, (steps, values)) in zip(panels, series.items()):
         marker = "o" if len(steps) < 10 else ""
         axes.plot(steps, values, color=INK, linewidth=1.5, marker=marker, markersize=4)
-        axes.set_title(name.replace("_", " "), fontsize=10)
+        axes.set_title(plain(name.replace("_", " ")), fontsize=10)
         axes.set_xlabel("step")
         axes.set_xlim(left=0)
         axes.grid(color="#dddddd", linewidth=0.5)
