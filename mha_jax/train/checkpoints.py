@@ -142,7 +142,8 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         def goodness(figures: dict[str, float]) -> float:
-            return -figures.get(self.best, math.inf)
+            figure = figures.get(self.best, math.nan)
+            return -math.inf if math.isnan(figure) else -figure
 
         keep = AnyPreservationPolicy(policies=[LatestN(n=2), BestN(get_metric_fn=goodness, n=1)])
         return ocp.CheckpointManager(

@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import json
 import os
 import pathlib
 import sys
@@ -133,7 +132,7 @@ def train() -> None:
     from mha_jax.train.processes import by_first
     from mha_jax.train.progress import draw_metrics
     from mha_jax.train.tasks import make_task
-    from mha_jax.train.workdir import claimed, open_workdir, write_whole, writing
+    from mha_jax.train.workdir import claimed, open_workdir, write_figures, writing
 
     task = make_task(config)
     run = Run(config, task)
@@ -155,7 +154,7 @@ def train() -> None:
                 draw_metrics(workdir)
                 seconds = time.monotonic() - BEGUN
                 figures["seconds"] = round(seconds, 1)
-                write_whole(workdir / "result.json", json.dumps(figures))
+                write_figures(workdir, figures)
             print(f"results in {workdir}; {clock(seconds)} in all")
 
         by_first(judge)

@@ -153,7 +153,10 @@ def write_on(
         logits, kept = cast(Any, model.apply(variables, tokens, start=start, mutable=["cache"]))
         return logits[:, -1], kept["cache"]
 
-    rolling = {"rolling": True} if isinstance(model, CausalLM) else {}
+    rolling = {}
+    if isinstance(model, CausalLM):  # caches of windows longer than the text would hold more
+        windows = (layer.window for layer in model.config.layers if layer.window is not None)
+        rolling = {"rolling": all(window <= place + length for window in windows)}
 
     def step(state: Any, place: jax.Array) -> tuple[Any, jax.Array]:
         logits, caches = state

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mha_jax.cli import command
 from mha_jax.errors import DataError, WorkdirError
-from mha_jax.files import reading
+from mha_jax.files import reading, reason
 from mha_jax.train.workdir import CARD, read_card
 
 
@@ -34,9 +34,12 @@ def read_words(words: list[str], lines: Any) -> list[str]:
     """Take the words given, or one a line.
 
     Raises:
-      DataError: There is none, or one is empty.
+      DataError: There is none, one is empty, or the lines are no text.
     """
-    words = words or [line.rstrip("\r\n") for line in lines]
+    try:
+        words = words or [line.rstrip("\r\n") for line in lines]
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is no text: {error}. Expected letters a-z.") from error
     if not words:
         raise DataError("there is no word to pronounce. Give words as arguments or on stdin.")
     for place, word in enumerate(words, start=1):
@@ -88,7 +91,10 @@ def run(options: argparse.Namespace) -> None:
     for word, answer in zip(words, answers):
         print(f"{word}\t{' '.join(answer)}")
     if picture is not None:
-        draw_attention(model, params, phonemes, words[0], answers[0], picture)
+        try:
+            draw_attention(model, params, phonemes, words[0], answers[0], picture)
+        except OSError as error:
+            raise DataError(f"{picture} cannot be written: {reason(error)}.") from error
         print(f"attention of {words[0]!r}: {picture}", file=sys.stderr)
 
 
@@ -100,6 +106,8 @@ def check_picture(picture: pathlib.Path, words: list[str], overwrite: bool) -> N
         raise DataError(f"--attention={picture} is no picture. Expected .png, .svg or .pdf.")
     if not picture.parent.is_dir():
         raise DataError(f"the folder of --attention={picture} does not exist. Make it first.")
+    if picture.is_dir():
+        raise DataError(f"--attention={picture} is a folder. Expected the name of a picture in it.")
     if picture.exists() and not overwrite:
         raise DataError(f"{picture} exists already. Pass --overwrite to replace it.")
 

@@ -13,6 +13,7 @@ from mha_jax.errors import ConfigError
 from mha_jax.models.transformer import Config
 from mha_jax.train.layout import parse
 from mha_jax.train.modern import Modern
+from mha_jax.train.workdir import kept
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -25,6 +26,7 @@ _COUNT: Rule = (lambda x: _number(x, numbers.Integral) and x >= 1, "a whole numb
 _SHARE: Rule = (lambda x: _number(x) and 0 <= x < 1, "a number from 0 to below 1")
 _AMOUNT: Rule = (lambda x: _number(x) and x >= 0, "a finite number from 0 on")
 _SWITCH: Rule = (lambda x: isinstance(x, bool), "True or False")
+_LAYERS: Rule = (lambda x: x is None or _COUNT[0](x), _COUNT[1])
 _TEXT: Rule = (lambda x: isinstance(x, str), "text")
 
 EVERY_RUN: dict[str, Rule] = {
@@ -46,6 +48,7 @@ EVERY_RUN: dict[str, Rule] = {
 }
 OF_TASK: dict[str, dict[str, Rule]] = {
     "g2p": {
+        "model.decoder_layers": _LAYERS,
         "label_smoothing": _SHARE,
         "buckets": (
             lambda x: isinstance(x, (tuple, list)) and all(_COUNT[0](y) for y in x),
@@ -54,7 +57,12 @@ OF_TASK: dict[str, dict[str, Rule]] = {
     },
     "digits": {},
     "lm": {"length": _COUNT},
-    "translation": {"data": _TEXT, "vocabulary": _COUNT, "label_smoothing": _SHARE},
+    "translation": {
+        "model.decoder_layers": _LAYERS,
+        "data": _TEXT,
+        "vocabulary": _COUNT,
+        "label_smoothing": _SHARE,
+    },
     "decoder": {"length": _COUNT},
 }
 # What config.model names, where it is not the sizes of a Transformer.
@@ -95,6 +103,7 @@ def check_settings(config: Any) -> None:
         )
     if wrong:
         raise ConfigError(f"{'; '.join(wrong)}. Nothing was started.")
+    kept(config)
     if mesh:
         parse(mesh)
     optimizer = config.optimizer

@@ -6,16 +6,18 @@ start takes.
 
 import contextlib
 import json
+import math
+import operator
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
-from mha_jax.errors import WorkdirError
+from mha_jax.errors import ConfigError, WorkdirError
 from mha_jax.files import DamageError, parse_json, reading, reason
 
-CARD, LOCK = "run.json", "run.lock"
+CARD, LOCK, RESULT = "run.json", "run.lock", "result.json"
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged-"
 FREE_TO_CHANGE = {"resume", "tensorboard", "log_every", "save_every", "mesh"}
 
@@ -28,6 +30,12 @@ def write_whole(path: pathlib.Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)
+
+
+def write_figures(workdir: pathlib.Path, figures: Mapping[str, float]) -> None:
+    """Write what a run has come to; null, where a figure is no number: JSON has no NaN."""
+    finite = {name: x if math.isfinite(x) else None for name, x in figures.items()}
+    write_whole(workdir / RESULT, json.dumps(finite, allow_nan=False))
 
 
 @contextlib.contextmanager
@@ -129,6 +137,22 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def kept(config: Any) -> dict[str, Any]:
+    """Return an experiment as JSON keeps it: NumPy's numbers as Python's, tuples as lists.
+
+    Raises:
+      ConfigError: If it holds what JSON cannot keep.
+    """
+    try:
+        text = json.dumps(config.to_dict(), default=operator.methodcaller("item"))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"config holds what cannot be written down: {error}. Expected numbers, texts, True or False, and "
+            "lists of them. Nothing was started."
+        ) from error
+    return json.loads(text)
+
+
 def open_workdir(workdir: pathlib.Path, config: Any, task: dict[str, Any]) -> None:
     """Begin a run in a folder that is claimed, or check that it belongs to the run to be continued.
 
@@ -141,7 +165,7 @@ def open_workdir(workdir: pathlib.Path, config: Any, task: dict[str, Any]) -> No
       WorkdirError: The folder holds another run, or a run that was not asked to be continued, or cannot
         be written.
     """
-    card = json.loads(json.dumps({"config": config.to_dict(), "task": task}))
+    card = {"config": kept(config), "task": json.loads(json.dumps(task))}
     with writing(workdir):
         steps = any(path.name.isdigit() for path in workdir.glob(f"{CHECKPOINTS}/*"))
         holds = (workdir / CARD).exists() and (steps or any(workdir.glob(f"{DAMAGED}*")))

@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit; a damaged or unwritable one never costs the one before it."""
 
+import math
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 
 from mha_jax.errors import WorkdirError
 from mha_jax.train.checkpoints import Checkpoints, digest, read_params
+
+NAN = math.nan
 
 
 def state(seed):
@@ -51,10 +54,19 @@ def test_nothing_to_restore_is_the_beginning(tmp_path):
     assert step == 0 and digest(found) == digest(state(0))
 
 
-def test_newest_two_and_the_best_are_kept(tmp_path):
-    fill(tmp_path, {1: 0.9, 2: 0.1, 3: 0.8, 4: 0.7, 5: 0.6})
+@pytest.mark.parametrize(
+    ("errors", "best"),
+    [
+        ((0.9, 0.1, 0.8, 0.7, 0.6), 2),
+        ((0.1, NAN, 0.8, 0.7, 0.6), 1),
+        ((NAN, 0.9, 0.1, NAN, NAN), 3),
+        ((0.1, math.inf, -math.inf, NAN, 0.6), 3),
+    ],
+)
+def test_newest_two_and_the_best_are_kept(tmp_path, errors, best):
+    fill(tmp_path, dict(enumerate(errors, start=1)))
     kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
-    assert kept == {2, 4, 5}
+    assert kept == {best, 4, 5}
 
 
 def test_arrays_may_change_once_save_has_returned(tmp_path):

@@ -1,5 +1,6 @@
 """Greedy decoding equals the definition, one full pass for each symbol; a beam finds the best."""
 
+import dataclasses
 import itertools
 from functools import partial
 
@@ -148,7 +149,14 @@ ROLLING = Modern(width=8, num_heads=2, num_kv_heads=1, hidden=12, layers=2, wind
 
 
 @pytest.mark.parametrize(
-    "model", [LanguageModel(11, TRANSFORMER), CausalLM(ROLLING.decoder(11))], ids=["lm", "decoder"]
+    "model",
+    [
+        LanguageModel(11, TRANSFORMER),
+        CausalLM(ROLLING.decoder(11)),
+        # Its window is longer than any text: caches hold the text alone.
+        CausalLM(dataclasses.replace(ROLLING, window=2**30).decoder(11)),
+    ],
+    ids=["lm", "decoder", "far"],
 )
 def test_writing_on_is_the_whole_model_again_and_again(model):
     """Cold, it takes the most probable character at every place; warm, the key decides."""

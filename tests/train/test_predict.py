@@ -115,6 +115,21 @@ def test_strange_words_are_refused(speller, capsys, tmp_path, words, message):
     assert line.startswith("error: ") and message in line
 
 
+def test_a_picture_that_cannot_be_written(speller, capsys, tmp_path):
+    folder, link = tmp_path / "x.png", tmp_path / "y.png"
+    folder.mkdir()
+    link.symlink_to(tmp_path / "none" / "y.png")
+    for picture, message in ((folder, "is a folder"), (link, "cannot be written")):
+        options = f"--workdir={speller}", f"--attention={picture}", "--overwrite"
+        assert message in refused(capsys, *options, "cat")
+
+
+def test_lines_that_are_no_text(speller, capsys, monkeypatch):
+    lines = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", lines)
+    assert "standard input is no text" in refused(capsys, f"--workdir={speller}")
+
+
 def test_no_word_at_all(speller, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert "there is no word to pronounce" in refused(capsys, f"--workdir={speller}")
@@ -128,6 +143,7 @@ def test_no_word_at_all(speller, capsys, monkeypatch):
         ("x.jpg", ["cat"], "is no picture. Expected .png, .svg or .pdf"),
         ("none/x.png", ["cat"], "does not exist. Make it first"),
         ("x.png", ["cat", "dog"], "--attention draws one word; 2 were given"),
+        (".png", ["cat"], "is no picture"),
     ],
 )
 def test_pictures_that_cannot_be(speller, capsys, tmp_path, name, words, message):

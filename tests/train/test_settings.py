@@ -1,5 +1,8 @@
 """Settings that cannot be meant are refused, each by its name, before anything is written."""
 
+import pathlib
+
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -10,6 +13,7 @@ from mha_jax.models.transformer import Config
 from mha_jax.train.command import NAMED
 from mha_jax.train.configs import decoder, g2p, lm, vaswani_base
 from mha_jax.train.settings import check_settings
+from mha_jax.train.workdir import kept
 from tests.train.test_configs import load
 
 NAN, INF = float("nan"), float("inf")
@@ -30,11 +34,13 @@ WRONG = {
 OF_TASKS = [
     (g2p, "label_smoothing", [1.0, -0.1, NAN]),
     (g2p, "buckets", [(), (6, 0), ("a",), 11, (1.5, 11)]),
+    (g2p, "model.decoder_layers", [0, -1, 1.5]),
     (lm, "length", [0, -1, 2.5, NAN]),
     (decoder, "length", [0, None]),
     (vaswani_base, "vocabulary", [0, -3, 1.5]),
     (vaswani_base, "data", [3, None]),
     (vaswani_base, "label_smoothing", [1.5]),
+    (vaswani_base, "model.decoder_layers", [0]),
 ]
 CASES = [(g2p, name, value) for name, values in WRONG.items() for value in values]
 CASES += [(module, name, value) for module, name, values in OF_TASKS for value in values]
@@ -122,3 +128,19 @@ OF_BERT = [
 def test_sizes_of_models_that_cannot_be_meant(config, changes, message):
     with pytest.raises(ShapeError, match=message):
         config(**{"width": 8, "num_heads": 2} | changes)
+
+
+def test_numbers_of_numpy_are_kept_as_those_of_python():
+    config = changed(g2p, "steps", np.int64(400))
+    config.note = {"rate": np.float32(0.5), "sizes": (1, np.int32(2))}
+    check_settings(config)
+    card = kept(config)
+    assert card["steps"] == 400 and card["note"] == {"rate": 0.5, "sizes": [1, 2]}
+
+
+@pytest.mark.parametrize("value", [{1, 2}, object(), np.ones(2), 1j, pathlib.Path("x")])
+def test_what_cannot_be_written_down_is_refused(value):
+    config = changed(g2p, "steps", 400)
+    config.note = value
+    with pytest.raises(ConfigError, match=r"cannot be written down.*Nothing was started"):
+        check_settings(config)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -17,7 +18,15 @@ from ml_collections import ConfigDict
 from mha_jax.errors import WorkdirError
 from mha_jax.train.checkpoints import Checkpoints
 from mha_jax.train.progress import Metrics
-from mha_jax.train.workdir import CARD, LOCK, claimed, open_workdir, read_card, write_whole
+from mha_jax.train.workdir import (
+    CARD,
+    LOCK,
+    claimed,
+    open_workdir,
+    read_card,
+    write_figures,
+    write_whole,
+)
 from tests.train.test_progress import events
 
 STATE = {"params": np.arange(12.0)}
@@ -246,3 +255,13 @@ def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_whole(path, json.dumps([2]))
     assert path.read_text() == "[1]"
+
+
+def test_figures_that_are_no_numbers_are_null(tmp_path):
+    write_figures(tmp_path, {"bits": math.nan, "rate": math.inf, "seconds": 1.5})
+    text = (tmp_path / "result.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "bits": None,
+        "rate": None,
+        "seconds": 1.5,
+    }
