@@ -21,13 +21,13 @@ import numpy as np
 
 from mha_jax.attention.call import Call
 from mha_jax.attention.functions import attention_scores
-from mha_jax.attention.given import integer, of_kind
+from mha_jax.attention.given import integer, is_integer, of_kind
 from mha_jax.attention.masks import ValidKeys
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.layer.projections import product
-from mha_jax.models.sizes import check_config, symbols
+from mha_jax.models.sizes import check_config, reals, symbols
 from mha_jax.types import Array, ArrayLike, Bool, Float, Int
 
 # By the mean of squared deviations, as accurate as the tiny epsilon needs.
@@ -203,15 +203,18 @@ def scores(
     (3, 1, 5, 5)
     """
     config = model.config
-    if not 0 <= layer < len(config.layers):
+    if not is_integer(layer) or not 0 <= layer < len(config.layers):
         raise ShapeError(
             f"layer={layer} does not exist: expected one from 0 to {len(config.layers) - 1}."
         )
-    if not all(0 <= head < config.num_heads for head in heads):
+    listed = isinstance(heads, (Sequence, np.ndarray))
+    if not listed or not all(is_integer(x) and 0 <= x < config.num_heads for x in heads):
         raise ShapeError(
             f"heads={heads!r} do not exist: expected integers from 0 to {config.num_heads - 1}."
         )
-    return _scores(model, layer, tuple(heads), variables, tokens, mask)
+    if mask is not None:
+        mask = reals("mask", mask, jnp.asarray(tokens))
+    return _scores(model, int(layer), tuple(map(int, heads)), variables, tokens, mask)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

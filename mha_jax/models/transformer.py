@@ -30,7 +30,7 @@ from mha_jax.attention.cache import Cache
 from mha_jax.attention.given import as_array, integer
 from mha_jax.errors import ShapeError
 from mha_jax.layer.linen import MultiHeadAttention
-from mha_jax.models.sizes import check_config
+from mha_jax.models.sizes import check_config, symbols
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +230,7 @@ class Embedding(nn.Module):
         self.drop = nn.Dropout(self.config.dropout)
 
     def __call__(self, tokens, training: bool, start=0):
+        tokens = symbols("tokens", tokens, self.vocabulary)
         positions = jnp.arange(tokens.shape[1])[None, :] + start
         x = self.table(tokens) * self.config.width**0.5 + sinusoids(positions, self.config.width)
         return self.drop(x, deterministic=not training)
@@ -274,8 +275,7 @@ class Transformer(nn.Module):
 
     def encode(self, source, source_mask=None, training: bool = False):
         """Map source tokens `[B, S]` to the memory `[B, S, D]`."""
-        x = self.source_embedding(source, training)
-        return self.encoder(x, source_mask, training=training)
+        return self.encoder(self.source_embedding(source, training), source_mask, training=training)
 
     def decode(self, target, memory, memory_mask=None, training: bool = False, start=0):
         """Map target tokens `[B, T]` and the memory to logits `[B, T, W]` of the next tokens.

@@ -180,6 +180,9 @@ def test_every_parameter_has_a_gradient():
         ({"layer": -1, "heads": [0]}, r"layer=-1 does not exist"),
         ({"layer": 0, "heads": [0, 3]}, r"heads=\[0, 3\] do not exist: expected .* 0 to 2"),
         ({"layer": 0, "heads": [-1]}, r"heads=\[-1\] do not exist"),
+        ({"layer": 0.5, "heads": [0]}, r"layer=0.5 does not exist"),
+        ({"layer": 0, "heads": 0}, r"heads=0 do not exist"),
+        ({"layer": 0, "heads": [0.5]}, r"heads=\[0.5\] do not exist"),
     ],
 )
 def test_wrong_layers_and_heads_are_named(options, message):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mha_jax.errors import ShapeError
 from mha_jax.models.transformer import (
     Config,
     Encoder,
@@ -179,6 +180,22 @@ def test_every_parameter_has_a_gradient(translator):
         name = jax.tree_util.keystr(path)
         if "['key']['bias']" not in name:
             assert np.abs(gradient).max() > 1e-6, name
+
+
+@pytest.mark.parametrize(
+    "tokens", [np.full((1, 3), 11), np.full((1, 3), -1), np.ones((1, 3)), np.ones(3, int)]
+)
+def test_tokens_that_are_no_symbols_are_refused(tokens):
+    config = Config(width=8, num_heads=2, hidden=16, encoder_layers=1, decoder_layers=1)
+    one = np.ones((1, 3), int)
+    for model, right, wrong in [
+        (LanguageModel(11, config), (one,), (tokens,)),
+        (Transformer(11, 11, config), (one, one), (tokens, one)),
+        (Transformer(11, 11, config), (one, one), (one, tokens)),
+    ]:
+        variables = model.init(jax.random.key(0), *right)
+        with pytest.raises(ShapeError, match=r"tokens must be integers from 0 to 10 of shape"):
+            model.apply(variables, *wrong)
 
 
 def test_language_model_sees_its_window_only():
