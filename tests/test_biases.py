@@ -479,3 +479,84 @@ def test_explain_says_who_adds_them():
     says = mj.explain(call, "tpu")
     assert says["pallas_tpu"] == says["blockwise"] == says["reference"] == "can run"
     assert says["cudnn"].startswith("it has no biases by rule yet")
+
+
+@biases.pytree
+class OfHead(biases.OfDistance):
+    """One number for every head, whatever the distance."""
+
+    numbers: object
+
+    def at(self, distance, head):
+        return jnp.asarray(self.numbers)[head]
+
+
+@biases.pytree
+class Says(biases.Bias):
+    what: object = biases.static()
+
+    def logits(self, q, k):
+        return self.what(q, k)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rule_may_say_less_than_its_arguments(backend):
+    numbers = jnp.asarray(draw(7, N))
+
+    def loss(numbers, q, bias):
+        arrays = q, *map(jnp.asarray, (KEYS, VALUES))
+        options = {"mask": Causal(), "backend": BACKENDS[backend]}
+        return (mj.dot_product_attention(*arrays, bias=bias(numbers), **options) ** 2).sum()
+
+    def whole(numbers):
+        return jnp.broadcast_to(numbers[None, :, None, None], (1, N, T, S))
+
+    gradient = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
+    for other in (OfHead, lambda x: Says(lambda q, k: jnp.float32(0.5)) + OfHead(x)):
+        got, want = gradient(numbers, Q, other), gradient(numbers, Q, whole)
+        # The same for all keys of a row changes nothing.
+        oracles.assert_close(got[0], np.zeros(N), 1e-5)
+        oracles.assert_close(got[1], want[1], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("what", "got"),
+    [
+        (lambda q, k: None, "got NoneType"),
+        (lambda q, k: jnp.ones((T, S)), r"got float32\[23, 29\]"),
+        (lambda q, k: jnp.ones((3, 1, 1, 1)), r"got float32\[3, 1, 1, 1\]"),
+        (lambda q, k: k.rows > q.rows, "got bool.*is a mask"),
+        (lambda q, k: 1j * k.rows.astype(jnp.complex64), "got complex64"),
+    ],
+)
+def test_rules_that_say_no_numbers_of_pairs_are_refused(what, got):
+    for backend in (None, "reference", "blockwise"):
+        with pytest.raises(ShapeError, match=rf"Says\.logits must return real numbers.*{got}"):
+            mj.dot_product_attention(Q, KEYS, VALUES, bias=Says(what), backend=backend)
+
+
+def test_rules_that_close_over_traced_values_are_refused():
+    @biases.pytree
+    class Above(mj.Mask):
+        what: object = biases.static()
+
+        def visible(self, q, k):
+            return self.what(q, k)
+
+    def floats(rows):
+        return rows.astype(jnp.float32)
+
+    def of_bias(x):
+        return mj.dot_product_attention(
+            Q, KEYS, VALUES, bias=Says(lambda q, k: x * floats(k.rows))
+        ).sum()
+
+    def of_mask(x):
+        return mj.dot_product_attention(
+            Q, KEYS, VALUES, mask=Above(lambda q, k: floats(k.rows) < x)
+        ).sum()
+
+    for of in (of_bias, of_mask):
+        for transform in (jax.jit, jax.grad):
+            with pytest.raises(ShapeError, match=r"closes over a traced value.*make it a field"):
+                transform(of)(jnp.float32(3))

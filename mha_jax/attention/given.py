@@ -90,7 +90,8 @@ def integers(
     known = not isinstance(a, jax.core.Tracer)
     got = f"{a.dtype}{list(a.shape)}"
     if fits and known and jnp.issubdtype(a.dtype, jnp.integer) and a.size:
-        plain = np.asarray(a)  # while a program is traced, JAX's own minimum of a known array is traced
+        # While a program is traced, so is JAX's own minimum of a known array.
+        plain = np.asarray(a)
         low, high = int(plain.min()), int(plain.max())
         fits, got = least <= low and high <= most, f"values from {low} to {high}"
     if not fits or not jnp.issubdtype(a.dtype, jnp.integer):

@@ -427,7 +427,9 @@ class ByQueries:
         def added(rule):
             if tiles.consecutive and rule.only_distances:
                 distances = tiles.distances(at).reshape((1,) * (heads.ndim - 2) + (-1,))
-                tile = self._of_diagonals(rule.at(distances, heads[..., 0]))
+                shape = (*heads.shape[:-2], distances.shape[-1])
+                numbers = jnp.broadcast_to(rule.at(distances, heads[..., 0]), shape)
+                tile = self._of_diagonals(numbers)
             elif isinstance(rule, Sum):
                 return added(rule.a) + added(rule.b)
             else:
