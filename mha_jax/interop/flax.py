@@ -20,7 +20,7 @@ import flax.linen as nn  # type: ignore[import-not-found]
 
 from mha_jax.attention.functions import dot_product_attention
 from mha_jax.attention.given import of_kind
-from mha_jax.errors import WeightsError
+from mha_jax.errors import UnsupportedError, WeightsError
 from mha_jax.interop import weights
 from mha_jax.layer import initializers
 from mha_jax.layer.linen import MultiHeadAttention
@@ -134,7 +134,7 @@ def import_nnx(nnx_layer: Any) -> tuple[MultiHeadAttention, dict[str, Params]]:
 
     Raises:
       WeightsError: If the layer is of another class, or its weights do not fit its arguments.
-      UnsupportedError: As `import_linen`.
+      UnsupportedError: As `import_linen`, or if a projection or norm in it was replaced or changed.
 
     >>> from flax import nnx
     >>> layer = nnx.MultiHeadAttention(2, 16, decode=False, rngs=nnx.Rngs(0))
@@ -157,8 +157,8 @@ def import_nnx(nnx_layer: Any) -> tuple[MultiHeadAttention, dict[str, Params]]:
             found[name] = "a promotion of its own"
     weights.require_nothing(_class(layer), found)
     kv_heads = getattr(layer, "num_kv_heads", layer.num_heads)
-    tree = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
-    return _assemble(
+    tree = weights.params_of({"params": nnx.to_pure_dict(nnx.state(layer, nnx.Param))})
+    imported = _assemble(
         _renamed(tree, _OURS),
         num_kv_heads=None if kv_heads == layer.num_heads else kv_heads,
         output_shape=None if layer.out_features == layer.in_features else layer.out_features,
@@ -166,6 +166,8 @@ def import_nnx(nnx_layer: Any) -> tuple[MultiHeadAttention, dict[str, Params]]:
         bias_initializer="zeros",
         **_shared(layer),
     )
+    _refuse_replaced(layer)
+    return imported
 
 
 def export_nnx(module: MultiHeadAttention, variables: dict[str, Params], *, rngs: Any) -> Any:
@@ -228,6 +230,42 @@ def _without_counterpart(layer: Any, own: Any, hooks: tuple[str, ...]) -> dict[s
             "heads, ours are independent: import it with broadcast_dropout=False if that is as good"
         )
     return found
+
+
+def _refuse_replaced(layer: Any) -> None:
+    """Refuse projections and norms of an nnx layer that its own arguments would not have made.
+
+    Raises:
+      UnsupportedError: Naming them.
+    """
+    from flax import nnx  # type: ignore[attr-defined]
+
+    kept = {
+        name: getattr(layer, name)
+        for name in inspect.signature(type(layer).__init__).parameters
+        if hasattr(layer, name) and name != "rngs"
+    }
+    fresh = nnx.eval_shape(lambda: type(layer)(**kept, rngs=nnx.Rngs(0)))
+    found = []
+    for name in _OURS:
+        own, given = getattr(fresh, name), getattr(layer, name)
+        if type(given) is not type(own):
+            found.append(f"{name} is a {_class(given)}, not a {_class(own)}")
+            continue
+        settings = {
+            key: (getattr(given, key, None), x)
+            for key, x in ({} if own is None else vars(own)).items()
+            if not key.startswith("_")
+            and not key.endswith("_init")
+            and not isinstance(x, nnx.Variable)
+        }
+        found += [f"{name}.{key} is {x!r}, not {y!r}" for key, (x, y) in settings.items() if x != y]
+    if found:
+        raise UnsupportedError(
+            f"parts of the layer were replaced or changed: {'; '.join(found)}. What they compute is not "
+            "what mha_jax would. If they mean the same, give their weights to a new layer, "
+            "nnx.update(new, nnx.state(layer, nnx.Param)), and import that."
+        )
 
 
 def _shared(layer: Any) -> dict[str, Any]:

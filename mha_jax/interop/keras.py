@@ -9,23 +9,25 @@ imported layer has them counted from the front. Keras is imported by `export_lay
 variables, never to read a file. (Type checkers take `keras` for this file: hence the ignores.)
 """
 
+import inspect
 import os
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax.errors import UnsupportedError, WeightsError
+from mha_jax.attention.given import is_integer, of_kind
+from mha_jax.errors import ShapeError, UnsupportedError, WeightsError
 from mha_jax.interop import weights
-from mha_jax.interop.keras_file import Stored, read
+from mha_jax.interop.keras_file import Stored, choose, read
 from mha_jax.layer import axes
 from mha_jax.layer.arguments import FIELDS
 from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.types import Array, Params
 
 _CLASSES = ("MultiHeadAttention", "GroupedQueryAttention")
-# What a subclass may not replace: it would compute something else.
-_COMPUTING = ("call", "_compute_attention", "_compute_attention_mask", "_masked_softmax")
+# What a subclass may have of its own. Any other method of Keras's class decides what is computed.
+_HARMLESS = {"__init__", "get_config", "compute_output_shape", "compute_output_spec"}
 _OBJECTS = tuple(name for name, field in FIELDS.items() if "object" in field.metadata)
 _GROUPED = {
     "num_heads": "num_query_heads",
@@ -45,7 +47,8 @@ def import_layer(keras_layer: Any) -> tuple[MultiHeadAttention, dict[str, Params
       (module, {"params": ...}) with the layer's weights, and its arguments, name and dtypes.
 
     Raises:
-      WeightsError: If the layer is of another class, not built, or has weights that do not fit it.
+      WeightsError: If the layer is of another class, not built, computes something else by methods or
+        projections of its own, or has weights that do not fit it.
 
     >>> import keras
     >>> layer = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8, name="attention")
@@ -55,16 +58,18 @@ def import_layer(keras_layer: Any) -> tuple[MultiHeadAttention, dict[str, Params
     (2, (16, 2, 8))
     """
     base = _base(keras_layer)
+    _refuse_replaced(keras_layer, base)
     if not keras_layer.built:
         raise WeightsError(
             f"the Keras layer {keras_layer.name!r} is not built and has no weights yet. Call it once, or "
             "layer.build(query_shape, value_shape)."
         )
-    config = dict(keras_layer.get_config())
-    own = "" if base == "GroupedQueryAttention" else "_"
+    _refuse_replaced_part("softmax", keras_layer._softmax, "Softmax")
+    config = dict(base.get_config(keras_layer))
+    own = "" if base.__name__ == "GroupedQueryAttention" else "_"
     config.update({name: getattr(keras_layer, own + name) for name in _OBJECTS})
     params = {
-        name: _dense_weights(dense)
+        name: _dense_weights(name, dense)
         for name in ("query", "key", "value", "gate", "attention_output")
         if (dense := getattr(keras_layer, _attribute(name), None)) is not None
     }
@@ -93,6 +98,7 @@ def export_layer(
 
     Raises:
       WeightsError: If Keras has no layer for these arguments, or the weights do not fit the shapes.
+      ShapeError: If a shape is none.
 
     >>> import jax
     >>> module, x = MultiHeadAttention(num_heads=4, key_dim=8, num_kv_heads=2), jnp.ones((1, 5, 16))
@@ -102,6 +108,10 @@ def export_layer(
     """
     from keras import layers  # type: ignore[attr-defined]
 
+    of_kind("module", module, MultiHeadAttention, "It is made by mj.MultiHeadAttention(...).")
+    _check_shape("query_shape", query_shape)
+    _check_shape("value_shape", value_shape)
+    _check_shape("key_shape", value_shape if key_shape is None else key_shape)
     config = module.get_config()
     if lost := weights.ours(module):
         raise UnsupportedError(
@@ -139,6 +149,17 @@ def export_layer(
     return layer
 
 
+def _check_shape(name: str, shape: Any) -> None:
+    """Refuse what is not the shape of an input, whose last size is known."""
+    sizes = shape if isinstance(shape, (tuple, list)) else ()
+    fits = len(sizes) > 1 and sizes[-1] is not None
+    if not fits or any(n is not None and not (is_integer(n) and n >= 0) for n in sizes):
+        raise ShapeError(
+            f"{name} must be the sizes of an input, (B, T, D): got {shape!r}. Sizes but the last may be "
+            "None. Pass x.shape."
+        )
+
+
 def _without_the_young(config: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration without what Keras 3.15 has added, as far as it changes nothing.
 
@@ -169,8 +190,8 @@ def load(
 
     Raises:
       WeightsError: If the file is none of Keras's, damaged, or refers to other files; the layer is not in
-        it or not the only one, or was quantized; its weights do not fit its arguments. The message lists
-        the layers.
+        it or not the only one, of another class, or was quantized; its weights do not fit its arguments.
+        The message lists the layers.
       MissingPackageError: If h5py is not installed.
 
     >>> import keras, tempfile
@@ -182,25 +203,18 @@ def load(
     >>> module.sliding_window, variables["params"]["attention_output"]["kernel"].shape
     (3, (2, 8, 16))
     """
-    found = _choose(read(path), os.fspath(path), name)
+    found = choose(read(path), os.fspath(path), name)
     config = found.config
     if config is None:
         config = _shown_by_weights(found)
     return _assemble(found.name, config, found.params)
 
 
-def _base(layer: Any) -> str:
-    """Return which of the two classes a Keras layer is of, or of which it is a harmless subclass."""
+def _base(layer: Any) -> type:
+    """Return the one of the two classes that a Keras layer is of, or of a subclass of it."""
     for base in type(layer).__mro__:
         if base.__module__.startswith("keras.") and base.__name__ in _CLASSES:
-            replaced = [n for n in _COMPUTING if getattr(type(layer), n) is not getattr(base, n)]
-            if not replaced:
-                return base.__name__
-            raise WeightsError(
-                f"{type(layer).__name__} is a subclass of {base.__name__} with its own "
-                f"{', '.join(replaced)}: what it computes is not what mha_jax would. Copy its weights into "
-                f"a keras.layers.{base.__name__} and import that, if they mean the same."
-            )
+            return base
     raise WeightsError(
         f"cannot import a {type(layer).__module__}.{type(layer).__name__}: expected a "
         "keras.layers.MultiHeadAttention or keras.layers.GroupQueryAttention. From a model, pass "
@@ -208,13 +222,42 @@ def _base(layer: Any) -> str:
     )
 
 
+def _refuse_replaced(layer: Any, base: type) -> None:
+    """Refuse methods of a subclass, or of the layer itself, in the place of those that compute."""
+    methods = {name for name, x in vars(base).items() if inspect.isfunction(x)} - _HARMLESS
+    methods |= {"__call__"}
+    replaced = {n for n in methods if getattr(type(layer), n) is not getattr(base, n)}
+    replaced |= methods & vars(layer).keys() - {"build"}  # Keras wraps build in every layer
+    if replaced:
+        raise WeightsError(
+            f"the {type(layer).__name__} is a {base.__name__} with its own {', '.join(sorted(replaced))}: "
+            "what it computes is not what mha_jax would. Copy its weights into a keras.layers."
+            f"{base.__name__.replace('Grouped', 'Group')} and import that, if they mean the same."
+        )
+
+
 def _attribute(name: str) -> str:
     return f"_{name.removeprefix('attention_')}_dense"
 
 
-def _dense_weights(dense: Any) -> dict[str, Any]:
-    from keras import ops  # type: ignore[attr-defined]
+def _refuse_replaced_part(name: str, part: Any, kind: str, activation: Any = None) -> None:
+    """Refuse a layer inside the attention layer that is not as Keras made it."""
+    from keras import layers  # type: ignore[attr-defined]
 
+    own = type(part) is getattr(layers, kind) and "call" not in vars(part)
+    if not own or getattr(part, "activation", None) is not activation:
+        raise WeightsError(
+            f"the {name} of the layer was replaced or changed: got {part!r}, expected a "
+            f"keras.layers.{kind} as Keras makes it. Copy the weights into a new layer and "
+            "import that, if they mean the same."
+        )
+
+
+def _dense_weights(name: str, dense: Any) -> dict[str, Any]:
+    from keras import activations, ops  # type: ignore[attr-defined]
+
+    activation = activations.sigmoid if name == "gate" else activations.linear
+    _refuse_replaced_part(f"{name} projection", dense, "EinsumDense", activation)
     if mode := getattr(dense, "quantization_mode", None):
         raise WeightsError(
             f"the Keras layer {dense.name!r} is quantized ({mode}) and computes something else than its "
@@ -316,29 +359,6 @@ def _assign(what: str, variable: Any, weight: Array) -> None:
             f"the {what} is {value.dtype} and would be rounded to Keras's {stored.dtype}. Export a module "
             f"with param_dtype={value.dtype}."
         )
-
-
-def _choose(layers: list[Stored], path: str, name: str | None) -> Stored:
-    if not layers:
-        raise WeightsError(
-            f"{path} holds no attention layer: expected groups with query, key, value and output kernels, "
-            "as Keras 3 writes MultiHeadAttention and GroupQueryAttention. Of weights in several shards, "
-            "load the .weights.json; save models in the old .h5 format again with Keras 3."
-        )
-    found = [layer for layer in layers if name is None or name in (layer.name, layer.path)]
-    if len(found) == 1:
-        return found[0]
-    listed = ", ".join(f"{layer.name!r} at {layer.path!r}" for layer in layers)
-    if name is None:
-        problem, fix = "more than one attention layer", "Pass the name of one."
-    elif found:
-        problem, fix = (
-            f"{len(found)} attention layers named {name!r}",
-            "Pass the place of one as name.",
-        )
-    else:
-        problem, fix = f"no attention layer named {name!r}", "Pass the name of one of these."
-    raise WeightsError(f"{path} holds {problem}: {listed}. {fix}")
 
 
 def _shown_by_weights(found: Stored) -> dict[str, Any]:

@@ -43,10 +43,14 @@ _CLASSES = ("MultiHeadAttention", "GroupQueryAttention", "GroupedQueryAttention"
 
 
 class Stored(NamedTuple):
-    """One attention layer of a file; `config` is None where the file has none of it."""
+    """One attention layer of a file; `config` is None where the file has none of it.
+
+    `foreign` is the name of its class where the file says that it is not Keras's.
+    """
 
     name: str
     path: str
+    foreign: str | None
     config: dict[str, Any] | None
     params: dict[str, dict[str, np.ndarray]]
 
@@ -76,9 +80,9 @@ def read(path: str | os.PathLike[str]) -> list[Stored]:
         file.seek(0)
         if start.startswith(b"PK"):
             parts = zip_parts(file, ("config.json", "model.weights.h5"))
-            configs = _configs(parse_json(parts["config.json"]))
+            nodes = _nodes(parse_json(parts["config.json"]))
             packed = file.seek(0, io.SEEK_END)
-            return _read_hdf5([io.BytesIO(parts["model.weights.h5"])], configs, packed)
+            return _read_hdf5([io.BytesIO(parts["model.weights.h5"])], nodes, packed)
         if start == b"\x89HDF\r\n\x1a\n":
             return _read_hdf5([file], {})
         if start.startswith(b"{"):
@@ -87,6 +91,41 @@ def read(path: str | os.PathLike[str]) -> list[Stored]:
         f"{path} is not a file that Keras saved: it starts with {start!r}. Expected a .keras, .weights.h5 or "
         ".weights.json file, written by model.save or model.save_weights."
     )
+
+
+def choose(layers: list[Stored], path: str, name: str | None) -> Stored:
+    """Return the layer of a name or place, or the only one.
+
+    Raises:
+      WeightsError: If it is not there, not the only one, or of a class that is not Keras's.
+    """
+    if not layers:
+        raise WeightsError(
+            f"{path} holds no attention layer: expected groups with query, key, value and output kernels, "
+            "as Keras 3 writes MultiHeadAttention and GroupQueryAttention. Of weights in several shards, "
+            "load the .weights.json; save models in the old .h5 format again with Keras 3."
+        )
+    found = [layer for layer in layers if name is None or name in (layer.name, layer.path)]
+    if len(found) == 1 and found[0].foreign is None:
+        return found[0]
+    if len(found) == 1:
+        raise WeightsError(
+            f"the layer {found[0].name!r} in {path} is of the class {found[0].foreign!r}, of which the file "
+            "does not say what it computes: expected a MultiHeadAttention or GroupQueryAttention of Keras's. "
+            "Load the model with Keras and pass model.get_layer(name) to import_layer, which tells; or, if "
+            "it computes the same, load the file of model.save_weights and set its arguments with clone."
+        )
+    listed = ", ".join(f"{layer.name!r} at {layer.path!r}" for layer in layers)
+    if name is None:
+        problem, fix = "more than one attention layer", "Pass the name of one."
+    elif found:
+        problem, fix = (
+            f"{len(found)} attention layers named {name!r}",
+            "Pass the place of one as name.",
+        )
+    else:
+        problem, fix = f"no attention layer named {name!r}", "Pass the name of one of these."
+    raise WeightsError(f"{path} holds {problem}: {listed}. {fix}")
 
 
 def _read_shards(folder: pathlib.Path, index: dict[str, Any]) -> list[Stored]:
@@ -103,7 +142,7 @@ def _read_shards(folder: pathlib.Path, index: dict[str, Any]) -> list[Stored]:
 
 def _read_hdf5(
     streams: list[BinaryIO] | list[io.BytesIO],
-    configs: dict[str, Any],
+    nodes: dict[str, Any],
     packed: int | None = None,
 ) -> list[Stored]:
     """Read the layers of one file, which may have been unpacked from fewer bytes, or of the shards of one."""
@@ -115,7 +154,7 @@ def _read_hdf5(
         for stream in streams:
             _check_heaps(stream)
             _explore(stack.enter_context(h5py.File(stream, "r")), tree)
-        return _layers(tree, configs, Budget(size, packed))
+        return _layers(tree, nodes, Budget(size, packed))
 
 
 def _check_heaps(stream: BinaryIO | io.BytesIO) -> None:
@@ -187,13 +226,13 @@ def _text(attributes: Any) -> str:
     return str(attributes["name"])
 
 
-def _configs(node: Any, path: str = "") -> dict[str, dict[str, Any]]:
-    """Return the configuration of every attention layer, by its place among the weights."""
+def _nodes(node: Any, path: str = "") -> dict[str, dict[str, Any]]:
+    """Return class and configuration of every object, by its place among the weights."""
     if not isinstance(node, dict) or not isinstance(config := node.get("config"), dict):
         return {}
-    if node.get("class_name") in _CLASSES:
-        return {path: config}
-    found: dict[str, dict[str, Any]] = {}
+    found = {path: node}
+    if _is_attention(node):
+        return found
     for attribute, value in config.items():
         place = f"{path}/{attribute}".removeprefix("/")
         if isinstance(value, list):
@@ -201,10 +240,15 @@ def _configs(node: Any, path: str = "") -> dict[str, dict[str, Any]]:
             for child in value:
                 name = _group_name(child)
                 count = counts[name] = counts.get(name, -1) + 1
-                found |= _configs(child, f"{place}/{name}_{count}" if count else f"{place}/{name}")
+                found |= _nodes(child, f"{place}/{name}_{count}" if count else f"{place}/{name}")
         else:
-            found |= _configs(value, place)
+            found |= _nodes(value, place)
     return found
+
+
+def _is_attention(node: dict[str, Any]) -> bool:
+    """Return whether an object is of one of Keras's classes: those of users have a registered name."""
+    return node.get("class_name") in _CLASSES and not node.get("registered_name")
 
 
 def _group_name(node: Any) -> str:
@@ -215,8 +259,9 @@ def _group_name(node: Any) -> str:
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
-def _layers(tree: _Tree, configs: dict[str, dict[str, Any]], budget: Budget) -> list[Stored]:
+def _layers(tree: _Tree, nodes: dict[str, dict[str, Any]], budget: Budget) -> list[Stored]:
     layers = []
+    configs = {place: node["config"] for place, node in nodes.items() if _is_attention(node)}
     for place in sorted(tree.groups):
         inside = f"{place}/".lstrip("/")
         parts = {
@@ -234,7 +279,9 @@ def _layers(tree: _Tree, configs: dict[str, dict[str, Any]], budget: Budget) -> 
         if config is None:
             same = [c for c in configs.values() if c.get("name") == own]
             config = same[0] if len(same) == 1 else None
-        layers.append(Stored(name, place, config, params))
+        other = place in nodes and place not in configs
+        foreign = str(nodes[place].get("class_name")) if other else None
+        layers.append(Stored(name, place, foreign, config, params))
     return layers
 
 

@@ -26,12 +26,16 @@ import numpy as np
 from mha_jax.attention.given import as_array, integer, of_kind, text
 from mha_jax.errors import ShapeError, UnsupportedError, WeightsError
 from mha_jax.interop import weights
+from mha_jax.interop.torch_tensors import read, tensor
 from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.types import ArrayLike, Params
 
 _TARGET = "torch.nn.MultiheadAttention"
 _SEPARATE = {"query": "q_proj_weight", "key": "k_proj_weight", "value": "v_proj_weight"}
 _APPENDED = {"bias_k": "add_bias_kv=True", "bias_v": "add_bias_kv=True"}
+# What torch lets a user put before, after or in place of what the layer's class computes.
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_METHODS = ("forward", "merge_masks", "_call_impl")
 
 
 def import_layer(torch_layer: Any) -> tuple[MultiHeadAttention, dict[str, Params]]:
@@ -45,7 +49,8 @@ def import_layer(torch_layer: Any) -> tuple[MultiHeadAttention, dict[str, Params
       (module, {"params": ...}) with the same weights and dropout, in the same dtype.
 
     Raises:
-      WeightsError: If the layer is of another class.
+      WeightsError: If the layer is of another class, has forward hooks or methods of its own, or weights
+        without numbers, on the meta device.
       UnsupportedError: If it has `add_bias_kv` or `add_zero_attn`.
 
     >>> import torch                                              # doctest: +SKIP
@@ -57,6 +62,13 @@ def import_layer(torch_layer: Any) -> tuple[MultiHeadAttention, dict[str, Params
         raise WeightsError(
             f"cannot import a {kind.__module__}.{kind.__name__}: expected a {_TARGET}, not a module that "
             "holds one or a subclass of one. From a model, pass model.get_submodule(name)."
+        )
+    hooks = [name for name in _HOOKS if getattr(torch_layer, name)]
+    if replaced := hooks + [name for name in _METHODS if name in vars(torch_layer)]:
+        raise WeightsError(
+            f"the layer has {', '.join(replaced)} of its own: what it computes is not what mha_jax would. "
+            "Remove them first, or, if they change nothing, import its weights alone: "
+            "import_state(layer.state_dict(), layer.num_heads, dropout=layer.dropout)."
         )
     if torch_layer.add_zero_attn:
         weights.require_nothing(_TARGET, {"add_zero_attn=True": "no key of zeros is appended here"})
@@ -94,7 +106,7 @@ def import_state(
     weights.require_nothing(
         _TARGET, {_APPENDED[name]: f"the state holds {name}" for name in found if name in _APPENDED}
     )
-    taken = {name: _numpy(x) for name, x in found.items()}
+    taken = {name: read(prefix + name, x, WeightsError) for name, x in found.items()}
     kernels, biases = _kernels(taken, prefix), _biases(taken)
     if taken:
         raise WeightsError(
@@ -168,12 +180,12 @@ def export_state(module: MultiHeadAttention, variables: dict[str, Params]) -> di
     state = {"out_proj.weight": np.ascontiguousarray(output)}
     inputs = ("query", "key", "value")
     if key_size == value_size == query_size:
-        state["in_proj_weight"] = np.concatenate([rows[name] for name in inputs])
+        state["in_proj_weight"] = _joined([rows[name] for name in inputs])
     else:
         state |= {_SEPARATE[name]: np.ascontiguousarray(rows[name]) for name in inputs}
     if module.use_bias:
         parts = [np.asarray(params[name]["bias"]).reshape(-1) for name in inputs]
-        state["in_proj_bias"] = np.concatenate(parts)
+        state["in_proj_bias"] = _joined(parts)
         state["out_proj.bias"] = np.asarray(params["attention_output"]["bias"])
     return state
 
@@ -189,7 +201,8 @@ def export_layer(
       batch_first: Whether it takes [B, T, E], as our layer does, rather than [T, B, E].
 
     Raises:
-      WeightsError, UnsupportedError: As `export_state`.
+      WeightsError: If the parameters are of several dtypes; as `export_state`.
+      UnsupportedError: As `export_state`.
 
     >>> module, x = MultiHeadAttention(num_heads=2, key_dim=8), jnp.ones((1, 5, 16))
     >>> layer = export_layer(module, module.init(jax.random.key(0), x, x))    # doctest: +SKIP
@@ -199,7 +212,12 @@ def export_layer(
 
     params = weights.params_of(variables)
     query_size, value_size, key_size = weights.widths(params)
-    tensors = {name: _tensor(torch, x) for name, x in state.items()}
+    tensors = {name: tensor(x) for name, x in state.items()}
+    if len(dtypes := {str(x.dtype) for x in state.values()}) > 1:
+        raise WeightsError(
+            f"the parameters are of the dtypes {sorted(dtypes)} and would be rounded to one: expected one "
+            f"dtype, which {_TARGET} has. Cast them: jax.tree.map(lambda x: x.astype(dtype), variables)."
+        )
     layer = torch.nn.MultiheadAttention(  # type: ignore[attr-defined]
         query_size,
         module.num_heads,
@@ -285,7 +303,7 @@ def import_masks(
 
 def _given(name: str, mask: Any, ranks: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
     """Return what a mask of torch's hides, and what it adds to the logits beside, or None."""
-    mask = as_array(name, _numpy(mask), "an array of booleans, or of 0 and -inf")
+    mask = as_array(name, read(name, mask, ShapeError), "an array of booleans, or of 0 and -inf")
     if mask.ndim not in ranks:
         raise ShapeError(
             f"{name} must have {ranks[0]} or {ranks[1]} axes, as torch takes it: got {mask.shape}."
@@ -302,22 +320,11 @@ def _given(name: str, mask: Any, ranks: tuple[int, ...]) -> tuple[np.ndarray, np
     return hidden, added if added.any() else None
 
 
-def _numpy(x: Any) -> np.ndarray:
-    """Return a NumPy array, JAX array or torch tensor as NumPy, bfloat16 included."""
-    if not hasattr(x, "detach"):
-        return np.asarray(x)
-    x = x.detach().cpu()
-    if str(x.dtype) == "torch.bfloat16":
-        import torch  # type: ignore[import-not-found]
-
-        return x.view(torch.int16).numpy().view(jnp.bfloat16)  # type: ignore[attr-defined]
-    return x.numpy()
-
-
-def _tensor(torch: Any, x: np.ndarray) -> Any:
-    if x.dtype == jnp.bfloat16:
-        return torch.from_numpy(x.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(x.copy())
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Return parts one after the other, in a dtype that holds the numbers of each."""
+    dtypes = {x.dtype for x in parts}
+    wide = np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+    return np.concatenate(parts, dtype=dtypes.pop() if len(dtypes) == 1 else wide)
 
 
 def _kernels(state: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -23,7 +23,8 @@ def params_of(variables: dict[str, Params]) -> Params:
     """Return the parameters in variables, without boxes.
 
     Raises:
-      WeightsError: If there are none, or one is no array of floating-point numbers.
+      WeightsError: If there are none, or one is no array of floating-point numbers, as none of
+        `jax.eval_shape` is.
     """
     of_kind("variables", variables, Mapping, 'Pass {"params": ...}, as module.init returns them.')
     params = variables.get("params")
@@ -37,8 +38,8 @@ def params_of(variables: dict[str, Params]) -> Params:
     for name, weights in params.items():
         for part, weight in weights.items():
             if not _floating(weight):
-                dtype = getattr(weight, "dtype", None)
-                got = f"is a {type(weight).__name__}" if dtype is None else f"has dtype {dtype}"
+                array = hasattr(weight, "__array__") and hasattr(weight, "dtype")
+                got = f"has dtype {weight.dtype}" if array else f"is a {type(weight).__name__}"
                 raise WeightsError(
                     f"the {name} {part} {got}, expected floating-point numbers in an array. Pass the "
                     "variables as module.init or an import returned them."
@@ -70,8 +71,9 @@ def array(what: str, weight: Any) -> Array:
 
 
 def _floating(x: Any) -> bool:
+    """Return whether these are floating-point numbers; a jax.ShapeDtypeStruct holds none."""
     try:
-        return jnp.issubdtype(x.dtype, jnp.floating)
+        return hasattr(x, "__array__") and jnp.issubdtype(x.dtype, jnp.floating)
     except (AttributeError, TypeError):  # no array, or of a dtype that JAX has not
         return False
 

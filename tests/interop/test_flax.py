@@ -336,6 +336,50 @@ def test_nnx_layers_that_are_refused():
             interop.import_nnx(nnx.MultiHeadAttention(N, D, **options))
 
 
+class Doubled(nnx.LinearGeneral):
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
+def _product(*args, **options):
+    return 2 * jax.lax.dot_general(*args, **options)
+
+
+def _parts():
+    rngs = nnx.Rngs(0)
+    norm = {"use_bias": False, "rngs": rngs}
+    shape = (D, (N, H))
+    yield "query", Doubled(*shape, rngs=rngs), "query is a tests Doubled, not a flax LinearGeneral"
+    linear = nnx.LinearGeneral(*shape, dot_general=_product, rngs=rngs)
+    yield "key", linear, r"key\.dot_general is <function _product .*not None"
+    linear = nnx.LinearGeneral(*shape, preferred_element_type=jnp.bfloat16, rngs=rngs)
+    yield "value", linear, r"value\.preferred_element_type is <class .*bfloat16"
+    linear = nnx.LinearGeneral((N, H), D, axis=(-2, -1), dtype=jnp.bfloat16, rngs=rngs)
+    yield "out", linear, r"out\.dtype is <class .*bfloat16.*, not None"
+    yield "query_ln", nnx.RMSNorm(H, rngs=rngs), "query_ln is a flax RMSNorm, not a flax LayerNorm"
+    yield "key_ln", nnx.LayerNorm(H, epsilon=0.5, **norm), r"key_ln\.epsilon is 0\.5, not 1e-06"
+    yield "key_ln", nnx.LayerNorm(H, reduction_axes=-2, **norm), r"key_ln\.reduction_axes is -2"
+
+
+@pytest.mark.parametrize("name, part, message", list(_parts()))
+def test_parts_of_an_nnx_layer_that_were_replaced(name, part, message):
+    layer = flax_nnx(normalize_qk=True)
+    setattr(layer, name, part)
+    with pytest.raises(UnsupportedError, match=message + r".*nnx\.update\(new"):
+        interop.import_nnx(layer)
+
+
+def test_parts_of_an_nnx_layer_that_were_made_anew_the_same():
+    layer = flax_nnx(normalize_qk=True, kernel_init=nnx.initializers.he_normal())
+    layer.query = nnx.LinearGeneral(D, (N, H), rngs=nnx.Rngs(5))
+    layer.query_ln = nnx.LayerNorm(H, use_bias=False, rngs=nnx.Rngs(5))
+    layer.key.remark = "seen"
+    layer.set_attributes(precision="highest")
+    layer.eval()
+    module, variables = interop.import_nnx(layer)
+    np.testing.assert_allclose(module.apply(variables, X, X), layer(X), atol=1e-6, rtol=1e-6)
+
+
 def _exports():
     yield {"value_dim": 5}, r"value_dim \(5 differs from key_dim=3\)"
     yield {"attention_axes": 0}, r"attention_axes \(\(0,\) is not the axis before the features\)"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mha_jax import MultiHeadAttention
-from mha_jax.errors import MissingPackageError, WeightsError
+from mha_jax.errors import MissingPackageError, ShapeError, WeightsError
 from mha_jax.interop import keras as interop
 from tests import keras_peer
 from tests.drawn import draw_variables
@@ -186,10 +186,84 @@ class Doubled(keras.layers.MultiHeadAttention):
         return 2 * output, scores
 
 
-def test_a_subclass_that_computes_the_same_is_welcome():
-    layer = Renamed(2, 3)
+class Reticent(keras.layers.MultiHeadAttention):
+    """Has a configuration and shapes of its own, but computes what its base computes."""
+
+    def __init__(self, *args, level=1, **options):
+        super().__init__(*args, **options)
+        self.level = level
+
+    def get_config(self):
+        config = {**super().get_config(), "level": self.level}
+        del config["sliding_window"]
+        return config
+
+    def compute_output_shape(self, *shapes):
+        return super().compute_output_shape(*shapes)
+
+
+@pytest.mark.parametrize("kind", [Renamed, Reticent])
+def test_a_subclass_that_computes_the_same_is_welcome(kind):
+    layer = kind(2, 3, sliding_window=2)
     layer.build(QUERY, VALUE)
-    assert_same(layer, interop.import_layer(layer)[1]["params"])
+    module, variables = interop.import_layer(layer)
+    assert_same(layer, variables["params"])
+    assert module.sliding_window == 2
+
+
+KINDS = {
+    keras.layers.MultiHeadAttention: ("_build_attention", "_make_output_dense"),
+    keras.layers.GroupQueryAttention: (),
+}
+SHARED = ("__call__", "call", "build", "_compute_causal_mask", "_get_common_kwargs_for_sublayer")
+
+
+@pytest.mark.parametrize("base, name", [(b, n) for b, more in KINDS.items() for n in SHARED + more])
+def test_methods_that_compute_are_not_replaced(base, name):
+    def own(self, *args, **options):
+        return getattr(base, name)(self, *args, **options)
+
+    layer = type("Own", (base,), {name: own})(4, 2, 2)
+    layer.build(QUERY, VALUE)
+    with pytest.raises(WeightsError, match=f"Own is a {base.__name__} with its own {name}: "):
+        interop.import_layer(layer)
+
+
+class Twice(keras.layers.EinsumDense):
+    def call(self, inputs):
+        return 2 * super().call(inputs)
+
+
+def _changes():
+    twice = Twice("abc,cde->abde", (None, 2, 3))
+    yield {"call": max}, "MultiHeadAttention with its own call: "
+    yield {"_compute_attention": max}, "MultiHeadAttention with its own _compute_attention: "
+    yield (
+        {"_query_dense": twice},
+        r"query projection of the layer was replaced or changed: got <Twice",
+    )
+    yield {"_output_dense": twice}, "attention_output projection of the layer was replaced"
+    yield {"_key_dense": {"activation": keras.activations.relu}}, "key projection of the layer was"
+    yield {"_value_dense": {"call": max}}, "value projection of the layer was replaced"
+    yield (
+        {"_softmax": max},
+        "softmax of the layer was replaced or changed: got <built-in function max>",
+    )
+
+
+@pytest.mark.parametrize("changes, message", list(_changes()))
+def test_a_layer_that_was_changed(changes, message):
+    layer = plain()
+    layer._tracker.unlock()
+    for name, change in changes.items():
+        if isinstance(change, dict):
+            [(name, change)], layer_or_part = change.items(), getattr(layer, name)
+            layer_or_part._tracker.unlock()
+        else:
+            layer_or_part = layer
+        setattr(layer_or_part, name, change)
+    with pytest.raises(WeightsError, match=message):
+        interop.import_layer(layer)
 
 
 def _imports():
@@ -202,7 +276,7 @@ def _imports():
     yield MultiHeadAttention(2, 3), r"cannot import a mha_jax\.layer\.linen\.MultiHeadAttention"
     yield keras.layers.Attention(), r"cannot import a keras.*\.Attention"
     yield unbuilt, r"'fresh' is not built and has no weights yet\. Call it once"
-    yield doubled, r"Doubled is a subclass of MultiHeadAttention with its own _compute_attention"
+    yield doubled, r"the Doubled is a MultiHeadAttention with its own _compute_attention"
     yield quantized, r"is quantized \(int8\) and computes something else"
 
 
@@ -261,6 +335,41 @@ def test_refused_exports():
     for module, variables, query, value, message in _exports():
         with pytest.raises(WeightsError, match=message):
             interop.export_layer(module, variables, query, value)
+
+
+SHAPES = [16, (), (D,), "abc", (B, T, float(D)), (B, T, None), (B, -1, D), (B, "T", D), None]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=repr)
+@pytest.mark.parametrize("name", ["query", "value", "key"])
+def test_shapes_that_are_none_of_an_input(name, shape):
+    module = MultiHeadAttention(2, 3)
+    variables = draw_variables(module, np.ones(QUERY, np.float32), np.ones(QUERY, np.float32))
+    shapes = {f"{x}_shape": QUERY for x in ("query", "value", "key")} | {f"{name}_shape": shape}
+    if name == "key" and shape is None:
+        assert_same(interop.export_layer(module, variables, **shapes), variables["params"])
+        return
+    with pytest.raises(ShapeError, match=rf"{name}_shape must be the sizes of an input.*got"):
+        interop.export_layer(module, variables, **shapes)
+
+
+def test_exports_of_no_module_or_of_shapes_alone():
+    x = jnp.ones(QUERY)
+    module = MultiHeadAttention(2, 3)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x, x)
+    with pytest.raises(WeightsError, match=r"is a ShapeDtypeStruct, expected floating-point"):
+        interop.export_layer(module, shapes, QUERY, QUERY)
+    with pytest.raises(
+        ShapeError, match=r"module must be of class MultiHeadAttention: got NoneType"
+    ):
+        interop.export_layer(None, shapes, QUERY, QUERY)
+
+
+def test_inputs_without_a_batch():
+    module, x = MultiHeadAttention(2, 3, attention_axes=-2), jnp.ones((T, D))
+    variables = draw_variables(module, x, x)
+    layer = interop.export_layer(module, variables, x.shape, x.shape)
+    np.testing.assert_allclose(layer(x, x), module.apply(variables, x, x), atol=1e-6)
 
 
 def test_a_grouped_layer_may_say_its_output_shape():
@@ -333,6 +442,32 @@ class Block(keras.layers.Layer):
 
     def call(self, x):
         return self.attention(x, x) + self.more[0](x, x) + self.more[1](x, x)
+
+
+@keras.saving.register_keras_serializable("own")
+class CausalAttention(keras.layers.MultiHeadAttention):
+    def call(self, query, value, key=None, **options):
+        return super().call(query, value, key, use_causal_mask=True, **options)
+
+
+@keras.saving.register_keras_serializable("own", "MultiHeadAttention")
+class Masked(CausalAttention):
+    pass
+
+
+Masked.__name__ = "MultiHeadAttention"
+
+
+@pytest.mark.parametrize("kind", [CausalAttention, Masked])
+def test_a_layer_of_a_class_that_is_not_of_keras(tmp_path, kind):
+    path = tmp_path / "model.keras"
+    layer, plain = kind(2, 3, name="own"), keras.layers.MultiHeadAttention(2, 3, name="plain")
+    whole = model(path, layer, plain)
+    with pytest.raises(WeightsError, match=rf"'own' .*of the class '{kind.__name__}', .*clone"):
+        interop.load(path, "own")
+    assert interop.load(path, "plain")[0] == interop.import_layer(plain)[0]
+    whole.save_weights(path := tmp_path / "model.weights.h5")
+    assert_same(layer, interop.load(path, "own")[1]["params"])
 
 
 def test_layers_inside_other_layers(tmp_path):

@@ -206,6 +206,41 @@ def test_layers_that_are_refused():
         interop.import_layer(Own(E, N))
 
 
+CHANGES = {
+    "_forward_hooks": lambda x: x.register_forward_hook(lambda m, i, out: (2 * out[0], out[1])),
+    "_forward_pre_hooks": lambda x: x.register_forward_pre_hook(lambda m, i: (2 * i[0], *i[1:])),
+    "forward": lambda x: setattr(x, "forward", lambda *inputs, **_: (inputs[0], None)),
+    "merge_masks": lambda x: setattr(x, "merge_masks", lambda *_: (None, None)),
+}
+
+
+@needs_torch
+@pytest.mark.parametrize("name", CHANGES)
+def test_hooks_and_methods_of_a_layer_are_refused(name):
+    layer = peer()
+    CHANGES[name](layer)
+    with pytest.raises(WeightsError, match=rf"the layer has {name} of its own.*import_state\("):
+        interop.import_layer(layer)
+    module, variables = interop.import_state(layer.state_dict(), layer.num_heads)
+    assert module == interop.import_layer(peer())[0]
+    equal(
+        interop.export_state(module, variables),
+        {k: v.numpy() for k, v in layer.state_dict().items()},
+    )
+
+
+@needs_torch
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_changes_no_output_is_no_obstacle():
+    layer = peer()
+    layer.compile()
+    layer.register_full_backward_hook(lambda *_: None)
+    layer.out_proj.register_forward_hook(lambda m, i, out: 2 * out)  # torch reads its weights only
+    module, variables = interop.import_layer(layer)
+    want = call(peer(), X, SAME, SAME)
+    np.testing.assert_allclose(module.apply(variables, X, SAME, SAME), want, atol=1e-6, rtol=1e-6)
+
+
 @needs_torch
 def test_the_skipped_examples_run():
     for function in (interop.import_layer, interop.export_layer):
@@ -292,6 +327,72 @@ def test_exports_that_are_refused(arguments, message):
         UnsupportedError, match=r"MultiheadAttention has no counterpart.*" + message
     ):
         interop.export_state(module, variables)
+
+
+def mixed(**dtypes):
+    """Return a module and variables with projections in dtypes of their own."""
+    module = MultiHeadAttention(N, E // N)
+    params = dict(draw_variables(module, X, X)["params"])
+    for name, dtype in dtypes.items():
+        params[name] = jax.tree.map(lambda x, to=dtype: x.astype(to), params[name])
+    return module, {"params": params}
+
+
+def test_parameters_of_several_dtypes_keep_their_numbers():
+    module, variables = mixed(query=jnp.float16, key=jnp.bfloat16)
+    state = interop.export_state(module, variables)
+    for name, x in zip(("query", "key", "value"), np.split(state["in_proj_weight"], 3)):
+        want = np.asarray(variables["params"][name]["kernel"]).reshape(E, E).T
+        assert x.dtype == np.float32
+        np.testing.assert_array_equal(x, want.astype(np.float32))
+
+
+@needs_torch
+def test_parameters_of_several_dtypes_are_no_layer():
+    with pytest.raises(WeightsError, match=r"dtypes \['bfloat16', 'float32'\] .*Cast them"):
+        interop.export_layer(*mixed(attention_output=jnp.bfloat16))
+    layer = interop.export_layer(*mixed(query=jnp.bfloat16))  # packed in float32
+    assert {x.dtype for x in layer.parameters()} == {torch.float32}
+
+
+UNREADABLE = {
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    "sparse": lambda x: x.to_sparse(),
+    "meta": lambda x: x.to("meta"),
+    "half meta": lambda x: x.bfloat16().to("meta"),
+    "ragged": lambda x: [[1.0], [1.0, 2.0]],
+}
+
+
+@needs_torch
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_tensors_without_numbers_to_read(kind):
+    change = UNREADABLE[kind]
+    given = peer().state_dict()
+    wrong = {"a.in_proj_weight": change(given.pop("in_proj_weight"))}
+    good = {f"a.{name}": x for name, x in given.items()}
+    with pytest.raises(WeightsError, match=r"a\.in_proj_weight cannot be read: got .*dense"):
+        interop.import_state(good | wrong, N, prefix="a.")
+    with pytest.raises(ShapeError, match=r"attn_mask cannot be read: got .*dense"):
+        interop.import_masks(change(torch.zeros(T, S)), num_heads=N)
+
+
+@needs_torch
+def test_a_layer_on_the_meta_device_has_no_weights():
+    with pytest.raises(WeightsError, match=r"in_proj_weight cannot be read: .*device meta"):
+        interop.import_layer(torch.nn.MultiheadAttention(E, N, device="meta"))
+
+
+@needs_torch
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_a_view_that_turns_the_sign_is_read_with_it(name):
+    state = peer(dtype=getattr(torch, name)).state_dict()
+    views = {key: torch._neg_view(x) for key, x in state.items()}
+    got, want = (interop.import_state(x, N)[1] for x in (views, state))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_array_equal(a, -b)
 
 
 def test_variables_of_another_module():

@@ -2,11 +2,13 @@
 
 import copy
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 import mha_jax as mj
 from mha_jax.errors import MhaError
@@ -52,9 +54,32 @@ def test_variables_that_hold_no_weights_are_not_exported(export, projection, par
     variables = module.init(jax.random.key(0), X, X)
     x = np.asarray(variables["params"][projection][part])
     dtypes = (np.int32, bool, str, object, "M8[s]")
-    wrong = [None, x.tolist(), *(np.zeros(x.shape, dtype) for dtype in dtypes)]
+    wrong = [
+        None,
+        x.tolist(),
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        *(np.zeros(x.shape, dtype) for dtype in dtypes),
+    ]
     for weight in wrong:
         changed = copy.deepcopy(variables)
         changed["params"][projection][part] = weight
         with pytest.raises(MhaError, match="expected floating-point numbers"):
             export(module, changed)
+
+
+def _linen():
+    layer = nn.MultiHeadDotProductAttention(2)
+    return flax.import_linen(layer, jax.eval_shape(layer.init, jax.random.key(0), X))
+
+
+def _nnx():
+    def make():
+        return nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
+
+    return flax.import_nnx(nnx.eval_shape(make))
+
+
+@pytest.mark.parametrize("load", [_linen, _nnx])
+def test_shapes_without_numbers_are_not_imported(load):
+    with pytest.raises(mj.WeightsError, match="is a ShapeDtypeStruct, expected floating-point"):
+        load()
