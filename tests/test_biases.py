@@ -512,7 +512,7 @@ def test_a_rule_may_say_less_than_its_arguments(backend):
         return jnp.broadcast_to(numbers[None, :, None, None], (1, N, T, S))
 
     gradient = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
-    for other in (OfHead, lambda x: Says(lambda q, k: jnp.float32(0.5)) + OfHead(x)):
+    for other in (OfHead, lambda x: Says(lambda q, k: 0.5) + OfHead(x)):
         got, want = gradient(numbers, Q, other), gradient(numbers, Q, whole)
         # The same for all keys of a row changes nothing.
         oracles.assert_close(got[0], np.zeros(N), 1e-5)
@@ -560,3 +560,11 @@ def test_rules_that_close_over_traced_values_are_refused():
         for transform in (jax.jit, jax.grad):
             with pytest.raises(ShapeError, match=r"closes over a traced value.*make it a field"):
                 transform(of)(jnp.float32(3))
+
+
+def test_arrays_and_sums_stand_on_either_side():
+    rule, array = biases.Alibi(np.abs(draw(7, N))), draw(8, T, S)
+    arrays = Q, KEYS, VALUES
+    want = mj.dot_product_attention(*arrays, bias=rule + array)
+    for bias in (array + rule, jnp.asarray(array) + rule, sum([rule, biases.Array(array)])):
+        np.testing.assert_array_equal(mj.dot_product_attention(*arrays, bias=bias), want)

@@ -457,3 +457,22 @@ def test_an_overflow_through_the_layer():
     _, after = causal(layer)(variables, X[:, :2], cache)
     assert after.overflowed.all()
     np.testing.assert_array_equal(after.keys[:, :, :4], cache.keys[:, :, :4])
+
+
+@pytest.mark.parametrize(
+    "where",
+    [{"start": 3}, {"index": 2 * np.arange(5)[None]}, {"pos": 2 * np.arange(5)[None]}, {}],
+    ids=str,
+)
+def test_keys_are_turned_where_tokens_of_slots_say(where):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 8)), jnp.float32)
+    layer = mj.MultiHeadAttention(2, 4, rotary=mj.Rotary())
+    variables = layer.init(jax.random.key(1), x, x)
+    tokens = {
+        "query_tokens": mj.Tokens(5, pos=3 * np.arange(5)[None]),
+        "key_tokens": mj.Tokens(5, **where),
+        "use_causal_mask": True,
+    }
+    want = layer.apply(variables, x, x, **tokens)
+    got, _ = layer.apply(variables, x, x, cache=layer.empty_cache(2, 5), **tokens)
+    np.testing.assert_allclose(got, want, atol=1e-5)

@@ -461,6 +461,10 @@ WRONG = {
         lambda: called(mask=Window(2, 0) & np.ones((4, C), bool)),
         "a mask array would be over the slots of a rolling cache",
     ),
+    "bias_beside": (
+        lambda: called(mask=Window(2, 0), bias=mj.biases.Alibi.of_heads(N) + np.ones((4, C), "f4")),
+        "a bias array would be over the slots",
+    ),
     "bias": (
         lambda: called(mask=Window(2, 0), bias=np.ones((4, C), np.float32)),
         "a bias array would be over the slots",

@@ -334,6 +334,7 @@ CORE = [
         "static_argnames='logit_cap'",
     ),
     wrong("cap_zero", lambda: dot(logit_cap=0.0), "logit_cap must be positive", "None for no cap"),
+    wrong("cap_huge", lambda: dot(logit_cap=1e38), "at most 1e+30", "None for no cap"),
     wrong("cap_negative", lambda: dot(logit_cap=-3), "logit_cap must be positive", "-3"),
     wrong(
         "tokens_length",

@@ -281,3 +281,17 @@ def test_a_hook_that_is_no_function_is_refused_at_every_door():
     ):
         with pytest.raises(ShapeError, match="on_projection must be a function of a name and an"):
             door()
+
+
+@pytest.mark.parametrize("name", ["gate", "attention_output"])
+@pytest.mark.parametrize("returned", [lambda y: None, lambda y: y[:, :3], lambda y: y[:1]])
+def test_a_hook_that_returns_something_else_is_refused(name, returned):
+    layer = mj.MultiHeadAttention(2, 4, use_gate=True)
+    x = jnp.ones((2, 5, 8))
+    variables = layer.init(jax.random.key(0), x, x)
+
+    def hook(which, y):
+        return returned(y) if which == name else y
+
+    with pytest.raises(mj.ShapeError, match=rf"must return of '{name}' what has its shape"):
+        layer.apply(variables, x, x, on_projection=hook)

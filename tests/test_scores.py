@@ -1,11 +1,13 @@
 """The reductions of the scores equal those of the whole scores, and hold few rows at a time."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import mha_jax as mj
 from mha_jax.attention import scores as summaries
@@ -46,3 +48,22 @@ def test_too_many_keys_are_refused():
     x = jnp.ones((1, 5, 2, 4))
     with pytest.raises(mj.ShapeError, match=r"k=6 largest scores of 5 keys.*from 1 to S"):
         mj.scores_top_k(mj.Call(x, x, x), 6)
+
+
+def test_reductions_are_exported_for_any_sizes():
+    b, t = export.symbolic_shape("b, t", constraints=["t >= 2"])
+    kind = jax.ShapeDtypeStruct((b, t, 4, 8), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 4, 8)), jnp.float32)
+    for reduce in (mj.scores_mean, mj.scores_max, mj.scores_entropy, partial(mj.scores_top_k, k=2)):
+
+        def scored(x, reduce=reduce):
+            return reduce(mj.Call(x, x, x, mask=mj.Causal()))
+
+        got, want = export.export(jax.jit(scored))(kind).call(x), scored(x)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
+
+
+def test_no_heads_have_no_scores():
+    x = jnp.ones((1, 5, 4, 8))
+    for heads in (slice(0, 0), np.zeros(0, int)):
+        assert mj.attention_scores(mj.Call(x, x, x), heads=heads).shape == (1, 0, 5, 5)

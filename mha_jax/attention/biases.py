@@ -75,8 +75,13 @@ class Bias:
         x = np.asarray(self.logits(queries(q, heads), k.as_keys()))
         return np.broadcast_to(x, np.broadcast_shapes(x.shape, (1, heads, q.length, k.length)))
 
-    def __add__(self, other: "Bias") -> "Bias":
+    __array_ufunc__ = None  # NumPy leaves `array + bias` to the bias
+
+    def __add__(self, other: "Bias | ArrayLike") -> "Bias":
         return Sum(self, other)
+
+    def __radd__(self, other: ArrayLike | int) -> "Bias":
+        return self if is_integer(other) and other == 0 else Sum(other, self)  # `sum` begins with 0
 
 
 class OfDistance(Bias):
@@ -92,10 +97,10 @@ class OfDistance(Bias):
 
 @pytree
 class Sum(Bias):
-    """Both."""
+    """Both; arrays among them stand for themselves."""
 
-    a: Bias
-    b: Bias
+    a: Any
+    b: Any
 
     def logits(self, q, k):
         return self.a.logits(q, k) + self.b.logits(q, k)

@@ -358,9 +358,10 @@ class Cache:
         """
         q = self._rows(queries, chunk) if query_tokens is None else query_tokens.positions
         k = self.next_positions(chunk.length, chunk.valid)
-        if key_tokens is not None and key_tokens.pos is not None:
+        if key_tokens is not None:  # of slots
             slots = jnp.clip(k, 0, self.capacity - 1)
-            rows = jnp.broadcast_to(jnp.asarray(key_tokens.pos), (k.shape[0], self.capacity))
+            rows = jnp.asarray(key_tokens.positions)
+            rows = jnp.broadcast_to(rows, (k.shape[0], self.capacity))
             k = jnp.take_along_axis(rows, slots, axis=1)
         return q, k
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
 
-from mha_jax.attention.biases import Bias
+from mha_jax.attention.biases import apart
 from mha_jax.attention.brief import is_here
 from mha_jax.attention.call import Call
 from mha_jax.attention.check import rules_of
@@ -211,7 +211,7 @@ def rolling(cache: Any, call: Call, key_tokens: Tokens | None) -> None:
     over_slots = {
         "key_tokens": key_tokens is not None,
         "a mask array": any(isinstance(rule, Dense) for rule in rules_of(call.mask)),
-        "a bias array": call.bias is not None and not isinstance(call.bias, Bias),
+        "a bias array": call.bias is not None and bool(apart(call.bias)[0]),
     }
     for name, given in over_slots.items():
         if given:

@@ -163,7 +163,7 @@ class Problem:
     @property
     def groups(self) -> int:
         """Query heads for each key-value head."""
-        return self.q.shape[2] // self.k.shape[2]
+        return self.q.shape[2] // max(1, self.k.shape[2])
 
     @property
     def accumulator(self) -> Any:
@@ -278,7 +278,7 @@ def logits(problem: Problem) -> Float[Array, "B N T S"]:
         x = x + problem.bias.astype(x.dtype)
     if problem.bias_rule is not None:
         facts = biases.queries(problem.q_tokens, n), problem.k_tokens.as_keys()
-        x = x + problem.bias_rule.logits(*facts).astype(x.dtype)
+        x = x + jnp.asarray(problem.bias_rule.logits(*facts)).astype(x.dtype)
     visible = problem.mask.visible(problem.q_tokens.as_queries(), problem.k_tokens.as_keys())
     return jnp.where(visible, x, -jnp.inf)
 

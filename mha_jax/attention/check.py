@@ -26,6 +26,9 @@ from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, Size
 
+# Of a larger cap, products over it would leave float32: it changes no logit.
+_LARGEST_CAP = 1e30
+
 
 class Names(NamedTuple):
     """What the caller calls the arguments, for the texts of errors."""
@@ -387,6 +390,8 @@ def _cap(x: Any) -> float | None:
             f"logit_cap must be known while tracing: got {x!r}. It is part of the compiled program; mark it "
             "static, jax.jit(..., static_argnames='logit_cap')."
         )
-    if (cap := _number("logit_cap", x, "a finite number")) <= 0:
-        raise ShapeError(f"logit_cap must be positive: got {x!r}. Pass None for no cap.")
+    if not 0 < (cap := _number("logit_cap", x, "a finite number")) <= _LARGEST_CAP:
+        raise ShapeError(
+            f"logit_cap must be positive, and at most {_LARGEST_CAP:g}: got {x!r}. Pass None for no cap."
+        )
     return cap

@@ -105,6 +105,8 @@ def _by_rows(call: Call, lse: Array | None, reduce: Callable[[Array], Any], row_
     """Apply `reduce` to scores [*B, N, R, S], R rows at a time, and join the rows on `row_axis`."""
     check(call)
     *lead, t, n, _ = call.q.shape
+    if not all(isinstance(size, int) for size in (*lead, t, call.k.shape[-3])):
+        return reduce(attention_scores(call, lse))
     at_once = max(1, _HELD // max(1, math.prod(lead) * n * call.k.shape[-3]))
     if at_once >= t:
         return reduce(attention_scores(call, lse))

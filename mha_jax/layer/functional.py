@@ -222,7 +222,7 @@ def attend_layer(
         y = weights.project(name, x)
         y = jax.nn.sigmoid(y) if name == "gate" else y
         for watch in watching:
-            y = watch(name, y)
+            y = prepared.watched(name, y, watch(name, y))
         return y
 
     watching = [watch for watch in (observe, given.on_projection) if watch is not None]

@@ -59,3 +59,19 @@ def placed(
         )
     wide = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     return (q.astype(wide) * factors.astype(wide)[..., None, None]).astype(q.dtype), k, 1.0
+
+
+def watched(name: str, given: Array, returned: Any) -> Any:
+    """Return what `on_projection` returned, where nothing after it says whether that fits.
+
+    Raises:
+      ShapeError: If it does not.
+    """
+    axes = {"gate": given.ndim, "attention_output": 2}.get(name, 0)
+    array = isinstance(returned, (jax.Array, np.ndarray))
+    if axes and not (array and returned.shape[:axes] == given.shape[:axes]):
+        raise ShapeError(
+            f"on_projection must return of {name!r} what has its shape, {given.shape}: got "
+            f"{getattr(returned, 'shape', returned)}. Return the value itself where it is only looked at."
+        )
+    return returned

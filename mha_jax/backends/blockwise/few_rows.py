@@ -67,7 +67,7 @@ def forward(problem: Problem) -> State:
     if problem.bias_rule is not None:
         head = np.arange(n, dtype=np.int32).reshape(1, 1, 1, kv, groups).swapaxes(3, 4)
         q_side = q_facts._replace(head=head)
-        x = x + problem.bias_rule.logits(q_side, k_facts).astype(x.dtype)
+        x = x + jnp.asarray(problem.bias_rule.logits(q_side, k_facts)).astype(x.dtype)
     mask = jax.tree.map(lambda a: _keys_first(problem, a), problem.mask)
     x = jnp.where(mask.visible(q_facts, k_facts), x, -jnp.inf)
     m = jnp.max(x, axis=1, keepdims=True)

@@ -433,7 +433,7 @@ class ByQueries:
             elif isinstance(rule, Sum):
                 return added(rule.a) + added(rule.b)
             else:
-                tile = rule.logits(q, k)
+                tile = jnp.asarray(rule.logits(q, k))
             return self._merged(tile).astype(tiles.dtype)
 
         return lambda moved: jnp.broadcast_to(added(with_floats(tiles.rule, moved)), shape)
