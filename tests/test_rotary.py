@@ -164,6 +164,10 @@ CONFIGS = [
         {"max_position_embeddings": 8192, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
         Rotary(scaling=YaRN(2.0, 8192)),
     ),
+    # Of 16 features 4.8, and of 24 7.2: whole ones turn.
+    ({"rotary_pct": 0.3, "hidden_size": 48, "num_attention_heads": 3}, Rotary(fraction=4 / 16)),
+    ({"partial_rotary_factor": 0.35, "head_dim": 24, "hidden_size": 8}, Rotary(fraction=8 / 24)),
+    ({"partial_rotary_factor": 1, "head_dim": 24}, Rotary()),
 ]
 
 
@@ -171,6 +175,27 @@ CONFIGS = [
 def test_configs_of_hugging_face(config, rotary):
     assert Rotary.from_config(config) == rotary
     assert Rotary.from_config(rotary.to_config()) == rotary
+
+
+_YARN = {"rope_type": "yarn", "original_max_position_embeddings": 16}
+WRONG_CONFIGS = [
+    {"rope_scaling": _YARN},
+    {"rope_scaling": _YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
+    {"rope_scaling": _YARN, "max_position_embeddings": None},
+    {"rope_scaling": _YARN | {"original_max_position_embeddings": "a", "factor": 2.0}},
+    *[
+        {"rope_scaling": _YARN | {"factor": 2.0, "mscale": x, "mscale_all_dim": 1}}
+        for x in ("a", -1)
+    ],
+    {"rope_scaling": {"rope_type": ["yarn"]}},
+    *[{"partial_rotary_factor": x, "head_dim": 16} for x in (0.01, 1.01, -1, "a", [1])],
+]
+
+
+@pytest.mark.parametrize("config", WRONG_CONFIGS, ids=str)
+def test_configs_of_rotary_positions_that_cannot_be_meant(config):
+    with pytest.raises(ShapeError):
+        Rotary.from_config(config)
 
 
 SAID_OTHERWISE = [

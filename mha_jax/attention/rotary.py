@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax.attention.given import as_array, integer, is_number, of_kind, switch
+from mha_jax.attention.given import as_array, integer, is_integer, is_number, of_kind, switch
 from mha_jax.attention.rotary_scaling import (
     NTK,
     Linear,
@@ -66,7 +66,7 @@ def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> Scaling | No
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default" and "mrope_section" not in rope:
         return None
-    if kind not in _CONFIGS:
+    if kind not in tuple(_CONFIGS):
         raise ShapeError(
             f"rotary positions of type {kind!r} are none of {sorted(_CONFIGS)}: got {dict(rope)}. Types that "
             "look at the length of the text ('dynamic', 'longrope') would turn the keys in a cache anew with "
@@ -74,18 +74,29 @@ def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> Scaling | No
         )
     scaling, names = _CONFIGS[kind]
     given = {field: rope[name] for field, name in names.items() if rope.get(name) is not None}
-    if "original_length" in names and "original_length" not in given:
-        given["original_length"] = config.get("max_position_embeddings")
-    if "factor" not in given and given.get("original_length"):
-        given["factor"] = config.get("max_position_embeddings", 0) / given["original_length"]
-    if scaling is YaRN and "attention" not in given:
-        each, every = rope.get("mscale"), rope.get("mscale_all_dim")
-        if each and every:
-            factor = given["factor"]
-            given["attention"] = yarn_magnitude(factor, each) / yarn_magnitude(factor, every)
+    longest = config.get("max_position_embeddings")
+    if "original_length" in names:
+        original = given.setdefault("original_length", longest)
+        if "factor" not in given and is_number(longest) and is_number(original) and original:
+            given["factor"] = longest / original
     if "factor" not in given:
         raise ShapeError(f"rotary positions of type {kind!r} need a factor: got {dict(rope)}.")
-    return scaling(**given)
+    made, each, every = scaling(**given), rope.get("mscale"), rope.get("mscale_all_dim")
+    if isinstance(made, YaRN) and made.attention is None and each and every:
+        attention = yarn_magnitude(made.factor, each) / yarn_magnitude(made.factor, every)
+        made = dataclasses.replace(made, attention=attention)
+    return made
+
+
+def _fraction(config: Mapping[str, Any]) -> Any:
+    """Return the share of a head that turns: of a config with a head size, whole features."""
+    fraction = config.get("partial_rotary_factor") or config.get("rotary_pct") or 1.0
+    names = ("head_dim", "hidden_size", "num_attention_heads")
+    size, width, heads = (config[x] if is_integer(config.get(x)) else 0 for x in names)
+    size = size or width // (heads or 1)
+    if not is_number(fraction) or not 0 < fraction < 1 or size < 1:
+        return float(fraction) if is_number(fraction) else fraction
+    return int(size * fraction) / size
 
 
 def _said(scaling: Scaling) -> dict[str, Any]:
@@ -219,9 +230,8 @@ class Rotary:
             )
         found = {**config, **rope}
         base = found.get("rope_theta") or found.get("rotary_emb_base") or 10000.0
-        fraction = found.get("partial_rotary_factor") or found.get("rotary_pct") or 1.0
-        base, fraction = (float(x) if is_number(x) else x for x in (base, fraction))
-        return cls(base=base, fraction=fraction, scaling=_scaling(rope, config))
+        base = float(base) if is_number(base) else base
+        return cls(base=base, fraction=_fraction(found), scaling=_scaling(rope, config))
 
     def to_config(self, head_size: int | None = None) -> dict[str, Any]:
         """Return what a Hugging Face config says of these rotary positions.

@@ -159,5 +159,14 @@ class YaRN(Scaling):
 
 
 def yarn_magnitude(factor: float, weight: float) -> float:
-    """Return 1 + 0.1 weight log(factor), 1 for texts that are not longer."""
+    """Return 1 + 0.1 weight log(factor), 1 for texts that are not longer.
+
+    Raises:
+      ShapeError: If the weight is no positive number.
+    """
+    if not is_number(weight) or not 0 < weight <= 1e15:
+        raise ShapeError(
+            f"mscale and mscale_all_dim of rotary positions must be positive numbers: got {weight!r}. Pass "
+            "the model's config.json as it is."
+        )
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

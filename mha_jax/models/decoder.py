@@ -101,6 +101,15 @@ def _attention(config: Config, local: Local) -> Callable:
     return lambda x, cache, **options: attend(x, x, cache=cache, **rules, **options)
 
 
+class _Bias(nn.Module):
+    """A number added to every feature."""
+
+    @nn.compact
+    def __call__(self, x):
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return x + bias[None, None].astype(x.dtype)
+
+
 class Block(nn.Module):
     """Attention, then feed-forward, each in a residual connection with its norms."""
 
@@ -192,6 +201,7 @@ class CausalLM(nn.Module):
         x = _norm(config, "norm")(x)
         if config.tied:
             logits = embed.attend(x)
+            logits = _Bias(name="logits")(logits) if config.output_bias else logits
         else:
             biased = {"use_bias": config.output_bias, "dtype": config.dtype}
             logits = nn.Dense(config.vocabulary, **biased, name="logits")(x)

@@ -78,7 +78,7 @@ class Config:
       embedding_scale: What embeddings are multiplied by.
       output_cap: The logits of the vocabulary are `cap * tanh(logit / cap)`; None leaves them.
       output_scale: What the logits of the vocabulary are multiplied by.
-      output_bias: Whether they have biases, where they are not tied.
+      output_bias: Whether they have biases.
       tied: Whether the embedding's table gives the logits, too.
       dropout: Rate on the embeddings and on the output of every sub-layer.
       dtype: Of the computation; that of the parameters if None.

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from mha_jax.attention.rotary import Rotary
-from mha_jax.attention.rotary_scaling import yarn_magnitude
-from mha_jax.errors import UnsupportedError
+from mha_jax.attention.rotary_scaling import YaRN, yarn_magnitude
+from mha_jax.errors import UnsupportedError, WeightsError
 from mha_jax.models import llama
 from mha_jax.models.decoder import CausalLM, Config, Local, filled
 from mha_jax.models.feed_forward import GroupedExperts
 from mha_jax.models.latent import Latent
-from mha_jax.models.sizes import published
+from mha_jax.models.sizes import Published, published
+from mha_jax.models.weights import arrays
 from mha_jax.types import Params
 
 _SELF, _MLP = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
@@ -78,7 +79,7 @@ def config_of(config: Mapping[str, Any]) -> Config:
     )
     rotary = Rotary.from_config(config)
     rotary = dataclasses.replace(rotary, interleaved=config.get("rope_interleave", True))
-    dense = config.get("first_k_dense_replace", 0)
+    dense = config.size("first_k_dense_replace", 0, least=0)
     return Config(
         config["vocab_size"],
         config["hidden_size"],
@@ -91,12 +92,12 @@ def config_of(config: Mapping[str, Any]) -> Config:
         experts=experts,
         use_bias=bool(config.get("attention_bias")),
         latent=latent,
-        scale=_scale(config, latent),
+        scale=_scale(config, latent, rotary),
         tied=bool(config.get("tie_word_embeddings")),
     )
 
 
-def _latent(config: Mapping[str, Any]) -> Latent:
+def _latent(config: Published) -> Latent:
     return Latent(
         rank=config["kv_lora_rank"],
         key_size=config["qk_nope_head_dim"],
@@ -106,12 +107,12 @@ def _latent(config: Mapping[str, Any]) -> Latent:
     )
 
 
-def _scale(config: Mapping[str, Any], latent: Latent) -> float:
+def _scale(config: Published, latent: Latent, rotary: Rotary) -> float:
     """Return the factor on logits, larger where YaRN has made positions longer."""
     scale = (latent.key_size + latent.turned_size) ** -0.5
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("mscale_all_dim") and rope.get("rope_type", rope.get("type")) == "yarn":
-        scale *= yarn_magnitude(rope["factor"], rope["mscale_all_dim"]) ** 2
+    if rope.get("mscale_all_dim") and isinstance(rotary.scaling, YaRN):
+        scale *= yarn_magnitude(rotary.scaling.factor, rope["mscale_all_dim"]) ** 2
     return scale
 
 
@@ -124,7 +125,7 @@ def read(
       config: As for `config_of`.
       tensors: NumPy arrays by PyTorch's names, experts each by itself or all in one. Names that the model has
         not are left alone.
-      dtype: Of the computation; that of the tensors if None.
+      dtype: Of the computation; that of the parameters, float32, if None.
 
     Raises:
       UnsupportedError: As `config_of`.
@@ -134,34 +135,62 @@ def read(
     """
     ours = dataclasses.replace(config_of(config), dtype=dtype)
     latent = _latent(published(config))
+    tensors = _as_ours(latent, ours.num_heads, _together(arrays(tensors)))
     of_queries = (
         {} if latent.query_rank is None else {"layer_{i}/attention/query": _SELF + "q_b_proj"}
     )
-    return filled(ours, _NAMES | of_queries, _as_ours(latent, _together(tensors)))
+    return filled(ours, _NAMES | of_queries, tensors)
 
 
 def _together(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return tensors in which those of single experts, [out, in] each, are one, [X, out, in]."""
-    found, parts = {}, {}
+    found, numbers = {}, {}
     for name, x in tensors.items():
-        one = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name)
+        one = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
         if one is None:
             found[name] = x
         else:
-            parts.setdefault((one[1], one[3]), {})[int(one[2])] = x
-    stacked = {key: np.stack([x for _, x in sorted(each.items())]) for key, each in parts.items()}
-    for experts in {experts for experts, _ in stacked}:
-        gate, up, down = (stacked[experts, f"{part}_proj"] for part in ("gate", "up", "down"))
+            numbers.setdefault(one[1], set()).add(one[2])
+    for experts, known in numbers.items():
+        gate, up, down = (
+            _stacked([f"{experts}.{i}.{part}_proj.weight" for i in range(len(known))], tensors)
+            for part in ("gate", "up", "down")
+        )
         found[f"{experts}.gate_up_proj"] = np.concatenate([gate, up], 1)
         found[f"{experts}.down_proj"] = down
     return found
 
 
-def _as_ours(latent: Latent, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _stacked(names: list[str], tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return one matrix of every expert as [X, out, in]."""
+    for name in names:
+        if name not in tensors:
+            raise WeightsError(
+                f"there is no tensor {name}, where other experts have theirs. Expected the weights of all "
+                "experts of a layer."
+            )
+        first, shape = tensors[names[0]].shape, tensors[name].shape
+        if shape != first or len(shape) != 2:
+            raise WeightsError(
+                f"the tensor {name} has shape {shape}, where that of the first expert has {first}. Expected "
+                "matrices of one shape for all experts of a layer."
+            )
+    return np.stack([tensors[name] for name in names])
+
+
+def _as_ours(
+    latent: Latent, num_heads: int, tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """Return tensors under the names of `_NAMES`: keys and values apart, experts as [X, in, out]."""
     found = {}
     for name, x in tensors.items():
         if name.endswith("kv_b_proj.weight"):
+            needed = (num_heads * (latent.key_size + latent.value_size), latent.rank)
+            if x.shape != needed:
+                raise WeightsError(
+                    f"the tensor {name} has shape {x.shape}, but keys and values of {num_heads} heads need "
+                    f"{needed}. Expected the weights of this very model; compare the sizes in its config."
+                )
             heads = x.reshape(-1, latent.key_size + latent.value_size, latent.rank)
             for part, own in zip("kv", np.split(heads, [latent.key_size], axis=1)):
                 at = name.removesuffix("kv_b_proj.weight")
@@ -169,7 +198,7 @@ def _as_ours(latent: Latent, tensors: Mapping[str, np.ndarray]) -> dict[str, np.
         elif name.endswith("e_score_correction_bias"):
             found[name.removesuffix("_bias") + ".weight"] = x
         elif name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            found[f"{name}.weight"] = x.swapaxes(1, 2)
+            found[f"{name}.weight"] = x.swapaxes(1, 2) if x.ndim == 3 else x
         else:
             found[name] = x
     return found

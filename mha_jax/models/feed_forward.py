@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from mha_jax.attention.given import integer
+from mha_jax.errors import ShapeError
 from mha_jax.models.sizes import FLOAT32, check_named, check_numbers
 from mha_jax.types import Array, DType
 
@@ -106,7 +107,7 @@ class GroupedExperts:
       chosen: How many a token takes.
       groups: How many groups they are in.
       groups_chosen: How many groups a token's experts come from.
-      shared: How many experts all tokens share.
+      shared: How many experts all tokens share; none if 0.
       normalized: Whether a token's weights are divided by their sum.
       scale: What they are multiplied by.
       activation: One of `ACTIVATIONS`.
@@ -125,6 +126,17 @@ class GroupedExperts:
 
     def __post_init__(self):
         _check_experts(self)
+        integer("groups of experts", self.groups, 1, self.count, "They are as large as each other.")
+        if self.count % self.groups:
+            raise ShapeError(
+                f"groups of experts must be as large as each other: got {self.count} experts in "
+                f"{self.groups} groups. Pass a number that divides the experts'."
+            )
+        hint = "A router chooses `groups_chosen` of `groups` for every token, and experts of these alone."
+        integer("chosen groups of experts", self.groups_chosen, 1, self.groups, hint)
+        among = self.groups_chosen * self.count // self.groups
+        integer("chosen experts", self.chosen, 1, among, hint)
+        integer("shared experts", self.shared, 0, 2**20, "All tokens share them; 0 has none.")
         check_numbers(self, scale=-FLOAT32)
 
     def output(self, of: "Mixture", x: Array) -> Array:
@@ -132,7 +144,7 @@ class GroupedExperts:
         correction = of.param("correction", nn.initializers.zeros, (self.count,))
         share = self.shares(route(x), correction).astype(x.dtype)
         out = jnp.einsum("btx,btxd->btd", share, of.experts_of(x[:, :, None]))
-        return out + of.shared(x, self.shared)
+        return out + of.shared(x, self.shared) if self.shared else out
 
     def shares(self, logits: Array, correction: Array) -> Array:
         """Return what every expert counts for: [B, T, X] of the router's logits, and what it adds, [X]."""

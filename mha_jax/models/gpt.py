@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from mha_jax.attention.given import is_integer
 from mha_jax.attention.rotary import Rotary
 from mha_jax.errors import UnsupportedError
 from mha_jax.models.decoder import CausalLM, Config, Local, filled
 from mha_jax.models.layouts import separated
-from mha_jax.models.sizes import Published, published
+from mha_jax.models.sizes import Published, of_each, published
+from mha_jax.models.weights import arrays
 from mha_jax.types import Params
 
 _ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
@@ -40,7 +42,7 @@ def _names(
 
 
 _GPT2_NORMS = {"layer_attention_norm": "ln_1", "layer_hidden_norm": "ln_2", "norm": "ln_f"}
-_LEARNED = _GPT2_NORMS | {"embedding": "wte", "positions": "wpe"}
+_LEARNED = _GPT2_NORMS | {"embedding": "wte", "positions": "wpe", "logits": "lm_head"}
 _NEOX_NORMS = {
     "layer_attention_norm": "input_layernorm",
     "layer_hidden_norm": "post_attention_layernorm",
@@ -72,7 +74,7 @@ _NAMES = {
     ),
     "bloom": _names(
         *("", "h.{i}.", "self_attention.", "dense", *_MLP),
-        **_NEOX_NORMS | {"embedding": "word_embeddings", "norm": "ln_f"},
+        **_NEOX_NORMS | {"embedding": "word_embeddings", "norm": "ln_f", "logits": "lm_head"},
         embedding_norm="word_embeddings_layernorm",
     ),
     "falcon": _names(
@@ -86,31 +88,55 @@ _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu
 
 
 def _gpt2(config: Published) -> Config:
-    width = config["n_embd"]
-    sizes = (width, config.get("n_inner") or 4 * width, config["n_head"])
+    width, heads = config.size("n_embd"), config.size("n_head")
+    sizes = (width, config.get("n_inner") or 4 * width, heads)
+    scale = None if config.get("scale_attn_weights", True) else 1.0
     layers = (Local(),) * config.count("n_layer")
-    return _config(config, sizes, layers, positions=config["n_positions"])
+    if config.get("scale_attn_by_inverse_layer_idx"):
+        first = (width / heads) ** -0.5 if scale is None else scale
+        layers = tuple(Local(scale=first / (i + 1)) for i in range(len(layers)))
+    return _config(config, sizes, layers, scale=scale, positions=config.size("n_positions"))
 
 
 def _gpt_neo(config: Published) -> Config:
-    width = config["hidden_size"]
-    kinds = config.get("attention_layers") or [
-        kind for group, times in config["attention_types"] for kind in group * times
-    ]
-    window = config["window_size"]
+    width, window = config.size("hidden_size"), config.size("window_size")
     return _config(
         config,
         (width, config.get("intermediate_size") or 4 * width, config["num_heads"]),
-        tuple(Local(window=window if kind == "local" else None) for kind in kinds),
+        tuple(Local(window=window if kind == "local" else None) for kind in _kinds(config)),
         use_bias=("attention_output",),
         scale=1.0,
-        positions=config["max_position_embeddings"],
+        positions=config.size("max_position_embeddings"),
+    )
+
+
+def _kinds(config: Published) -> list[str]:
+    """Return for every layer whether its attention is local, as GPT-Neo lists it or counts it in groups."""
+    count, known = config.count("num_layers"), ("global", "local")
+    if config.get("attention_layers"):
+        return of_each("attention_layers", config["attention_layers"], count, known)
+    groups = config["attention_types"]
+    if not isinstance(groups, (list, tuple)) or not all(_is_group(group) for group in groups):
+        raise UnsupportedError(
+            f"attention_types of the config must hold kinds of attention and how many times they come: got "
+            f"{groups!r}. Expected [[['global', 'local'], 12]], say."
+        )
+    kinds = [kind for group, times in groups for kind in [*group] * min(times, count + 1)]
+    return of_each("attention_types", kinds, count, known)
+
+
+def _is_group(group: Any) -> bool:
+    return (
+        isinstance(group, (list, tuple))
+        and len(group) == 2
+        and isinstance(group[0], (list, tuple))
+        and is_integer(group[1])
     )
 
 
 def _gptj(config: Published) -> Config:
-    width, heads = config["n_embd"], config["n_head"]
-    rotary = Rotary(fraction=config["rotary_dim"] * heads / width, interleaved=True)
+    width, heads = config.size("n_embd"), config.size("n_head")
+    rotary = Rotary(fraction=config.size("rotary_dim") * heads / width, interleaved=True)
     return _config(
         config,
         (width, config.get("n_inner") or 4 * width, heads),
@@ -129,8 +155,9 @@ def _gpt_neox(config: Published) -> Config:
         config,
         (config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]),
         (Local(rotary),) * config.count("num_hidden_layers"),
+        use_bias=bool(config.get("attention_bias", True)),
         parallel=config.get("use_parallel_residual", True),
-        tied=False,
+        tied=bool(config.get("tie_word_embeddings")),
     )
 
 
@@ -138,7 +165,7 @@ def _opt(config: Published) -> Config:
     width = config["hidden_size"]
     expected = {"do_layer_norm_before": True, "_remove_final_layer_norm": False}
     expected |= {"word_embed_proj_dim": width, "layer_norm_elementwise_affine": True}
-    _refuse(config, **expected)
+    config.refuse(**expected)
     biased = config.get("enable_bias", True)
     return _config(
         config,
@@ -146,13 +173,13 @@ def _opt(config: Published) -> Config:
         (Local(),) * config.count("num_hidden_layers"),
         use_bias=biased,
         hidden_bias=biased,
-        positions=config["max_position_embeddings"],
+        positions=config.size("max_position_embeddings"),
     )
 
 
 def _falcon(config: Published) -> Config:
-    _refuse(config, alibi=False)
-    width, heads = config["hidden_size"], config["num_attention_heads"]
+    config.refuse(alibi=False)
+    width, heads = config.size("hidden_size"), config.size("num_attention_heads")
     grouped = config.get("new_decoder_architecture", False)
     alone = 1 if config.get("multi_query", True) else heads
     parallel = grouped or config.get("parallel_attn", True)
@@ -169,8 +196,8 @@ def _falcon(config: Published) -> Config:
 
 
 def _bloom(config: Published) -> Config:
-    _refuse(config, apply_residual_connection_post_layernorm=False)
-    width = config.get("n_embed") or config["hidden_size"]
+    config.refuse(apply_residual_connection_post_layernorm=False)
+    width = config.size("n_embed" if config.get("n_embed") else "hidden_size")
     heads = config.get("n_head") or config["num_attention_heads"]
     layers = (Local(),) * config.count("n_layer" if config.get("n_layer") else "num_hidden_layers")
     return _config(config, (width, 4 * width, heads), layers, alibi=True, embedding_norm=True)
@@ -179,16 +206,6 @@ def _bloom(config: Published) -> Config:
 def _has_two_norms(config: Mapping[str, Any]) -> bool:
     grouped = config.get("new_decoder_architecture", False)
     return grouped and (config.get("num_ln_in_parallel_attn") or 2) == 2
-
-
-def _refuse(config: Mapping[str, Any], **expected: Any) -> None:
-    """Refuse what the decoder has not; what a config does not say is as expected."""
-    for name, value in expected.items():
-        if (found := config.get(name)) not in (None, value):
-            raise UnsupportedError(
-                f"the config has {name}={found!r}, where the decoder can be {value!r} alone. Build the "
-                "model of the layer by hand."
-            )
 
 
 _FAMILIES = {
@@ -210,7 +227,7 @@ def _config(
     usual = {"gpt_neox": "gelu", "falcon": "gelu", "opt": "relu"}
     named = next((config[name] for name in names if config.get(name)), None)
     named = named or usual.get(config["model_type"], "gelu_new")
-    if named not in _ACTIVATIONS:
+    if named not in tuple(_ACTIVATIONS):
         raise UnsupportedError(
             f"the config has the activation {named!r}, expected one of {', '.join(_ACTIVATIONS)}."
         )
@@ -266,6 +283,7 @@ def read(
 
     Cost: A copy of the tensors.
     """
+    config, tensors = published(config), arrays(tensors)
     ours, family = dataclasses.replace(config_of(config), dtype=dtype), config["model_type"]
     names = _NAMES[family]
     if family in ("gpt2", "bloom"):  # Published without the start of their names.
@@ -276,7 +294,12 @@ def read(
     elif family == "gpt_neox":
         tensors = {name.replace("lm_head.", "embed_out."): x for name, x in tensors.items()}
     elif family == "opt":  # Its first two positions are of padding.
-        tensors = {n: x[2:] if "embed_positions" in n else x for n, x in tensors.items()}
+        tensors = {
+            name: x[2:] if "embed_positions" in name and x.ndim else x
+            for name, x in tensors.items()
+        }
+    elif family == "gptj" and ours.tied:  # Of its logits' module the bias alone is its own.
+        tensors.pop("lm_head.weight", None)
     elif family == "falcon" and _has_two_norms(config):
         names = {
             ours: next((name.replace(a, b) for a, b in _TWO_NORMS.items() if a in name), name)

@@ -8,17 +8,19 @@ key-value head, its key, its value, and then the next group (query_key_value of 
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mha_jax.attention.given import integer, text
 from mha_jax.errors import WeightsError
 from mha_jax.layer.linen import MultiHeadAttention
-from mha_jax.models.weights import fill
+from mha_jax.models.weights import arrays, fill
 from mha_jax.types import Params
 
+Layout: TypeAlias = Literal["stacked", "grouped"]
 _STACKED, _GROUPED = ("c_attn", "qkv_proj", "in_proj"), ("query_key_value",)
 _PARTS = ("q_proj", "k_proj", "v_proj")
 _NAMES = {
@@ -29,11 +31,13 @@ _NAMES = {
     "query_norm": ("q_norm", "query_norm", "q_layernorm"),
     "key_norm": ("k_norm", "key_norm", "k_layernorm"),
 }
+# What PyTorch's modules keep beside their weights: causal masks and frequencies.
+_BUFFERS = ("bias", "masked_bias", "rotary_emb.inv_freq")
 
 
 def split(
     fused: np.ndarray,
-    layout: Literal["stacked", "grouped"],
+    layout: Layout,
     num_heads: int,
     num_kv_heads: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -56,7 +60,15 @@ def split(
     ([0, 1, 4, 5], [2, 6], [3, 7])
     """
     kv = num_heads if num_kv_heads is None else num_kv_heads
+    for name, count in (("num_heads", num_heads), ("num_kv_heads", kv)):
+        integer(name, count, 1, 2**31 - 1, "It is that of the model.")
+    if not isinstance(fused, np.ndarray):
+        raise WeightsError(f"fused weights must be a NumPy array: got {type(fused).__name__}.")
+    if not fused.ndim or not fused.size:
+        raise WeightsError(f"fused weights must be [R, D] or [R]: got shape {fused.shape}.")
     rows, heads = fused.shape[0], num_heads + 2 * kv
+    if layout not in get_args(Layout):
+        raise WeightsError(f"layout must be one of {', '.join(get_args(Layout))}: got {layout!r}.")
     if rows % heads or num_heads % kv:
         raise WeightsError(
             f"the fused weights have {rows} rows, which must be those of {num_heads} query heads and twice "
@@ -73,7 +85,10 @@ def split(
 
 
 def separated(
-    tensors: Mapping[str, np.ndarray], num_heads: int, num_kv_heads: int | None = None
+    tensors: Mapping[str, np.ndarray],
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    layout: Layout | None = None,
 ) -> dict[str, np.ndarray]:
     """Return the tensors of a model with q_proj, k_proj and v_proj for every fused matrix and bias.
 
@@ -81,24 +96,41 @@ def separated(
       tensors: By PyTorch's names; those of modules called c_attn, qkv_proj, in_proj or query_key_value are
         taken apart.
       num_heads, num_kv_heads: As for `split`.
+      layout: As for `split`; if None, by the module's name: query_key_value is grouped, others are stacked.
 
     Raises:
-      WeightsError: As `split`.
+      WeightsError: As `split`; if a fused matrix stands beside separate ones.
 
     >>> sorted(separated({"h.0.attn.c_attn.bias": np.zeros(12)}, num_heads=2))
     ['h.0.attn.k_proj.bias', 'h.0.attn.q_proj.bias', 'h.0.attn.v_proj.bias']
     """
     found = {}
-    for name, x in tensors.items():
+    for name, x in arrays(tensors).items():
         module, _, part = name.rpartition(".")
         above, _, last = module.rpartition(".")
         if last not in _STACKED + _GROUPED:
             found[name] = x
             continue
-        layout = "stacked" if last in _STACKED else "grouped"
-        for ours, piece in zip(_PARTS, split(x, layout, num_heads, num_kv_heads)):
-            found[f"{above}.{ours}.{part}".lstrip(".")] = piece
+        lies = layout or ("stacked" if last in _STACKED else "grouped")
+        for ours, piece in zip(_PARTS, split(x, lies, num_heads, num_kv_heads)):
+            own = f"{above}.{ours}.{part}".lstrip(".")
+            if own in tensors:
+                raise WeightsError(
+                    f"there are both {name!r} and {own!r}, and one of them would be left out. Pass "
+                    "those that the model computes with."
+                )
+            found[own] = piece
     return found
+
+
+def _upright(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Return matrices as (out, in), if a fused one's bias tells that they are (in, out), as GPT-2's."""
+    shapes = {name: x.shape for name, x in state.items()}
+    for module in _STACKED:
+        weight, bias = (shapes.get(f"{module}.{part}", ()) for part in ("weight", "bias"))
+        if bias and weight[1:] == bias != weight[:1]:
+            return {name: x.T if name.endswith(".weight") else x for name, x in state.items()}
+    return state
 
 
 def import_attention(
@@ -107,21 +139,25 @@ def import_attention(
     num_kv_heads: int | None = None,
     *,
     prefix: str = "",
+    layout: Layout | None = None,
     **arguments: Any,
 ) -> tuple[MultiHeadAttention, dict[str, Params]]:
     """Return a layer and its variables for one attention module of a PyTorch model.
 
     Args:
       state: NumPy arrays by name: q_proj, k_proj, v_proj, o_proj (Llama and its relatives, OPT, BART with
-        out_proj, T5 with q, k, v, o), or a fused matrix that `separated` knows, with c_proj or dense.
+        out_proj, T5 with q, k, v, o), or a fused matrix that `separated` knows, with c_proj or dense; those
+        of GPT-2, (in, out), too.
       num_heads, num_kv_heads: N and K, which the weights do not show.
       prefix: Of the names, in the state of a whole model: "model.layers.0.self_attn.", say.
+      layout: Of a fused matrix, as for `separated`: "grouped" for GPTBigCode's c_attn without multi_query.
       **arguments: Of the layer, which the weights do not show either: `rotary=...`, `scale=1.0`,
         `sliding_window=...`. Biases are found, and norms of queries and keys: by the shape of their weights
-        "rms", "rms_over_heads" (OLMo 2) or "layer_per_head" (Cohere), unless `qk_norm` says otherwise.
+        "rms", "rms_over_heads" (OLMo 2) or "layer_per_head" (Cohere), unless `qk_norm` says otherwise;
+        sinks, too (gpt-oss).
 
     Raises:
-      WeightsError: If a projection is missing, or weights do not fit each other.
+      WeightsError: If a projection is missing, weights do not fit each other, or some have no place.
 
     >>> names = ("q_proj", "k_proj", "v_proj", "o_proj")
     >>> state = {f"{name}.weight": np.ones((6 if name[0] in "kv" else 12, 12), np.float32) for name in names}
@@ -129,8 +165,10 @@ def import_attention(
     >>> layer.key_dim, variables["params"]["key"]["kernel"].shape
     (3, (12, 2, 3))
     """
+    integer("num_heads", num_heads, 1, 2**31 - 1, "It is that of the model.")
+    state, prefix = arrays(state), text("prefix", prefix, "Pass '' for none.")
     own = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
-    found = separated(own, num_heads, num_kv_heads)
+    found = separated(_upright(own), num_heads, num_kv_heads, layout)
     there = {ours: [x for x in theirs if f"{x}.weight" in found] for ours, theirs in _NAMES.items()}
     names = {ours: theirs[0] for ours, theirs in there.items() if theirs}
     missing = [" or ".join(_NAMES[name]) for name in list(_NAMES)[:4] if name not in names]
@@ -147,6 +185,9 @@ def import_attention(
         together = norm.size > query.shape[0] // num_heads
         kind = "layer_per_head" if norm.ndim > 1 else "rms_over_heads" if together else "rms"
         arguments.setdefault("qk_norm", kind)
+    if "sinks" in found and arguments.setdefault("use_sinks", True):
+        names["sinks"] = "sinks"
+        found["sinks.weight"] = found.pop("sinks")
     biased = tuple(ours for ours in list(_NAMES)[:4] if f"{names[ours]}.bias" in found)
     layer = MultiHeadAttention(
         num_heads,
@@ -162,4 +203,10 @@ def import_attention(
         for name in ("query", "value")
     )
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x, memory)["params"]
+    taken = {f"{names.get(name)}.{part}" for name in shapes for part in ("weight", "bias")}
+    if left := sorted(set(found) - taken - set(_BUFFERS)):
+        raise WeightsError(
+            f"these weights under {prefix!r} have no place in the layer: {', '.join(left[:9])}. Take them "
+            "out of the state if the model computes without them."
+        )
     return layer, {"params": fill(shapes, names, found)}

@@ -10,17 +10,19 @@ OpenAI 2025, arXiv:2508.10925; Cohere 2024 (Command R); OLMo Team 2024, arXiv:25
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax.attention.given import integer
+from mha_jax.attention.given import integer, of_kind
 from mha_jax.attention.rotary import Rotary
 from mha_jax.errors import UnsupportedError
 from mha_jax.models.decoder import CausalLM, Config, Experts, Local, SharedExperts, filled
-from mha_jax.models.sizes import Published, published
+from mha_jax.models.sizes import FLOAT32, Published, check_numbers, of_each, published
+from mha_jax.models.weights import arrays
 from mha_jax.types import Array, ArrayLike, Float, Int, Params
 
 _SELF, _MLP = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
@@ -59,33 +61,43 @@ _INPUTS = ("query", "key", "value")
 _HEAD = "It is the head size, or a number in its place."
 
 
-def _gemma(config: Mapping[str, Any]) -> dict[str, Any]:
+def _activation(name: str, found: Any) -> str:
+    if found not in tuple(_ACTIVATIONS):
+        raise UnsupportedError(
+            f"the config has {name}={found!r}, expected one of {', '.join(_ACTIVATIONS)}."
+        )
+    return _ACTIVATIONS[found]
+
+
+def _gemma(config: Published) -> dict[str, Any]:
+    config.refuse(use_bidirectional_attention=False)
+    named = config.get("hidden_activation") or "gelu_pytorch_tanh"
     return {
         "norm_after": True,
-        "activation": _ACTIVATIONS[config.get("hidden_activation") or "gelu_pytorch_tanh"],
+        "activation": _activation("hidden_activation", named),
         "scale": integer("query_pre_attn_scalar", config["query_pre_attn_scalar"], 1, 2**20, _HEAD)
         ** -0.5,
         "logit_cap": config.get("attn_logit_softcapping"),
         "output_cap": config.get("final_logit_softcapping"),
-        "embedding_scale": config["hidden_size"] ** 0.5,
+        "embedding_scale": config.size("hidden_size") ** 0.5,
         "tied": config.get("tie_word_embeddings", True),
     }
 
 
-def _gpt_oss(config: Mapping[str, Any]) -> dict[str, Any]:
+def _gpt_oss(config: Published) -> dict[str, Any]:
     limit, slope = config.get("swiglu_limit", 7.0), config.get("swiglu_alpha", 1.702)
     experts = Experts(config["num_local_experts"], config["num_experts_per_tok"], limit, slope)
     return {"use_sinks": True, "experts": experts, "use_bias": config.get("attention_bias", True)}
 
 
-def _olmo2(config: Mapping[str, Any]) -> dict[str, Any]:
+def _olmo2(config: Published) -> dict[str, Any]:
     epsilon = config.get("rms_norm_eps", 1e-5)
     norms = {"norm_before": False, "norm_after": True, "epsilon": epsilon}
     return {"qk_norm": "rms_over_heads"} | norms
 
 
-def _llama4(config: Mapping[str, Any]) -> dict[str, Any]:
-    activation = _ACTIVATIONS[config.get("hidden_act", "silu")]
+def _llama4(config: Published) -> dict[str, Any]:
+    activation = _activation("hidden_act", config.get("hidden_act", "silu"))
     return {
         "qk_norm": "l2",
         "epsilon": config.get("rms_norm_eps", 1e-5),
@@ -96,7 +108,7 @@ def _llama4(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cohere(config: Mapping[str, Any]) -> dict[str, Any]:
+def _cohere(config: Published) -> dict[str, Any]:
     return {
         "qk_norm": "layer_per_head" if config.get("use_qk_norm") else None,
         "norm": "layer",
@@ -137,6 +149,9 @@ class Tempered:
     strength: float
     every: float
 
+    def __post_init__(self):
+        check_numbers(self, scale=-FLOAT32, strength=-FLOAT32, every=1e-30)
+
     def __call__(self, positions: Int[ArrayLike, "B T"]) -> Float[Array, "B T"]:
         times = jnp.floor((jnp.asarray(positions, jnp.float32) + 1) / self.every)
         return (1 + self.strength * jnp.log1p(times)) * self.scale
@@ -164,13 +179,10 @@ def config_of(config: Mapping[str, Any]) -> Config:
             f"the config is of the family {family!r}, where {', '.join(_FAMILIES)} can be read. "
             "Build a models.decoder.Config by hand if the family is made of the same parts."
         )
-    if config.get("hidden_act", "silu") not in _ACTIVATIONS:
-        raise UnsupportedError(
-            f"the config has hidden_act={config['hidden_act']!r}, expected one of {', '.join(_ACTIVATIONS)}."
-        )
+    activation = _activation("hidden_act", config.get("hidden_act", "silu"))
     layers = _llama4_layers(config) if family == "llama4_text" else _layers(config)
     fields: dict[str, Any] = {
-        "activation": _ACTIVATIONS[config.get("hidden_act", "silu")],
+        "activation": activation,
         "use_bias": bool(config.get("attention_bias")),
         "hidden_bias": bool(config.get("mlp_bias")),
         "tied": bool(config.get("tie_word_embeddings")),
@@ -191,71 +203,80 @@ def config_of(config: Mapping[str, Any]) -> Config:
 def _layers(config: Published) -> tuple[Local, ...]:
     kinds = _kinds(config)
     rotary = {kind: _rotary(config, kind) for kind in set(kinds)}
-    window = config.get("sliding_window")
+    window = config["sliding_window"] if "sliding_attention" in kinds else None
     return tuple(Local(rotary[k], window if k == "sliding_attention" else None) for k in kinds)
 
 
 def _llama4_layers(config: Published) -> tuple[Local, ...]:
     """Return layers with rotary positions, in chunks, and those without, which scale by position."""
-    count, every = config.count("num_hidden_layers"), config.get("no_rope_layer_interval", 4)
+    count, every = config.count("num_hidden_layers"), config.size("no_rope_layer_interval", 4)
     turned = config.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(count)]
+    turned = of_each("no_rope_layers", turned, count)
     size = config.get("attention_chunk_size", 8192)
-    chunked = config.get("layer_types") or ["chunked_attention" if one else "" for one in turned]
-    for name, each in (("no_rope_layers", turned), ("layer_types", chunked)):
-        if len(each) != count:
-            raise UnsupportedError(_lengths(name, each, count))
-    step, sparse = config.get("interleave_moe_layer_step", 1), config.get("moe_layers")
-    sparse = range(step - 1, count, step) if sparse is None else sparse
-    tempered = None
+    full, chunked = "full_attention", "chunked_attention"
+    kinds = config.get("layer_types") or [chunked if one else full for one in turned]
+    kinds = of_each("layer_types", kinds, count, (full, chunked))
+    sparse, tempered = _llama4_sparse(config, count), None
     if config.get("attn_temperature_tuning", True):
         usual = {"attn_scale": 0.1, "floor_scale": 8192} | dict(config)
-        head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        head_size = config.size("hidden_size") / config.size("num_attention_heads")
+        head_size = config.size("head_dim") if config.get("head_dim") else head_size
         tempered = Tempered(head_size**-0.5, usual["attn_scale"], usual["floor_scale"])
     return tuple(
         Local(
             _rotary(config, kind) if turns else None,
-            chunk=size if kind == "chunked_attention" else None,
+            chunk=size if kind == chunked else None,
             scale=None if turns else tempered,
             normed=bool(turns) and config.get("use_qk_norm", True),
             sparse=i in sparse,
         )
-        for i, (turns, kind) in enumerate(zip(turned, chunked))
+        for i, (turns, kind) in enumerate(zip(turned, kinds))
     )
 
 
-def _lengths(name: str, each: Any, count: int) -> str:
-    return (
-        f"{name} of the config must say something of each of {count} layers: got {len(each)} entries. "
-        "Compare num_hidden_layers."
-    )
+def _llama4_sparse(config: Published, count: int) -> Collection[int]:
+    """Return the numbers of the layers that have experts."""
+    if config.get("moe_layers") is None:
+        step = config.size("interleave_moe_layer_step", 1)
+        return range(step - 1, count, step)
+    hint = "It lists the numbers of the layers that have experts, from 0 on."
+    listed = of_kind("moe_layers", config["moe_layers"], Sequence, hint)
+    return [integer("each of moe_layers", i, 0, 2**20, hint) for i in listed]
 
 
 def _kinds(config: Published) -> list[str]:
     """Return for every layer whether its attention slides, as newer configs list it."""
     count = config.count("num_hidden_layers")
+    full, sliding = "full_attention", "sliding_attention"
     if config.get("layer_types"):
-        if len(config["layer_types"]) != count:
-            raise UnsupportedError(_lengths("layer_types", config["layer_types"], count))
-        unknown = set(config["layer_types"]) - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise UnsupportedError(
-                f"layer_types of the config names {', '.join(sorted(unknown))}: expected full_attention and "
-                "sliding_attention. Other kinds of attention cannot be read."
-            )
-        return list(config["layer_types"])
-    family, window = config["model_type"], config.get("sliding_window")
-    if window is None or family not in ("mistral", "gemma2", "gemma3_text", "gpt_oss"):
-        return ["full_attention"] * count
+        return of_each("layer_types", config["layer_types"], count, (full, sliding))
+    slides = _sliding(config, count)
+    return [sliding if i in slides else full for i in range(count)]
+
+
+def _sliding(config: Published, count: int) -> Collection[int]:
+    """Return the numbers of the layers that slide in a config that does not list them."""
+    family = config["model_type"]
+    if family in ("qwen2", "qwen3"):
+        if not config.get("use_sliding_window") or config["sliding_window"] is None:
+            return ()
+        return range(config.size("max_window_layers", 28, least=0), count)
+    if config.get("sliding_window") is None:
+        return ()
     if family == "mistral":
-        return ["sliding_attention"] * count
-    every = config.get("sliding_window_pattern", 6) if family == "gemma3_text" else 2
-    return ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(count)]
+        return range(count)
+    if family in ("gemma2", "gpt_oss"):
+        return range(0, count, 2)
+    if family == "gemma3_text":
+        every = config.size("sliding_window_pattern", 6)
+        return [i for i in range(count) if (i + 1) % every]
+    return ()
 
 
-def _rotary(config: Mapping[str, Any], kind: str) -> Rotary:
+def _rotary(config: Published, kind: str) -> Rotary:
     """Return the rotary positions of a kind of layer; Gemma 3 has two bases."""
     rope, family = config.get("rope_parameters") or {}, config["model_type"]
-    if kind in rope:
+    if kind in of_kind("rope_parameters", rope, Mapping, "Pass the config.json as it is."):
         return Rotary.from_config({**config, "rope_parameters": rope[kind]})
     if kind == "sliding_attention" and "rope_local_base_freq" in config:
         return Rotary(base=config["rope_local_base_freq"])
@@ -271,7 +292,7 @@ def read(
     Args:
       config: As for `config_of`.
       tensors: NumPy arrays by PyTorch's names. Names that the model has not are left alone.
-      dtype: Of the computation; that of the tensors if None.
+      dtype: Of the computation; that of the parameters, float32, if None.
 
     Raises:
       UnsupportedError: As `config_of`.
@@ -281,15 +302,16 @@ def read(
     """
     ours = dataclasses.replace(config_of(config), dtype=dtype)
     family = published(config)["model_type"]
-    tensors = dict(_plain(name, x) for name, x in tensors.items())
-    if family.startswith("gemma"):  # Its norms multiply by 1 + weight.
-        tensors = {
-            name: x + 1 if name.endswith("norm.weight") else x for name, x in tensors.items()
-        }
+    tensors = dict(_plain(name, x) for name, x in arrays(tensors).items())
     names = NAMES | (_NORMED_AFTER if ours.norm_after else {})
     if family == "llama4_text":
         names = {ours: name.replace(".mlp.", ".feed_forward.") for ours, name in names.items()}
-    return filled(ours, names, tensors)
+    model, variables = filled(ours, names, tensors)
+    if family.startswith("gemma"):  # Its norms multiply by 1 + weight.
+        variables = jax.tree_util.tree_map_with_path(
+            lambda path, x: x + 1 if path[-1].key == "scale" else x, variables
+        )
+    return model, variables
 
 
 def _plain(name: str, x: np.ndarray) -> tuple[str, np.ndarray]:

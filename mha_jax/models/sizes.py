@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mha_jax.attention.fitted import mask_array
@@ -99,7 +99,7 @@ def reals(name: str, mask: Any, tokens: Array) -> Array:
 
 
 class Published(dict):
-    """A Hugging Face config that says in words what it lacks."""
+    """A Hugging Face config that says in words what it lacks, and what of it cannot be meant."""
 
     def __missing__(self, name: str) -> Any:
         raise UnsupportedError(
@@ -114,6 +114,29 @@ class Published(dict):
           ShapeError: If that is no count.
         """
         return integer(name, self[name], 0, 2**20, "It counts the layers of the model.")
+
+    def size(self, name: str, usual: int | None = None, least: int = 1) -> int:
+        """Return a size, the usual one where the config does not say it.
+
+        Raises:
+          ShapeError: If that is none.
+          UnsupportedError: If it is not said, and there is no usual one.
+        """
+        found = self[name] if usual is None else self.get(name, usual)
+        return integer(name, found, least, 2**31 - 1, "Pass the model's config.json as it is.")
+
+    def refuse(self, **expected: Any) -> None:
+        """Refuse what the decoder has not; what a config does not say is as expected.
+
+        Raises:
+          UnsupportedError: Naming it.
+        """
+        for name, value in expected.items():
+            if (found := self.get(name)) not in (None, value):
+                raise UnsupportedError(
+                    f"the config has {name}={found!r}, where the decoder can be {value!r} alone. Build the "
+                    "model of the layer by hand."
+                )
 
 
 def published(config: Any) -> Published:
@@ -131,3 +154,31 @@ def published(config: Any) -> Published:
         )
         config = config.get("text_config") or config
     return Published(config)
+
+
+def of_each(name: str, found: Any, count: int, kinds: Sequence[str] = ()) -> list[Any]:
+    """Return what a config says of each of its layers.
+
+    Args:
+      name: What the config calls it.
+      found: What it says.
+      count: Of layers.
+      kinds: What alone can be said; anything if there are none.
+
+    Raises:
+      UnsupportedError: If it is no list of so many, or names other kinds.
+    """
+    listed = isinstance(found, (list, tuple))
+    if not listed or len(found) != count:
+        got = f"{len(found)} entries" if listed else repr(found)
+        raise UnsupportedError(
+            f"{name} of the config must list something of each of {count} layers: got {got}. Compare the "
+            "config's number of layers."
+        )
+    unknown = {str(kind) for kind in found if kinds and kind not in kinds}
+    if unknown:
+        raise UnsupportedError(
+            f"{name} of the config names {', '.join(sorted(unknown))}: expected {' and '.join(kinds)}. Other "
+            "kinds of attention cannot be read."
+        )
+    return list(found)

@@ -22,7 +22,7 @@ from mha_jax.errors import UnsupportedError
 from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.models.feed_forward import ACTIVATIONS, FeedForward
 from mha_jax.models.sizes import check_config, check_named, check_numbers, published, symbols
-from mha_jax.models.weights import variables_of
+from mha_jax.models.weights import arrays, variables_of
 from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int, Params
 
 Caches = tuple[tuple[Cache, Cache], ...]
@@ -224,7 +224,7 @@ def config_of(config: Mapping[str, Any]) -> Config:
     config = published(config)
     activation = config.get("feed_forward_proj", "relu")
     known = {"relu": ("relu", False), "gated-gelu": ("gelu_tanh", True)}
-    if config.get("model_type") != "t5" or activation not in known:
+    if config.get("model_type") != "t5" or activation not in tuple(known):
         raise UnsupportedError(
             f"the config is of the family {config.get('model_type')!r} with "
             f"feed_forward_proj={activation!r}: expected t5 with relu or gated-gelu."
@@ -280,6 +280,6 @@ def read(
     names = {"embedding": "shared", "logits": "lm_head"}
     names |= _names("encoder", causal=False) | _names("decoder", causal=True)
     # Without a gate the projection that is activated has no number.
-    tensors = {name.replace(".wi.", ".wi_1."): x for name, x in tensors.items()}
+    tensors = {name.replace(".wi.", ".wi_1."): x for name, x in arrays(tensors).items()}
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return model, variables_of(model, names, tensors, tokens, tokens)

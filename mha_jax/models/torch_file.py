@@ -72,6 +72,10 @@ def read(data: bytes) -> dict[str, np.ndarray]:
     mha_jax.errors.WeightsError: the file is a zip archive, as PyTorch writes since 1.6. Expected the \
 older format. Save the weights anew with safetensors.torch.save_file.
     """
+    if not isinstance(data, bytes):
+        raise WeightsError(
+            f"data must be the bytes of a file: got {type(data).__name__}. Read it first."
+        )
     if data.startswith(b"PK\x03\x04"):
         raise WeightsError(
             "the file is a zip archive, as PyTorch writes since 1.6. Expected the older format. "

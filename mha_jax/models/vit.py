@@ -19,7 +19,7 @@ from mha_jax.errors import ShapeError, UnsupportedError
 from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.models.feed_forward import ACTIVATIONS, FeedForward
 from mha_jax.models.sizes import check_config, check_named, check_numbers, published
-from mha_jax.models.weights import variables_of
+from mha_jax.models.weights import arrays, variables_of
 from mha_jax.types import Array, ArrayLike, Float, Params
 
 
@@ -38,6 +38,7 @@ class Config:
       layers: How many.
       activation: One of `models.feed_forward.ACTIVATIONS`.
       epsilon: Of the norms.
+      qkv_bias: Whether the projections to queries, keys and values have biases.
 
     Raises:
       ShapeError: A size cannot be meant.
@@ -53,6 +54,7 @@ class Config:
     layers: int = 12
     activation: str = "gelu"
     epsilon: float = 1e-12
+    qkv_bias: bool = True
 
     def __post_init__(self):
         names = ("classes", "image", "patch", "channels", "width", "num_heads", "hidden")
@@ -75,7 +77,10 @@ class Layer(nn.Module):
         config = self.config
         norm = partial(nn.LayerNorm, config.epsilon, use_fast_variance=False)
         attend = MultiHeadAttention(
-            config.num_heads, config.width // config.num_heads, name="attention"
+            config.num_heads,
+            config.width // config.num_heads,
+            use_bias=config.qkv_bias or ("attention_output",),
+            name="attention",
         )
         y = norm(name="attention_norm")(x)
         x = x + attend(y, y)
@@ -163,14 +168,15 @@ def read(
       WeightsError: A tensor is missing or has another shape.
     """
     config = published(config)
-    if config.get("model_type") != "vit" or config.get("hidden_act", "gelu") not in ACTIVATIONS:
+    named = config.get("hidden_act", "gelu")
+    if config.get("model_type") != "vit" or named not in tuple(ACTIVATIONS):
         raise UnsupportedError(
             f"the config is of the family {config.get('model_type')!r} with "
             f"hidden_act={config.get('hidden_act')!r}: expected vit with one of {', '.join(ACTIVATIONS)}."
         )
-    found = dict(_published(name, x) for name, x in tensors.items())
+    found = dict(_published(name, x) for name, x in arrays(tensors).items())
     ours = Config(
-        len(found["classifier.bias"]) if "classifier.bias" in found else 1,
+        found["classifier.bias"].size if "classifier.bias" in found else 1,
         config["image_size"],
         config["patch_size"],
         config.get("num_channels", 3),
@@ -178,8 +184,9 @@ def read(
         config["num_attention_heads"],
         config["intermediate_size"],
         config["num_hidden_layers"],
-        config.get("hidden_act", "gelu"),
+        named,
         config.get("layer_norm_eps", 1e-12),
+        config.get("qkv_bias", True),
     )
     model = ViT(ours)
     images = jax.ShapeDtypeStruct((1, ours.image, ours.image, ours.channels), jnp.float32)
@@ -191,7 +198,7 @@ def _published(name: str, x: np.ndarray) -> tuple[str, np.ndarray]:
     for theirs, first in _RENAMED.items():
         name = name.replace(theirs, first)
     if name in (_NAMES["first"], _NAMES["positions"]):
-        return f"{name}.weight", x.reshape(x.shape[-2:])
+        return f"{name}.weight", x[0] if x.shape[:-2] == (1,) else x
     if name == f"{_NAMES['patches']}.weight" and x.ndim == 4:  # (D, channels, rows, columns)
         return name, x.transpose(0, 2, 3, 1).reshape(len(x), -1)
     return name, x

@@ -225,13 +225,39 @@ def fill(
     return filled
 
 
-def _numbers(name: str, x: Any) -> Any:
-    """Return a tensor that holds what it means."""
+def arrays(tensors: Any) -> dict[str, Any]:
+    """Return the tensors of a model by name, in a dictionary of their own.
+
+    Raises:
+      WeightsError: They are no arrays by name.
+    """
+    if not isinstance(tensors, Mapping):
+        raise WeightsError(
+            f"the tensors must be a dictionary of NumPy arrays by PyTorch's names: got "
+            f"{type(tensors).__name__}. Pass what models.weights.read_safetensors returns."
+        )
+    for name, x in tensors.items():
+        if not isinstance(name, str):
+            raise WeightsError(
+                f"the tensors must have PyTorch's names, which are texts: got {name!r}. Pass the "
+                "dictionary as it was read."
+            )
+        _array(name, x)
+    return dict(tensors)
+
+
+def _array(name: str, x: Any) -> Any:
     if not isinstance(x, (np.ndarray, jax.Array)):
         raise WeightsError(
             f"the tensor {name} must be a NumPy array: got {type(x).__name__}. Pass tensor.numpy(), of "
             "bfloat16 tensor.float().numpy()."
         )
+    return x
+
+
+def _numbers(name: str, x: Any) -> Any:
+    """Return a tensor that holds what it means."""
+    x = _array(name, x)
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
         raise WeightsError(
             f"the tensor {name} holds {x.dtype}, which is quantized, or no weight: expected float64, "

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -175,11 +176,12 @@ def torch():
     return pytest.importorskip("torch", reason="torch is not installed: pip install torch")
 
 
-def make(name, torch):
+def make(name, torch, **changed):
     """Return PyTorch's model with drawn weights, its config, and our module that reads both."""
     import transformers
 
     model_name, config_name, module, fields = FAMILIES[name]
+    fields = fields | changed
     model_name = model_name if model_name.endswith("LM") else f"{model_name}Model"
     config = getattr(transformers, f"{config_name}Config")(**fields)
     config._attn_implementation = config._experts_implementation = "eager"
@@ -239,6 +241,57 @@ def test_a_family_gives_its_logits_and_gradients(name, torch):
     np.testing.assert_allclose(np.concatenate(pieces, 1)[MASK], want[MASK], atol=1e-5, rtol=1e-5)
 
 
+_UNTIED, _TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
+_SLIDES = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+CHOICES = [
+    ("gpt2", {"scale_attn_weights": False}),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    ("gpt2", {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}),
+    *[(name, _UNTIED) for name in ("gpt2", "gpt_neo", "bloom")],
+    *[(name, _TIED) for name in ("gptj", "gpt_neox")],
+    ("gpt_neox", {"attention_bias": False}),
+    ("gpt_neox", {"hidden_size": 48, "rotary_pct": 0.3}),
+    *[(name, _SLIDES) for name in ("qwen2", "qwen3")],
+    ("deepseek_v3", {"n_shared_experts": 0}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")  # torch, of no shared experts
+@pytest.mark.parametrize("name, changed", CHOICES, ids=str)
+def test_what_a_config_chooses_is_read(name, changed, torch):
+    theirs, config, module = make(name, torch, **changed)
+    if changed is _SLIDES:  # as configs were before they listed their layers
+        config = {key: x for key, x in config.items() if key != "layer_types"}
+    tensors = tensors_of(theirs)
+    if changed is _TIED:  # files leave it out
+        del tensors["lm_head.weight"]
+    model, variables = module.read(config, tensors)
+    tokens = np.random.default_rng(2).integers(0, VOCABULARY, (2, LENGTH))
+    want = theirs(torch.from_numpy(tokens)).logits.detach().numpy()
+    got = jax.jit(model.apply)(variables, tokens)
+    np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_weights_of_half_precision_are_read_as_their_numbers(name, torch):
+    theirs, config, module = make(name, torch)
+    halves = {n: x.astype(ml_dtypes.bfloat16) for n, x in tensors_of(theirs).items()}
+    _, want = module.read(config, {n: x.astype(np.float32) for n, x in halves.items()})
+    _, got = module.read(config, halves)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_tied_table_may_have_a_bias_beside_it():
+    model, tokens = decoder.CausalLM(dataclasses.replace(SMALL, tied=True)), np.ones((2, 5), int)
+    biased = decoder.CausalLM(dataclasses.replace(SMALL, tied=True, output_bias=True))
+    variables, bias = model.init(jax.random.key(0), tokens), np.arange(11.0, dtype=np.float32)
+    shapes = jax.eval_shape(biased.init, jax.random.key(0), tokens)["params"]
+    assert shapes["logits"]["bias"].shape == bias.shape
+    both = {"params": variables["params"] | {"logits": {"bias": bias}}}
+    want = np.asarray(model.apply(variables, tokens)) + bias
+    np.testing.assert_allclose(biased.apply(both, tokens), want, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -285,6 +338,12 @@ def test_what_cannot_be_read_is_told():
         jax.eval_shape(model.init, jax.random.key(0), tokens, None, ())
 
 
+def test_layers_see_what_comes_later_in_no_decoder():
+    config = {"model_type": "gemma3_text", "use_bidirectional_attention": True}
+    with pytest.raises(UnsupportedError, match="use_bidirectional_attention=True, where the deco"):
+        llama.config_of(_GEMMA | config)
+
+
 def test_configs_before_layer_types_name_their_windows():
     fields = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 7}
     fields |= {"num_hidden_layers": 4, "sliding_window": 3, "query_pre_attn_scalar": 4}
@@ -293,6 +352,10 @@ def test_configs_before_layer_types_name_their_windows():
     own = {"model_type": "gemma3_text", "sliding_window_pattern": 3, "rope_local_base_freq": 7.0}
     gemma3 = llama.config_of(fields | own | {"rope_theta": 9.0})
     assert [local.rotary.base for local in gemma3.layers] == [7.0, 7.0, 9.0, 7.0]
+    own = {"model_type": "qwen2", "use_sliding_window": True}
+    for first, windows in (({}, [None] * 4), ({"max_window_layers": 3}, [None] * 3 + [3])):
+        qwen2 = llama.config_of(fields | own | first)
+        assert [local.window for local in qwen2.layers] == windows
 
 
 LLAMA4 = {"model_type": "llama4_text", "vocab_size": 7, "hidden_size": 8, "intermediate_size": 16}
@@ -388,10 +451,8 @@ def test_dropout_is_there_in_training_alone():
     np.testing.assert_array_equal(apply(variables, tokens), plain)
 
 
-def test_experts_of_deepseek_are_read_one_by_one_too(torch):
-    """As the published files hold them."""
-    theirs, config, module = make("deepseek_v3", torch)
-    tensors = tensors_of(theirs)
+def single_experts(tensors):
+    """Return tensors with each expert by itself, as the published files hold them."""
     single = {}
     for name, x in tensors.items():
         place, kind = name.rsplit(".", 1)
@@ -403,9 +464,40 @@ def test_experts_of_deepseek_are_read_one_by_one_too(torch):
         else:
             single[name] = x
     assert len(single) > len(tensors)
+    return single
+
+
+def test_experts_of_deepseek_are_read_one_by_one_too(torch):
+    theirs, config, module = make("deepseek_v3", torch)
+    tensors = tensors_of(theirs)
+    single = single_experts(tensors)
     found, want = module.read(config, single), module.read(config, tensors)
     assert found[0] == want[0]
     jax.tree.map(np.testing.assert_array_equal, found[1], want[1])
+
+
+def test_weights_of_another_deepseek_are_named(torch):
+    theirs, config, module = make("deepseek_v3", torch)
+    tensors = tensors_of(theirs)
+    single, layer = single_experts(tensors), "model.layers.1."
+    odd, lost = np.ones((3, 3), np.float32), f"{layer}mlp.experts.2.up_proj.weight"
+    heads = f"{layer}self_attn.kv_b_proj.weight"
+    wrong = [
+        (f"no tensor {lost}", {name: x for name, x in single.items() if name != lost}),
+        (
+            rf"no tensor {layer}mlp.experts.0.up_proj.weight",
+            {name: x for name, x in single.items() if "up" not in name},
+        ),
+        (rf"{lost} has shape \(3, 3\), where that of the first", single | {lost: odd}),
+        (rf"{heads} has shape .* of \d heads need", tensors | {heads: tensors[heads][1:]}),
+        (
+            "experts_gate_up.* of shape",
+            tensors | {f"{layer}mlp.experts.gate_up_proj": odd},
+        ),
+    ]
+    for message, changed in wrong:
+        with pytest.raises(WeightsError, match=message):
+            module.read(config, changed)
 
 
 def test_what_a_relative_of_deepseek_has_beyond_is_refused():

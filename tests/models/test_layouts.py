@@ -1,5 +1,6 @@
 """Query, key and value out of one matrix, as PyTorch's models keep them."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -106,3 +107,78 @@ def test_what_is_no_attention_is_told_so():
         WeightsError, match=r"no whole attention under 'h\.': missing \['q_proj or query"
     ):
         import_attention({"h.up.weight": np.zeros((3, 2))}, 2, prefix="h.")
+
+
+WHOLE = {f"{name}_proj.weight": np.ones((12, 12), np.float32) for name in "qkvo"}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"k_norm.weight": np.ones(3, np.float32)}, r"no place in the layer: k_norm\.weight"),
+        ({"relative_attention_bias.weight": np.ones((32, 4), np.float32)}, "no place in the layer"),
+        ({"q_proj.lora_A.weight": np.ones((2, 12), np.float32)}, "no place in the layer"),
+        ({"query.weight": np.ones((12, 12), np.float32)}, r"no place in the layer: query\.weight"),
+        ({"qkv_proj.weight": np.ones((36, 12), np.float32)}, r"there are both 'qkv_proj\.weight'"),
+        ({"sinks": np.ones(4, np.float32), "use_sinks": False}, r"no place in the layer: sinks"),
+    ],
+)
+def test_weights_that_have_no_place_are_refused(more, message):
+    arguments = {name: more[name] for name in more if name == "use_sinks"}
+    state = WHOLE | {name: x for name, x in more.items() if name not in arguments}
+    with pytest.raises(WeightsError, match=message):
+        import_attention(state, 4, **arguments)
+
+
+def test_masks_and_frequencies_of_modules_are_no_weights():
+    buffers = {"bias": np.ones((1, 1, 5, 5)), "rotary_emb.inv_freq": np.ones(2)}
+    layer, _ = import_attention(WHOLE | buffers, 4)
+    assert layer.use_bias is False
+
+
+def test_sinks_are_found():
+    sinks = np.arange(4, dtype=np.float32)
+    layer, variables = import_attention(WHOLE | {"sinks": sinks}, 4)
+    assert layer.use_sinks
+    np.testing.assert_array_equal(jax.tree.leaves(variables["params"]["sinks"])[0].ravel(), sinks)
+
+
+def test_matrices_that_lie_as_gpt2s_are_turned():
+    draw = np.random.default_rng(0).standard_normal
+    sizes = {
+        "c_attn.weight": (36, 12),
+        "c_attn.bias": 36,
+        "c_proj.weight": (12, 12),
+        "c_proj.bias": 12,
+    }
+    state = {name: draw(size).astype(np.float32) for name, size in sizes.items()}
+    turned = {name: x.T for name, x in state.items()}
+    want, got = (import_attention(x, 4)[1] for x in (state, turned))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_layout_that_is_said_is_taken():
+    rows = np.arange(36, dtype=np.float32)[:, None] * np.ones((1, 12), np.float32)
+    state = {"c_attn.weight": rows, "c_proj.weight": np.ones((12, 12), np.float32)}
+    _, variables = import_attention(state, 4, layout="grouped")
+    want = split(rows, "grouped", 4)
+    for name, x in zip(("query", "key", "value"), want, strict=True):
+        got = variables["params"][name]["kernel"].reshape(12, 12)
+        np.testing.assert_array_equal(got, x.T, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("fused", "options", "message"),
+    [
+        (np.ones(12), {"layout": "other"}, "layout must be one of stacked, grouped: got 'other'"),
+        (np.ones(12), {"num_heads": 0}, "num_heads must be an integer from 1"),
+        (np.ones(12), {"num_heads": None}, "num_heads must be an integer from 1"),
+        (np.ones(12), {"num_kv_heads": 0}, "num_kv_heads must be an integer from 1"),
+        (np.ones(()), {}, r"must be \[R, D\] or \[R\]: got shape \(\)"),
+        (np.ones((0, 3)), {}, r"got shape \(0, 3\)"),
+        ([1.0] * 12, {}, "must be a NumPy array"),
+    ],
+)
+def test_what_cannot_be_taken_apart_is_refused(fused, options, message):
+    with pytest.raises(mj.MhaError, match=message):
+        split(fused, **({"layout": "stacked", "num_heads": 4} | options))

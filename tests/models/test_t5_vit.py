@@ -65,11 +65,13 @@ def test_t5_gives_its_logits(torch, kind):
     np.testing.assert_allclose(np.concatenate(pieces, 1), want, atol=1e-5, rtol=1e-5)
 
 
-def test_vit_gives_its_logits(torch):
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_vit_gives_its_logits(torch, qkv_bias):
     import transformers
 
     sizes = {"image_size": 12, "patch_size": 4, "num_channels": 2, "num_labels": 5}
     sizes |= {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}
+    sizes |= {"qkv_bias": qkv_bias}
     config = transformers.ViTConfig(**sizes, intermediate_size=20)
     theirs, tensors = drawn(torch, transformers.ViTForImageClassification(config))
     model, variables = vit.read(config.to_dict(), tensors)

@@ -39,6 +39,12 @@ def test_layers_and_experts_that_cannot_be_meant():
         for count, chosen in ((2, 3), (0, 0), (2, 0), ("2", 1)):
             with pytest.raises(mj.ShapeError, match="experts"):
                 kind(count, chosen)
+    for wrong in ({"groups": 4}, {"groups": 0}, {"groups": "a"}, {"groups": 2, "groups_chosen": 3}):
+        with pytest.raises(mj.ShapeError, match="groups of experts"):
+            decoder.GroupedExperts(6, 2, **wrong)
+    for wrong in ({"groups": 6}, {"shared": -1}, {"shared": None}):
+        with pytest.raises(mj.ShapeError, match="experts must be an integer"):
+            decoder.GroupedExperts(6, 2, **wrong)
     with pytest.raises(mj.ShapeError, match="limit"):
         decoder.Experts(2, 1, limit=-1.0)
     for config in (t5.Config, vit.Config):
@@ -124,7 +130,92 @@ def test_published_configs_say_what_they_lack():
             read({"model_type": family})
 
 
+SIZES = {key: x for key, x in LLAMA.items() if key != "model_type"}
+GPT_NEO = {"model_type": "gpt_neo", "vocab_size": 11, "hidden_size": 8, "num_layers": 2}
+GPT_NEO |= {"num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 3}
+GPT_NEO |= {"max_position_embeddings": 9}
+GPTJ = {"model_type": "gptj", "vocab_size": 11, "n_embd": 16, "n_layer": 2, "n_head": 2}
+DEEPSEEK = SIZES | {"model_type": "deepseek_v3", "kv_lora_rank": 4, "qk_nope_head_dim": 3}
+DEEPSEEK |= {"qk_rope_head_dim": 2, "v_head_dim": 3, "n_routed_experts": 6}
+DEEPSEEK |= {"num_experts_per_tok": 2, "moe_intermediate_size": 5}
+T5 = {"model_type": "t5", "vocab_size": 11, "d_model": 8, "d_ff": 16, "num_heads": 2}
+T5 |= {"num_layers": 2, "d_kv": 4}
+VIT = SIZES | {"model_type": "vit", "image_size": 8, "patch_size": 4}
+READERS = [(gpt, GPT2), (gpt, GPT_NEO), (llama, LLAMA), (deepseek, DEEPSEEK), (t5, T5), (vit, VIT)]
+WRONG_BESIDE = [
+    *[(gpt, GPT2, {name: x}) for name in ("n_embd", "n_head", "n_positions") for x in (None, [1])],
+    *[(gpt, GPT2, {"activation_function": ["gelu"]}), (gpt, GPT2, {"n_head": 0})],
+    *[(gpt, GPT_NEO, {"attention_types": x}) for x in ([["global"], 12], 5, [[["global"], 7]])],
+    *[(gpt, GPT_NEO, {"attention_layers": x}) for x in (["global", "lokal"], ["global"], 3)],
+    *[(gpt, GPT_NEO, {"num_layers": 7}), (gpt, GPT_NEO, {"window_size": None})],
+    *[(gpt, GPTJ, {"rotary_dim": x}) for x in (None, 0, "a", 9)],
+    *[(deepseek, DEEPSEEK, {name: "a"}) for name in ("n_group", "topk_group", "n_shared_experts")],
+    *[(deepseek, DEEPSEEK, {"n_group": 4}), (deepseek, DEEPSEEK, {"n_group": 2, "topk_group": 5})],
+    *[(deepseek, DEEPSEEK, {name: None}) for name in ("first_k_dense_replace", "n_shared_experts")],
+    (deepseek, DEEPSEEK, {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale_all_dim": "a"}}),
+    (t5, T5, {"feed_forward_proj": ["relu"]}),
+    *[(vit, VIT, {"hidden_act": ["gelu"]}), (vit, VIT, {"qkv_bias": "a"})],
+]
+
+
+@pytest.mark.parametrize("module, config, wrong", WRONG_BESIDE, ids=str)
+def test_published_configs_of_others_that_cannot_be_meant(module, config, wrong):
+    with pytest.raises((mj.ShapeError, mj.UnsupportedError)):
+        module.read(config | wrong, {})
+
+
+def test_the_config_of_a_text_is_read_where_it_is_one_of_several():
+    for module, config in READERS:
+        with pytest.raises(mj.WeightsError, match="there is no tensor"):
+            module.read({"model_type": "several", "text_config": config}, {})
+
+
+def test_tensors_that_are_none_are_named_at_every_door():
+    one = np.ones(1, np.float32)
+    for module, config in READERS:
+        for wrong in (None, [one], one):
+            with pytest.raises(mj.WeightsError, match="must be a dictionary of NumPy arrays"):
+                module.read(config, wrong)
+        with pytest.raises(mj.WeightsError, match="names, which are texts: got 5"):
+            module.read(config, {5: one})
+        for wrong in ([1.0], None, "a"):
+            with pytest.raises(mj.WeightsError, match=r"c_attn.* must be a NumPy array"):
+                module.read(config, {"h.0.attn.c_attn.bias": wrong})
+
+
+def test_tensors_without_the_axes_they_need_are_named():
+    scalar = np.ones((), np.float32)
+    opt = SIZES | {"model_type": "opt", "ffn_dim": 16, "max_position_embeddings": 9}
+    embedding = {"model.decoder.embed_tokens.weight": np.ones((11, 8), np.float32)}
+    places = {"model.decoder.embed_positions.weight": scalar}
+    first = {"vit.embeddings.cls_token": np.ones((2, 1, 8), np.float32)}
+    patches = {"classifier.bias": scalar}
+    for module, config, tensors in ((gpt, opt, embedding | places), (vit, VIT, first | patches)):
+        with pytest.raises(mj.WeightsError, match=r"has shape|there is no tensor"):
+            module.read(config, tensors)
+
+
+LLAMA4 = LLAMA | {"model_type": "llama4_text", "num_local_experts": 3, "num_experts_per_tok": 2}
+LLAMA4 |= {"intermediate_size_mlp": 5}
+GEMMA = LLAMA | {"model_type": "gemma3_text", "query_pre_attn_scalar": 4, "sliding_window": 3}
+QWEN = LLAMA | {"model_type": "qwen3", "use_sliding_window": True}
 WRONG_CONFIGS = [
+    *[{name: x} for name in ("hidden_size", "num_attention_heads") for x in (None, 0, [8])],
+    *[{"layer_types": x} for x in (3, "ab", [1, 2], ["full_attention", "chunked_attention"])],
+    {"layer_types": ["full_attention", "sliding_attention"]},
+    {"hidden_act": ["silu"]},
+    {"rope_parameters": 5},
+    *[GEMMA | {"hidden_size": x} for x in (None, 0, [8])],
+    *[GEMMA | {"hidden_activation": x} for x in ("gelu_new", ["gelu"])],
+    *[GEMMA | {"sliding_window_pattern": x} for x in (None, 0, "a")],
+    *[GEMMA | {"use_bidirectional_attention": True}],
+    *[LLAMA4 | {"interleave_moe_layer_step": x} for x in (None, 0)],
+    *[LLAMA4 | {"no_rope_layer_interval": x} for x in (None, 0)],
+    *[LLAMA4 | {name: x} for name in ("num_attention_heads", "hidden_size") for x in (None, 0)],
+    *[LLAMA4 | {"moe_layers": x} for x in (3, "ab", [-1])],
+    *[LLAMA4 | {"floor_scale": 0}, LLAMA4 | {"attn_scale": "a"}, LLAMA4 | {"head_dim": "a"}],
+    *[LLAMA4 | {"layer_types": ["full_attention", "lokal"]}, LLAMA4 | {"no_rope_layers": 3}],
+    *[QWEN, QWEN | {"sliding_window": 3, "max_window_layers": None}],
     *[{"num_hidden_layers": x} for x in (-1, "2", 2.5, NAN)],
     *[{"layer_types": ["full_attention"] * n} for n in (1, 5)],
     *[{"rms_norm_eps": x} for x in (None, "1e-5")],
