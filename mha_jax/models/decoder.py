@@ -211,9 +211,9 @@ class CausalLM(nn.Module):
         return logits if caches is None else (logits, tuple(kept))
 
     def _check_length(self, tokens, caches):
-        longest = tokens.shape[1] if caches is None else caches[0].capacity
+        longest = caches[0].capacity if caches else tokens.shape[1]
         if longest > (self.config.positions or 0):
-            what = "tokens" if caches is None else "slots of the caches"
+            what = "slots of the caches" if caches else "tokens"
             raise ShapeError(
                 f"the model has learned {self.config.positions} positions: got {longest} {what}. "
                 "Shorten them."
@@ -262,7 +262,7 @@ class CausalLM(nn.Module):
 def _positions(tokens, mask, caches):
     """Return the positions of tokens: real ones count, and those in the caches come before."""
     length = tokens.shape[1]
-    if caches is not None:
+    if caches:
         return jnp.maximum(caches[0].next_positions(length, mask), 0)
     if mask is None:
         return jnp.arange(length, dtype=jnp.int32)[None]

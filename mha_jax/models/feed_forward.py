@@ -150,7 +150,7 @@ class GroupedExperts:
         """Return what every expert counts for: [B, T, X] of the router's logits, and what it adds, [X]."""
         scores = nn.sigmoid(logits)
         choice = scores + correction[None, None]
-        grouped = choice.reshape(*choice.shape[:2], self.groups, -1)
+        grouped = choice.reshape(*choice.shape[:2], self.groups, self.count // self.groups)
         best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
         among = _chosen(best, self.groups_chosen)[..., None]
         choice = jnp.where(among, grouped, -jnp.inf).reshape(choice.shape)

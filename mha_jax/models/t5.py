@@ -18,7 +18,7 @@ import numpy as np
 
 from mha_jax.attention.biases import Buckets
 from mha_jax.attention.cache import Cache
-from mha_jax.errors import UnsupportedError
+from mha_jax.errors import ShapeError, UnsupportedError
 from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.models.feed_forward import ACTIVATIONS, FeedForward
 from mha_jax.models.sizes import check_config, check_named, check_numbers, published, symbols
@@ -189,6 +189,12 @@ class T5(nn.Module):
         """
         x = self.embedding(symbols("target", target, self.config.vocabulary))
         mask = None if memory is None else mask
+        count = self.config.decoder_layers
+        if caches is not None and [*map(_is_pair, caches)] != [True] * count:
+            raise ShapeError(
+                f"caches must be a pair for each of the {count} layers: got {len(caches)}. Take "
+                "model.empty_caches(batch, length, memory_length), then what every call returns."
+            )
         x, kept = self.decoder(x, None, memory, mask, caches)
         if self.config.tied:
             logits = self.embedding.attend(x * self.config.width**-0.5)
@@ -209,6 +215,10 @@ class T5(nn.Module):
             )
 
         return tuple(layer() for _ in range(self.config.decoder_layers))
+
+
+def _is_pair(caches: Any) -> bool:
+    return isinstance(caches, tuple) and [isinstance(x, Cache) for x in caches] == [True, True]
 
 
 def config_of(config: Mapping[str, Any]) -> Config:

@@ -114,12 +114,17 @@ class ViT(nn.Module):
                 f"images must be [B, rows, columns, channels] = [B, {size}]: got {images.shape}."
             )
         side = config.image // config.patch
-        cut = images.reshape(-1, side, config.patch, side, config.patch, config.channels)
-        patches = cut.swapaxes(2, 3).reshape(images.shape[0], side * side, -1)
+        batch, patch, channels = images.shape[0], config.patch, config.channels
+        # One axis at a time: so a batch over explicit axes of a mesh stays where it is.
+        x = images.reshape(batch, side, patch, config.image, channels)
+        x = x.reshape(batch, side, patch, side, patch, channels).swapaxes(2, 3)
+        x = x.reshape(batch, side * side, patch, patch, channels)
+        patches = x.reshape(batch, side * side, patch * patch * channels)
         x = nn.Dense(config.width, name="patches")(patches)
-        first = nn.Embed(1, config.width, name="first")(jnp.zeros((x.shape[0], 1), jnp.int32))
+        first = nn.Embed(1, config.width, name="first")
         places = nn.Embed(side * side + 1, config.width, name="positions")
-        x = jnp.concatenate([first, x], 1) + places.embedding[None]
+        table = places.embedding.at[:1].add(first.embedding)
+        x = jnp.pad(x, ((0, 0), (1, 0), (0, 0))) + table[None]
         for i in range(config.layers):
             x = Layer(config, name=f"layer_{i}")(x)
         x = nn.LayerNorm(config.epsilon, use_fast_variance=False, name="norm")(x[:, 0])

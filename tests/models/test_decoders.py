@@ -507,3 +507,25 @@ def test_what_a_relative_of_deepseek_has_beyond_is_refused():
         deepseek.config_of({"model_type": "deepseek_v3", "hidden_act": "gelu"})
     with pytest.raises(ShapeError, match="rank must be"):
         Latent(0, 3, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [None, decoder.Experts(4, 2), decoder.SharedExperts(4, 2), decoder.GroupedExperts(4, 2, 2, 1)],
+    ids=str,
+)
+def test_no_rows_and_no_tokens_have_no_logits(experts):
+    layers = (decoder.Local(Rotary()),)
+    model = decoder.CausalLM(decoder.Config(11, 8, 16, 2, layers=layers, experts=experts))
+    variables = model.init(jax.random.key(0), np.ones((1, 3), int))
+    for rows, length in ((0, 3), (2, 0)):
+        tokens = np.zeros((rows, length), int)
+        assert model.apply(variables, tokens).shape == (rows, length, 11)
+
+
+def test_no_layers_have_no_caches():
+    model = decoder.CausalLM(decoder.Config(11, 8, 16, 2, layers=()))
+    tokens = np.ones((1, 3), int)
+    variables = model.init(jax.random.key(0), tokens)
+    logits, caches = model.apply(variables, tokens, None, model.empty_caches(1, 3))
+    assert caches == () and logits.shape == (1, 3, 11)

@@ -1,8 +1,10 @@
 """T5 and the Vision Transformer against `transformers`, from small weights drawn here."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mha_jax import ShapeError, UnsupportedError
 from mha_jax.models import t5, vit
@@ -94,3 +96,31 @@ def test_configs_of_others_are_told_so():
     ):
         model = vit.ViT(vit.Config(image=12, patch=4, layers=0))
         model.init(jax.random.key(0), np.zeros((2, 9, 9, 3), np.float32))
+
+
+SMALL_VIT = vit.ViT(vit.Config(5, image=12, patch=4, width=8, num_heads=2, hidden=16, layers=1))
+
+
+def test_no_images_have_no_logits():
+    variables = SMALL_VIT.init(jax.random.key(0), jnp.ones((1, 12, 12, 3)))
+    assert SMALL_VIT.apply(variables, jnp.ones((0, 12, 12, 3))).shape == (0, 5)
+
+
+def test_images_that_lie_over_devices_along_explicit_axes():
+    images = np.random.default_rng(0).standard_normal((8, 12, 12, 3)).astype(np.float32)
+    variables = SMALL_VIT.init(jax.random.key(0), images)
+    want = SMALL_VIT.apply(variables, images)
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    whole = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+    cut = jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))
+    got = jax.jit(SMALL_VIT.apply)(whole, cut)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("caches", [(), (1,), ((1, 2),)])
+def test_caches_that_are_none_of_the_model_are_refused(caches):
+    model, one = t5.T5(t5.Config(11, 8, 16, 2, 4, 1, 1)), np.ones((1, 3), int)
+    variables = model.init(jax.random.key(0), one, one)
+    memory = model.apply(variables, one, method="encode")
+    with pytest.raises(ShapeError, match=r"caches must be a pair for each of the 1 layers"):
+        model.apply(variables, one, memory, None, caches, method="decode")
