@@ -41,7 +41,7 @@ _FOREIGN = (
     "Any|Callable|Mapping|Sequence|NamedTuple|TypedDict|None|os|pathlib|collections|typing|abc"
     "|jax|jnp|np|numpy|nn|nnx|flax|optax|keras|torch|tokenizers|argparse"
     "|Array|ArrayLike|Flags|Bool|Float|Int|UInt32|Shaped|DType|Params|PRNGKey|Precision|Initializer"
-    "|Queries|Keys|Values|Labels|Shape|Size|Caches|Tiling|LinenAttention"
+    "|Queries|Keys|Values|Labels|Layout|Shape|Size|Caches|Tiling|LinenAttention"
     "|Words|FlaxArguments|attention_fn|jaxtyping|jaxlib"
 )
 nitpick_ignore_regex = [("py:.*", rf"({_FOREIGN})([.\[].*)?")]

@@ -16,11 +16,10 @@ import numpy as np
 from mha_jax.attention.rotary import Rotary
 from mha_jax.attention.rotary_scaling import YaRN, yarn_magnitude
 from mha_jax.errors import UnsupportedError, WeightsError
-from mha_jax.models import llama
+from mha_jax.models import llama, sizes
 from mha_jax.models.decoder import CausalLM, Config, Local, filled
 from mha_jax.models.feed_forward import GroupedExperts
 from mha_jax.models.latent import Latent
-from mha_jax.models.sizes import Published, published
 from mha_jax.models.weights import arrays
 from mha_jax.types import Params
 
@@ -57,7 +56,7 @@ def config_of(config: Mapping[str, Any]) -> Config:
     >>> config_of(config).latent
     Latent(rank=4, key_size=3, turned_size=2, value_size=3, query_rank=None)
     """
-    config = published(config)
+    config = sizes.published(config)
     if config.get("model_type") != "deepseek_v3":
         raise UnsupportedError(
             f"the config is of the family {config.get('model_type')!r}, where deepseek_v3 can be read. "
@@ -97,7 +96,7 @@ def config_of(config: Mapping[str, Any]) -> Config:
     )
 
 
-def _latent(config: Published) -> Latent:
+def _latent(config: sizes.Published) -> Latent:
     return Latent(
         rank=config["kv_lora_rank"],
         key_size=config["qk_nope_head_dim"],
@@ -107,7 +106,7 @@ def _latent(config: Published) -> Latent:
     )
 
 
-def _scale(config: Published, latent: Latent, rotary: Rotary) -> float:
+def _scale(config: sizes.Published, latent: Latent, rotary: Rotary) -> float:
     """Return the factor on logits, larger where YaRN has made positions longer."""
     scale = (latent.key_size + latent.turned_size) ** -0.5
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -134,7 +133,7 @@ def read(
     Cost: A copy of the tensors.
     """
     ours = dataclasses.replace(config_of(config), dtype=dtype)
-    latent = _latent(published(config))
+    latent = _latent(sizes.published(config))
     tensors = _as_ours(latent, ours.num_heads, _together(arrays(tensors)))
     of_queries = (
         {} if latent.query_rank is None else {"layer_{i}/attention/query": _SELF + "q_b_proj"}
