@@ -87,7 +87,9 @@ def _flat(call: Call) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
     dynamic, fixed = [], []
     for field in dataclasses.fields(Call):
         x = getattr(call, field.name)
-        held = not field.metadata.get("static") or isinstance(x, (jax.Array, np.ndarray))
+        # In jax 0.7 `vmap` puts bare objects in the place of arrays.
+        array = isinstance(x, (jax.Array, np.ndarray)) or type(x) is object
+        held = array or not field.metadata.get("static")
         dynamic.append((jax.tree_util.GetAttrKey(field.name), x if held else None))
         fixed.append(None if held else x)
     return dynamic, tuple(fixed)
