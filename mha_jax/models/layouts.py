@@ -36,7 +36,7 @@ _BUFFERS = ("bias", "masked_bias", "rotary_emb.inv_freq")
 
 
 def split(
-    fused: np.ndarray,
+    fused: np.ndarray | jax.Array,
     layout: Layout,
     num_heads: int,
     num_kv_heads: int | None = None,
@@ -62,8 +62,9 @@ def split(
     kv = num_heads if num_kv_heads is None else num_kv_heads
     for name, count in (("num_heads", num_heads), ("num_kv_heads", kv)):
         integer(name, count, 1, 2**31 - 1, "It is that of the model.")
-    if not isinstance(fused, np.ndarray):
+    if not isinstance(fused, (np.ndarray, jax.Array)):
         raise WeightsError(f"fused weights must be a NumPy array: got {type(fused).__name__}.")
+    fused = np.asarray(fused)
     if not fused.ndim or not fused.size:
         raise WeightsError(f"fused weights must be [R, D] or [R]: got shape {fused.shape}.")
     rows, heads = fused.shape[0], num_heads + 2 * kv

@@ -182,3 +182,9 @@ def test_a_layout_that_is_said_is_taken():
 def test_what_cannot_be_taken_apart_is_refused(fused, options, message):
     with pytest.raises(mj.MhaError, match=message):
         split(fused, **({"layout": "stacked", "num_heads": 4} | options))
+
+
+def test_arrays_of_jax_are_taken_apart_too():
+    rows = np.arange(12.0, dtype=np.float32)
+    want, got = (split(x, "grouped", 4) for x in (rows, jax.numpy.asarray(rows)))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
