@@ -28,7 +28,7 @@ from mha_jax.attention.call import Call
 from mha_jax.attention.given import integer, integers
 from mha_jax.attention.masks import ValidKeys, pytree
 from mha_jax.attention.slots import Held, as_stored, lying, put, rounded, with_fresh
-from mha_jax.attention.tokens import Tokens
+from mha_jax.attention.tokens import Tokens, consecutive
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, ArrayLike, Bool, DType, Float, Int, Size
 
@@ -358,7 +358,8 @@ class Cache:
         """
         q = self._rows(queries, chunk) if query_tokens is None else query_tokens.positions
         k = self.next_positions(chunk.length, chunk.valid)
-        if key_tokens is not None:  # of slots
+        known = key_tokens is not None and consecutive(key_tokens, key_tokens)
+        if key_tokens is not None and (key_tokens.start or not known):  # of slots
             slots = jnp.clip(k, 0, self.capacity - 1)
             rows = jnp.asarray(key_tokens.positions)
             rows = jnp.broadcast_to(rows, (k.shape[0], self.capacity))

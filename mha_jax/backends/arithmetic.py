@@ -19,7 +19,7 @@ from jax.extend.core import Literal
 
 from mha_jax.attention import biases
 from mha_jax.attention.call import Problem
-from mha_jax.attention.tokens import near
+from mha_jax.attention.tokens import consecutive, near
 from mha_jax.types import Array
 
 # What tiles are computed by, operation by operation.
@@ -133,6 +133,13 @@ def why_not(
                 f"{where}; tiles run it with backend=None"
             )
     return None
+
+
+def unlaid(problem: Problem, rule: Any) -> str | None:
+    """Say why a rule is not laid along the diagonals, or return None."""
+    if not rule.only_distances:
+        return "it knows more than distances"
+    return None if consecutive(problem.q_tokens, problem.k_tokens) else "positions are data"
 
 
 def rules(problem: Problem) -> list[Any]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from mha_jax.attention import biases
 from mha_jax.attention.call import Moves, Problem, moving
-from mha_jax.attention.tokens import consecutive, far
+from mha_jax.attention.tokens import far
 from mha_jax.backends import arithmetic
 from mha_jax.backends.arithmetic import Term, parted
 from mha_jax.types import Array
@@ -22,23 +22,16 @@ from mha_jax.types import Array
 
 def why_not(problem: Problem) -> str | None:
     """Say why the kernels cannot add a problem's bias by rule, or return None."""
-    return arithmetic.why_not(problem, _unlaid)
+    return arithmetic.why_not(problem, arithmetic.unlaid)
 
 
 def unsummed(problem: Problem) -> str | None:
     """Say which rule's gradient, if it is asked for, is no sum along the diagonals, or return None."""
     asked = biases.apart(moving(problem).bias_rule)[1]
     for rule, floats in zip(arithmetic.rules(problem), asked):
-        if jax.tree.leaves(floats) and (where := _unlaid(problem, rule)) is not None:
+        if jax.tree.leaves(floats) and (where := arithmetic.unlaid(problem, rule)) is not None:
             return f"{type(rule).__name__} is asked for, and {where}"
     return None
-
-
-def _unlaid(problem: Problem, rule: Any) -> str | None:
-    """Say why a rule is not laid along the diagonals, or return None."""
-    if not rule.only_distances:
-        return "it knows more than distances"
-    return None if consecutive(problem.q_tokens, problem.k_tokens) else "positions are data"
 
 
 def terms(problem: Problem) -> tuple[list[tuple[Term, dict[str, Array]]], Any]:

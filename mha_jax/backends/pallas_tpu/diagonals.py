@@ -1,6 +1,6 @@
 """Biases that know distances alone, inside a kernel: one number for every diagonal of a part of a tile.
 
-A table [N, rows + columns], made outside by the rule itself (`rules.ruled`), holds what is added where a
+A table [N, rows + columns], made outside by the rule itself (`rules.made`), holds what is added where a
 column lies so many places after a row, that of a whole side before it first. A part reads a line of it, and
 moves it by one lane from row to row; backward, a part is summed along its diagonals into the gradient of the
 table, of which JAX knows the way back to the rule's own numbers. So a kernel needs no gathers.

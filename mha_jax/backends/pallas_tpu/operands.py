@@ -122,7 +122,7 @@ def make_plan(
     for name, a in (extra or {}).items():
         add_vector(name, "q", a)
     rule = problem.bias_rule
-    table, read = rules.ruled(problem, g)(rules.numbers(rule))
+    (table, read), terms = rules.made(problem, g, rules.numbers(rule))
     for name, a in read.items():
         add_dense(name, a)
     # Queries that only pad have no weights; what a rule makes of other tokens than there are is not asked.
@@ -150,7 +150,7 @@ def make_plan(
         has_bias=problem.bias is not None,
         hides=contains(problem),
         by_distance=table is not None,
-        terms=rules.terms(problem),
+        terms=terms,
     )
     return plan, streams
 

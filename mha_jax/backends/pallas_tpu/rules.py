@@ -16,7 +16,7 @@ import numpy as np
 from mha_jax.attention import biases
 from mha_jax.attention.biases import floats, with_floats
 from mha_jax.attention.call import Problem
-from mha_jax.attention.tokens import consecutive, far
+from mha_jax.attention.tokens import far
 from mha_jax.backends import arithmetic
 from mha_jax.backends.arithmetic import Able, Term, parted
 from mha_jax.backends.pallas_tpu.patterns import Geometry
@@ -40,10 +40,8 @@ def pair_by_pair(problem: Problem) -> bool:
 
 def _unlaid(problem: Problem, rule: Any) -> str | None:
     """Say why a rule is not laid along the diagonals, or return None."""
-    if not rule.only_distances:
-        return "it knows more than distances"
-    if not consecutive(problem.q_tokens, problem.k_tokens):
-        return "positions are data"
+    if said := arithmetic.unlaid(problem, rule):
+        return said
     length = problem.q_tokens.length + problem.k_tokens.length
     return f"{MOST} distances are held, and here are {length}" if length > MOST else None
 
@@ -91,36 +89,37 @@ class Ruled(NamedTuple):
     read: dict[str, Array]
 
 
-def terms(problem: Problem) -> tuple[Term, ...]:
-    """Return what is computed pair by pair."""
-    return tuple(term for term, _ in _parted(problem, problem.bias_rule))
+class Made(NamedTuple):
+    """`Ruled`, and the terms: what is computed pair by pair."""
+
+    ruled: Ruled
+    terms: tuple[Term, ...]
 
 
-def ruled(
-    problem: Problem, g: Geometry, names: Container[str] | None = None
-) -> Callable[[Any], Ruled]:
-    """Return what the kernels read for a problem's bias by rule, as a function of the rule's numbers.
-
-    Args:
-      problem: The problem.
-      g: Its tiles.
-      names: Of what terms read; all of it if None.
-    """
+def made(problem: Problem, g: Geometry, moved: Any) -> Made:
+    """Return what the kernels read and compute for a problem's bias by rule, given the rule's numbers."""
     rows = g.rows * g.row_blocks
     after = np.arange(-rows, g.chunk * g.chunks, dtype=np.int32)
     t, s = g.lengths
     # What lies beyond the tokens is hidden: it is asked for nothing new.
     distances = np.clip(after if g.outer == "q" else -after, 1 - t, s - 1)
     heads = np.arange(g.heads, dtype=np.int32)[:, None]
+    rule = with_floats(problem.bias_rule, moved)
+    parts = _parted(problem, rule)
+    table = _laid(problem, rule)
+    if table is not None:
+        moves = far(problem.q_tokens, problem.k_tokens, distances)
+        x = jnp.asarray(table.at(moves[None], heads), jnp.float32)
+        table = jnp.broadcast_to(x, (g.heads, distances.size))
+    read = {name: a for _, one in parts for name, a in one.items()}
+    return Made(Ruled(table, read), tuple(term for term, _ in parts))
+
+
+def ruled(problem: Problem, g: Geometry, names: Container[str]) -> Callable[[Any], Ruled]:
+    """Return the table, and what of these names terms read, as a function of the rule's numbers."""
 
     def of(moved: Any) -> Ruled:
-        rule = with_floats(problem.bias_rule, moved)
-        read = {x: a for _, one in _parted(problem, rule) for x, a in one.items()}
-        table = _laid(problem, rule)
-        if table is not None:
-            moves = far(problem.q_tokens, problem.k_tokens, distances)
-            x = jnp.asarray(table.at(moves[None], heads), jnp.float32)
-            table = jnp.broadcast_to(x, (g.heads, distances.size))
-        return Ruled(table, {x: a for x, a in read.items() if names is None or x in names})
+        table, read = made(problem, g, moved).ruled
+        return Ruled(table, {name: a for name, a in read.items() if name in names})
 
     return of
