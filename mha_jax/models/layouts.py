@@ -31,8 +31,8 @@ _NAMES = {
     "query_norm": ("q_norm", "query_norm", "q_layernorm"),
     "key_norm": ("k_norm", "key_norm", "k_layernorm"),
 }
-# What PyTorch's modules keep beside their weights: causal masks and frequencies.
-_BUFFERS = ("bias", "masked_bias", "rotary_emb.inv_freq")
+# What PyTorch's modules keep beside their weights.
+_BUFFERS = ("masked_bias", "rotary_emb.inv_freq")
 
 
 def split(
@@ -68,8 +68,7 @@ def split(
     if not fused.ndim or not fused.size:
         raise WeightsError(f"fused weights must be [R, D] or [R]: got shape {fused.shape}.")
     rows, heads = fused.shape[0], num_heads + 2 * kv
-    if layout not in get_args(Layout):
-        raise WeightsError(f"layout must be one of {', '.join(get_args(Layout))}: got {layout!r}.")
+    _known(layout)
     if rows % heads or num_heads % kv:
         raise WeightsError(
             f"the fused weights have {rows} rows, which must be those of {num_heads} query heads and twice "
@@ -83,6 +82,11 @@ def split(
         parts = [groups[:, :-2], groups[:, -2], groups[:, -1]]
     query, key, value = (x.reshape(-1, *fused.shape[1:]) for x in parts)
     return query, key, value
+
+
+def _known(layout: Any) -> None:
+    if layout not in get_args(Layout):
+        raise WeightsError(f"layout must be one of {', '.join(get_args(Layout))}: got {layout!r}.")
 
 
 def separated(
@@ -115,23 +119,44 @@ def separated(
         lies = layout or ("stacked" if last in _STACKED else "grouped")
         for ours, piece in zip(_PARTS, split(x, lies, num_heads, num_kv_heads)):
             own = f"{above}.{ours}.{part}".lstrip(".")
-            if own in tensors:
+            if own in tensors or own in found:
                 raise WeightsError(
-                    f"there are both {name!r} and {own!r}, and one of them would be left out. Pass "
-                    "those that the model computes with."
+                    f"there are both {name!r} and {own!r}, of its own or out of another matrix, and one "
+                    "of them would be left out. Pass those that the model computes with."
                 )
             found[own] = piece
     return found
 
 
-def _upright(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Return matrices as (out, in), if a fused one's bias tells that they are (in, out), as GPT-2's."""
-    shapes = {name: x.shape for name, x in state.items()}
-    for module in _STACKED:
-        weight, bias = (shapes.get(f"{module}.{part}", ()) for part in ("weight", "bias"))
-        if bias and weight[1:] == bias != weight[:1]:
-            return {name: x.T if name.endswith(".weight") else x for name, x in state.items()}
-    return state
+def _upright(state: Mapping[str, np.ndarray], num_heads: int, kv: int) -> Mapping[str, np.ndarray]:
+    """Return matrices as (out, in), if a fused one fits its bias and the output's as (in, out) alone.
+
+    Raises:
+      WeightsError: If they fit both ways.
+    """
+    shapes = {name: x.shape for name, x in state.items() if x.ndim == 2 or name.endswith(".bias")}
+    fused, output = (
+        next((name for name in names if f"{name}.weight" in shapes), None)
+        for names in (_STACKED + _GROUPED, _NAMES["attention_output"])
+    )
+    if fused is None or output is None:
+        return state
+    matrix, out = shapes[f"{fused}.weight"], shapes[f"{output}.weight"]
+    bias = shapes.get(f"{fused}.bias")
+
+    def fits(turned: bool) -> bool:
+        size, rest = divmod(matrix[turned], num_heads + 2 * kv)
+        joined = out[not turned] == num_heads * size
+        return joined and not rest and bias in (None, (matrix[turned],))
+
+    if fits(True) and fits(False):
+        raise WeightsError(
+            f"{fused}.weight of shape {matrix} and {output}.weight of shape {out} may be (out, in), or (in, "
+            "out) as GPT-2's. Pass q_proj, k_proj and v_proj as split makes them of an (out, in) one."
+        )
+    if not fits(True):
+        return state
+    return {name: x.T if name.endswith(".weight") else x for name, x in state.items()}
 
 
 def import_attention(
@@ -155,7 +180,8 @@ def import_attention(
       **arguments: Of the layer, which the weights do not show either: `rotary=...`, `scale=1.0`,
         `sliding_window=...`. Biases are found, and norms of queries and keys: by the shape of their weights
         "rms", "rms_over_heads" (OLMo 2) or "layer_per_head" (Cohere), unless `qk_norm` says otherwise;
-        sinks, too (gpt-oss).
+        sinks, too (gpt-oss). The weights of norms are taken as they are: add the 1 that Gemma's are kept
+        without.
 
     Raises:
       WeightsError: If a projection is missing, weights do not fit each other, or some have no place.
@@ -166,19 +192,26 @@ def import_attention(
     >>> layer.key_dim, variables["params"]["key"]["kernel"].shape
     (3, (12, 2, 3))
     """
-    integer("num_heads", num_heads, 1, 2**31 - 1, "It is that of the model.")
+    kv = num_heads if num_kv_heads is None else num_kv_heads
+    for name, count in (("num_heads", num_heads), ("num_kv_heads", kv)):
+        integer(name, count, 1, 2**31 - 1, "It is that of the model.")
+    if layout is not None:
+        _known(layout)
     state, prefix = arrays(state), text("prefix", prefix, "Pass '' for none.")
     own = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
-    found = separated(_upright(own), num_heads, num_kv_heads, layout)
+    if own.get("bias", np.zeros(0)).ndim == 4:  # a causal mask
+        del own["bias"]
+    found = separated(_upright(own, num_heads, kv), num_heads, num_kv_heads, layout)
     there = {ours: [x for x in theirs if f"{x}.weight" in found] for ours, theirs in _NAMES.items()}
     names = {ours: theirs[0] for ours, theirs in there.items() if theirs}
     missing = [" or ".join(_NAMES[name]) for name in list(_NAMES)[:4] if name not in names]
     query = found.get(f"{names.get('query')}.weight")
-    if missing or query is None or query.ndim != 2 or query.shape[0] % num_heads:
-        shape = None if query is None else query.shape
+    shapes = {x: found[f"{names[x]}.weight"].shape for x in list(_NAMES)[:4] if x in names}
+    flat = any(len(shape) != 2 for shape in shapes.values())
+    if missing or flat or query is None or query.shape[0] % num_heads or not query.size:
         raise WeightsError(
-            f"there is no whole attention under {prefix!r}: missing {missing or 'nothing'}, and the query's "
-            f"matrix of shape {shape} must be (num_heads * head size, width) with num_heads={num_heads}. "
+            f"there is no whole attention under {prefix!r}: missing {missing or 'nothing'}, and matrices, "
+            f"the query's (num_heads * head size, width) with num_heads={num_heads}, have shapes {shapes}. "
             f"Found {sorted(own)[:9] or 'nothing'}; pass the start of the names as prefix."
         )
     if "query_norm" in names:

@@ -121,10 +121,15 @@ WHOLE = {f"{name}_proj.weight": np.ones((12, 12), np.float32) for name in "qkvo"
         ({"query.weight": np.ones((12, 12), np.float32)}, r"no place in the layer: query\.weight"),
         ({"qkv_proj.weight": np.ones((36, 12), np.float32)}, r"there are both 'qkv_proj\.weight'"),
         ({"sinks": np.ones(4, np.float32), "use_sinks": False}, r"no place in the layer: sinks"),
+        ({"bias": np.ones(12, np.float32)}, r"no place in the layer: bias"),
+        ({"o_proj.weight": np.ones((), np.float32)}, r"'attention_output': \(\)"),
+        ({"v_proj.weight": np.ones((), np.float32)}, r"'value': \(\)"),
+        ({"q_proj.weight": np.ones((0, 12), np.float32)}, r"'query': \(0, 12\)"),
+        ({"layout": "other"}, "layout must be one of stacked, grouped"),
     ],
 )
 def test_weights_that_have_no_place_are_refused(more, message):
-    arguments = {name: more[name] for name in more if name == "use_sinks"}
+    arguments = {name: more[name] for name in more if name in ("use_sinks", "layout")}
     state = WHOLE | {name: x for name, x in more.items() if name not in arguments}
     with pytest.raises(WeightsError, match=message):
         import_attention(state, 4, **arguments)
@@ -152,9 +157,22 @@ def test_matrices_that_lie_as_gpt2s_are_turned():
         "c_proj.bias": 12,
     }
     state = {name: draw(size).astype(np.float32) for name, size in sizes.items()}
-    turned = {name: x.T for name, x in state.items()}
-    want, got = (import_attention(x, 4)[1] for x in (state, turned))
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    for bias in ("c_attn.bias", "none"):  # without it the output's matrix tells
+        turned = {name: x.T for name, x in state.items()}
+        want, got = (import_attention(x, 4)[1] for x in (state, turned))
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+        state.pop(bias, None)
+
+
+def test_fused_matrices_that_may_be_meant_in_two_ways_are_refused():
+    weights = {"qkv_proj.weight": (36, 24), "o_proj.weight": (8, 12)}
+    state = {name: np.ones(shape, np.float32) for name, shape in weights.items()}
+    with pytest.raises(WeightsError, match=r"may be \(out, in\), or \(in, out\)"):
+        import_attention(state, 4)
+    layer, _ = import_attention(state | {"qkv_proj.bias": np.ones(36, np.float32)}, 4)
+    assert layer.output_shape == (8,)
+    with pytest.raises(WeightsError, match="there are both"):
+        separated({f"{name}.bias": np.ones(36) for name in ("c_attn", "qkv_proj")}, 4)
 
 
 def test_a_layout_that_is_said_is_taken():
