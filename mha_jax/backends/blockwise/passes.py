@@ -16,7 +16,8 @@ from jax import lax
 
 from mha_jax.attention import hidden, softmax
 from mha_jax.attention.call import Moves, Output, State, moving
-from mha_jax.backends.blockwise.tiles import ByKeys, ByQueries, Place, Tiles, after, in_turn, scan
+from mha_jax.backends.blockwise.loops import after, in_turn, scan
+from mha_jax.backends.blockwise.tiles import ByKeys, ByQueries, Place, Tiles
 from mha_jax.types import Array
 
 
@@ -68,7 +69,7 @@ def forward(tiles: Tiles) -> State:
         return None, finished(softmax.merge(*parts or [start(q_row)])), last
 
     if tiles.written:
-        _, (out, m, l), _ = in_turn(row_in_turn, None, tiles.layout.groups, order)
+        _, (out, m, l), _ = in_turn(row_in_turn, None, tiles.layout.groups, order.lines)
         out = tiles.queries_back(out)
     else:
         b, t, n, _ = problem.q.shape
@@ -181,7 +182,7 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
     sums = d_bias, jax.tree.map(jnp.zeros_like, tiles.rule_floats) if ruled else None
     groups = tiles.layout.groups
     if tiles.written:
-        (d_bias, d_rule), (dk, dv), dq = in_turn(column_in_turn, sums, groups, order, queries)
+        (d_bias, d_rule), (dk, dv), dq = in_turn(column_in_turn, sums, groups, order.lines, queries)
         dk, dv = map(tiles.keys_back, of_keys(dk, dv))
         dq = tiles.queries_back(of_queries(dq))
     else:

@@ -29,6 +29,7 @@ from mha_jax.attention.tokens import Facts, near
 from mha_jax.backends import visits
 from mha_jax.backends.blockwise import diagonals
 from mha_jax.backends.blockwise.layout import Apart, Grouped
+from mha_jax.backends.blockwise.loops import Lines, numbers, scan
 from mha_jax.types import Array, Size
 
 # Multiplications of queries and keys up to which it is faster not to call for a product of matrices. Time of
@@ -78,7 +79,7 @@ class Visits(NamedTuple):
     blocks: Any
     masked: bool
     single: bool
-    lines: tuple[list[int], ...] | None = None
+    lines: Lines = ()
     full: Any = None
 
 
@@ -206,22 +207,25 @@ class Tiles:
         """Cut what `keys` returned to a tile's keys: [*lead, block_k, ...]."""
         if self.written:
             return self._block(x, at.group, at.k)
-        axis = 1 + len(self.layout.lead)
-        return _cut(x, {0: (at.group, 1), axis: (at.k, self.tiling.block_k)})[0]
+        own = {0: (at.group, 1), 1 + len(self.layout.lead): (at.k, self.tiling.block_k)}
+        return _cut(x, own)[0]
 
     def numbers(self, x: Array, cut: Callable) -> Callable[[Place], Array]:
         """Return what cuts x by `cut` to a tile's, finite where something is hidden."""
-        return self._of_tiles(hidden.numbers, cut, x) if self.hides else functools.partial(cut, x)
+        if self.hides and not self.written:  # as it is read: no copy of the whole
+            return lambda at: hidden.numbers(cut(x, at))
+        return functools.partial(cut, hidden.numbers(x) if self.hides else x)
 
-    def marks(self, *keys: Array) -> Callable[[Place], Array]:
-        """Return what gives `hidden.mark` of a tile's keys."""
-        return self._of_tiles(hidden.mark, self.keys_of, *keys)
-
-    def _of_tiles(self, of: Callable, cut: Callable, *arrays: Array) -> Callable[[Place], Array]:
-        """Return what gives `of` of a tile, as it is read; of the whole where tiles are written out."""
+    def marks(self, *keys: Array) -> Array:
+        """Return `hidden.mark` of keys, [g, k_blocks, *lead, block_k], read block by block: no copies."""
         if self.written:
-            return functools.partial(cut, of(*arrays))
-        return lambda at: of(*(cut(x, at) for x in arrays))
+            return hidden.mark(*keys)
+
+        def block(g, j, _):
+            return None, hidden.mark(*(self.keys_of(x, Place(g, 0, j)) for x in keys))
+
+        _, marks = scan(block, None, self.layout.groups, self.k_blocks)
+        return marks.reshape(-1, self.k_blocks, *marks.shape[1:])
 
     def _block(self, x: Array, group: Any, block: int) -> Array:
         """Cut [g, blocks, ...] to a block, which lies in one piece: products read it where it is."""
@@ -393,7 +397,7 @@ class ByQueries:
 
     tiles: Tiles
     order: Visits
-    mark: Callable[[Place], Array] | None = None  # what is added to all logits of a tile's keys
+    marks: Array | None = None  # what `Tiles.marks` returns, added to all logits of its keys
 
     def masks(self, at: Place) -> bool:
         """Return whether something may be hidden in a tile."""
@@ -406,9 +410,9 @@ class ByQueries:
     def logits(self, x: Array, at: Place, parts: tuple[Array, ...] = ()) -> Array:
         """Turn capped products of a tile into logits minus numbers of their rows, -inf where hidden."""
         tiles = self.tiles
-        if self.mark is not None:
-            mark = lax.optimization_barrier(self.mark(at))  # XLA would put its sum into the product
-            x = x + self._columns(mark).astype(x.dtype)
+        if self.marks is not None:
+            mark = self._columns(_cut(self.marks, {0: (at.group, 1), 1: (at.k, 1)})[0, 0])
+            x = x + mark.astype(x.dtype)
         if tiles.bias is not None:
             x = x + self.dense(tiles.bias, at).astype(x.dtype)
         if tiles.rule is not None:
@@ -589,55 +593,6 @@ class ByKeys(ByQueries):
         if (heads, rows) not in ((1, 1), (groups, size)):
             tile = jnp.broadcast_to(tile, (*lead, columns, groups, size))
         return tile.reshape(*lead, columns, -1)
-
-
-def scan(step: Callable, carry: Any, groups: int, lines: int) -> tuple[Any, Any]:
-    """Run `carry, out = step(group, line, carry)` over all lines of all groups; stack what comes out."""
-
-    def of_line(carry, n):
-        group = n // lines if groups > 1 else 0
-        return step(group, n % lines if groups > 1 else n, carry)
-
-    if groups * lines > 1:
-        return lax.scan(of_line, carry, numbers(groups * lines))
-    carry, out = step(0, 0, carry)
-    return carry, jax.tree.map(lambda a: a[None], out)
-
-
-def in_turn(
-    step: Callable, carry: Any, groups: int, order: Visits, end: Callable = lambda turn: None
-) -> tuple[Any, Any, Any]:
-    """Run `carry, out, turn = step(group, line, blocks, carry, turn)` over all groups' lines, written out.
-
-    A line leaves `turn` to the next one of its group; the first gets None, and the last's goes to `end`.
-
-    Returns:
-      (carry, out, end): the last carry, and what came out of all lines, and of `end`, stacked.
-    """
-
-    def group(carry, g):
-        turn, outs = None, []
-        for line, blocks in enumerate(order.lines or ()):
-            carry, out, turn = step(g, line, blocks, carry, turn)
-            outs.append(out)
-        return carry, (jax.tree.map(lambda *a: jnp.stack(a), *outs), end(turn))
-
-    if groups == 1:
-        carry, stacked = group(carry, 0)
-    else:
-        carry, stacked = lax.scan(group, carry, numbers(groups))
-        stacked = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stacked)
-    return carry, *stacked
-
-
-def after(x: Any, last: Any) -> Any:
-    """Return x, from which nothing is computed before `last` is there: one tile is held at a time."""
-    return x if last is None else lax.optimization_barrier((x, last))[0]
-
-
-def numbers(count: int) -> Array:
-    """Return 0 to `count` as what all indices are: unsigned, so that slices check for no negative ones."""
-    return jnp.arange(count, dtype=jnp.uint32)
 
 
 def _goes_into_q(scale: float, problem: Problem) -> bool:
