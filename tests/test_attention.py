@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import mha_jax as mj
 from mha_jax import Call, Causal, Dense, Dropout, Full, SameSegment, Tokens, ValidKeys, Window
 from mha_jax.backends.blockwise import Blockwise
+from mha_jax.backends.pallas_tpu import PallasTPU
 from tests import oracles
 from tests.backends import backends, tiles
 
@@ -346,6 +347,15 @@ def test_a_call_with_any_scale_goes_into_programs(scale):
     each = jax.vmap(out)(mj.Call(*[jnp.stack([x, x])] * 3, scale=jnp.array([0.5, 1.0])))
     np.testing.assert_allclose(each[0], want, atol=1e-6)
     np.testing.assert_allclose(each[1], out(mj.Call(x, x, x, scale=1.0)), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["reference", "blockwise", "pallas_tpu"])
+def test_a_scale_that_makes_all_logits_alike_attends_evenly(name):
+    backend = PallasTPU(interpret=True) if name == "pallas_tpu" else name
+    for scale in (1e-38, 1e-39, 1e-45):  # the last two are no normal numbers of float32
+        out = mj.dot_product_attention(Q, KEYS, VALUES, scale=scale, backend=backend)
+        even = np.broadcast_to(np.mean(VALUES, 1, keepdims=True).repeat(N // K, 2), out.shape)
+        np.testing.assert_allclose(out, even, atol=1e-6)
 
 
 def test_explain_takes_any_scale_and_cap_that_a_call_takes():

@@ -102,6 +102,10 @@ def _of_flat(fixed: tuple[Any, ...], dynamic: Iterable[Any]) -> Call:
 jax.tree_util.register_pytree_with_keys(Call, _flat, _of_flat)
 
 
+# What is smaller is no normal number of float32, and counts as 0 on some platforms.
+_SMALLEST = float(np.finfo(np.float32).tiny)
+
+
 @dataclasses.dataclass(frozen=True)
 class Logits:
     """How q . k becomes a logit, but for bias and mask: the part that every backend writes out itself.
@@ -113,6 +117,11 @@ class Logits:
     scale: float
     cap: float | None = None
     precision: Precision = None
+
+    @property
+    def scale_can_wait(self) -> bool:
+        """Whether products order as logits do, and stay numbers where the exponent takes the scale."""
+        return self.cap is None and self.scale >= _SMALLEST
 
     def capped(self, dot: Float[Array, "*R"]) -> Float[Array, "*R"]:
         """Scale q . k and cap it."""

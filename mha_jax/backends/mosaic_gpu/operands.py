@@ -96,8 +96,8 @@ class Plan:
 
     @property
     def folds(self) -> bool:
-        """Whether the exponent takes the scale: no bias, no cap, and order is kept."""
-        return not self.bias and self.rules.cap is None and self.rules.scale > 0
+        """Whether the exponent takes the scale, which a bias is added before."""
+        return not self.bias and self.rules.scale_can_wait
 
     @property
     def factor(self) -> float:

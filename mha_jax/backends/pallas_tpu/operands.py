@@ -231,13 +231,13 @@ def _slab_stream(g: Geometry, a: Array) -> Stream:
 
 
 def folds(problem: "Problem | Plan") -> bool:
-    """Return whether the scale can wait until the exponent: no bias, no cap, and order is kept."""
+    """Return whether the scale can wait until the exponent, which a bias is added before."""
     if isinstance(problem, Plan):
         logits, has_bias = problem.rules, problem.biased
     else:
         logits = problem.logits
         has_bias = problem.bias is not None or problem.bias_rule is not None
-    return not has_bias and logits.cap is None and logits.scale > 0
+    return not has_bias and logits.scale_can_wait
 
 
 def _heads_first(x: Array, length: int) -> Array:
