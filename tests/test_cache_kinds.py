@@ -438,6 +438,17 @@ def called(cache=None, mask=None, **options):
     return mj.dot_product_attention(q, k, v, mask=mask, cache=cache, **options)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chosen(mj.Mask):
+    """A rule of a user's that holds an array over keys."""
+
+    keys: jax.Array | np.ndarray
+
+    def visible(self, q, k):
+        return self.keys
+
+
 def drafted():
     step = jax.jit(lambda x, c: mj.dot_product_attention(x, x, x, mask=Window(6, 0), cache=c))
     x = draw(9, B, 9, K, H)

@@ -12,6 +12,7 @@ import pytest
 
 import mha_jax as mj
 from mha_jax import Call, MhaError, ShapeError, UnsupportedError, WeightsError
+from mha_jax.attention.masks import Reach
 from mha_jax.backends.blockwise import Blockwise
 from mha_jax.backends.cudnn import CuDNN
 from mha_jax.backends.pallas_tpu import PallasTPU
@@ -85,6 +86,27 @@ class Says(mj.Mask):
             "floats": lambda: (q.positions >= k.positions).astype(np.float32),
             "flat": lambda: q.positions[0, 0] >= k.positions[0, 0],
             "nothing": lambda: None,
+        }[self.what]()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reaches(mj.Mask):
+    """A causal rule of a user's that is as certain of tiles as it is told to be."""
+
+    what: str = dataclasses.field(metadata={"static": True})
+
+    def visible(self, q, k):
+        return q.positions >= k.positions
+
+    def reach(self, q, k):
+        some, every = q.positions[1] >= k.positions[0], q.positions[0] >= k.positions[1]
+        return {
+            "pair": lambda: (some, every),
+            "nothing": lambda: None,
+            "numbers": lambda: Reach(some.astype(int), every),
+            "flat": lambda: Reach(some[0, 0, 0], every),
+            "truths": lambda: Reach(True, False),
         }[self.what]()
 
 
@@ -277,6 +299,21 @@ CORE = [
             ("floats", "float32[1, 1, 5, 7]"),
             ("flat", "bool[5, 7]"),
             ("nothing", "NoneType"),
+        )
+    ),
+    *(
+        wrong(
+            f"reach_is_{what}",
+            lambda what=what: dot(mask=~(mj.Window(3, 0) | Reaches(what))),
+            "Reaches.reach must return Reach(some, every)",
+            got,
+            "Compare the ends",
+        )
+        for what, got in (
+            ("pair", "tuple"),
+            ("nothing", "NoneType"),
+            ("numbers", "'int64[1, 1, 1, 1]'"),
+            ("flat", "'bool[1]'"),
         )
     ),
     wrong(
@@ -804,6 +841,11 @@ def test_a_wrong_call_is_explained(case):
 def test_the_table_is_long_and_its_names_differ():
     names = [case.name for case in TABLE]
     assert len(names) == len(set(names)) >= 40
+
+
+def test_a_rule_may_be_certain_of_all_tiles_alike():
+    want = dot(mask=~(mj.Window(3, 0) | mj.Causal()))
+    np.testing.assert_array_equal(dot(mask=~(mj.Window(3, 0) | Reaches("truths"))), want)
 
 
 def test_a_wrong_call_is_explained_while_tracing():

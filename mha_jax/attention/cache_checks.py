@@ -5,6 +5,7 @@ Y layers   B batch   C capacity   L tokens of a chunk   K key-value heads
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
@@ -12,9 +13,7 @@ from jax.export import is_symbolic_dim
 from mha_jax.attention.biases import apart
 from mha_jax.attention.brief import is_here
 from mha_jax.attention.call import Call
-from mha_jax.attention.check import rules_of
 from mha_jax.attention.given import floating, integers, is_integer, switch
-from mha_jax.attention.masks import Dense
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, ArrayLike, Bool, DType
@@ -210,7 +209,7 @@ def rolling(cache: Any, call: Call, key_tokens: Tokens | None) -> None:
     window(behind, capacity)
     over_slots = {
         "key_tokens": key_tokens is not None,
-        "a mask array": any(isinstance(rule, Dense) for rule in rules_of(call.mask)),
+        "a mask array": any(np.shape(a)[-1:] not in ((), (1,)) for a in jax.tree.leaves(call.mask)),
         "a bias array": call.bias is not None and bool(apart(call.bias)[0]),
     }
     for name, given in over_slots.items():

@@ -6,7 +6,6 @@ H query-key head size   V value head size
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +13,12 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax.attention import biases
-from mha_jax.attention.biases import Bias
 from mha_jax.attention.call import Call, Logits, Problem
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.fitted import fitted_bias, fitted_mask, fold_batch, int32
 from mha_jax.attention.given import is_integer, is_number, of_kind, precision, real_numbers
-from mha_jax.attention.masks import And, Mask, Not, Or, SameSegment, check_mask
+from mha_jax.attention.masks import check_mask
+from mha_jax.attention.rules import check_biases, check_masks, reads_segments
 from mha_jax.attention.slots import Slots
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
@@ -60,9 +58,9 @@ def check(call: Call, names: Names = Names()) -> Problem:  # noqa: B008
         )
     shape = (*lead, heads, t, s)
     mask = fitted_mask(call.mask, shape)
-    _check_rules(mask, q_tokens, k_tokens, (math.prod(lead), heads, t, s))
+    check_masks(mask, q_tokens, k_tokens, (math.prod(lead), heads, t, s))
     bias, rule = fitted_bias(call.bias, shape, q.dtype == jnp.float64)
-    _check_biases(rule, q_tokens, k_tokens, (math.prod(lead), heads, t, s))
+    check_biases(rule, q_tokens, k_tokens, (math.prod(lead), heads, t, s))
     scale, factor = _scale(call.scale, size)
     return Problem(
         q=_folded(q if factor is None else _times(q, factor)),
@@ -277,74 +275,6 @@ def _tokens(name: str, tokens: Tokens | None, length: Size, lead: tuple[Size, ..
 
     arrays = {field: fold(field) for field in ("index", "pos", "segment", "valid")}
     return Tokens(length, int(start), **arrays)
-
-
-def _check_rules(mask: Mask, q: Tokens, k: Tokens, shape: tuple[Any, ...]) -> None:
-    """Refuse rules of users that say something else than True or False.
-
-    Raises:
-      ShapeError: Naming the class, and what it returned.
-    """
-    for rule in rules_of(mask):
-        hint = "Compare (==, <=) what it reads of q and k, and combine comparisons by &, | and ~."
-        facts = q.as_queries(), k.as_keys()
-        _check_said(rule, "visible", facts, shape, ("booleans", (jnp.bool_,)), hint)
-
-
-def _check_biases(bias: Bias | None, q: Tokens, k: Tokens, shape: tuple[Any, ...]) -> None:
-    """Refuse biases of users that say something else than numbers of pairs.
-
-    Raises:
-      ShapeError: Naming the class, and what it returned.
-    """
-    for rule in () if bias is None else biases.apart(bias)[1]:
-        hint = (
-            "Keep the axes of what it reads of q and k; a rule that says True or False is a mask."
-        )
-        facts = biases.queries(q, shape[1]), k.as_keys()
-        numbers = ("real numbers", (jnp.floating, jnp.integer))
-        _check_said(rule, "logits", facts, shape, numbers, hint)
-
-
-def _check_said(rule: Any, method: str, facts: Any, shape: Any, wanted: Any, hint: str) -> None:
-    """Refuse a rule of a user that returns, of facts, not what is wanted, in words and dtypes."""
-    if type(rule).__module__.startswith("mha_jax.attention."):
-        return
-    name, (words, kinds) = f"{type(rule).__name__}.{method}", wanted
-    of = getattr(type(rule), method)
-    traced, said = jax.make_jaxpr(of, return_shape=True)(rule, *facts)
-    if any(isinstance(const, jax.core.Tracer) for const in traced.consts):
-        raise ShapeError(
-            f"{name} closes over a traced value, whose gradient JAX could not know: make it a field of "
-            f"{type(rule).__name__}, which is a pytree."
-        )
-    fits = (
-        isinstance(said, jax.ShapeDtypeStruct)
-        and any(jnp.issubdtype(said.dtype, kind) for kind in kinds)
-        and len(said.shape) in (0, 4)
-        and all(x in (1, y) for x, y in zip(said.shape, shape))
-    )
-    if not fits:
-        got = _of(said) if isinstance(said, jax.ShapeDtypeStruct) else type(said).__name__
-        raise ShapeError(
-            f"{name} must return {words} that broadcast to [B, N, T, S] = {shape}: got {got}. {hint}"
-        )
-
-
-def rules_of(mask: Mask) -> Iterator[Mask]:
-    """Yield the rules that a mask is made of by &, | and ~."""
-    if isinstance(mask, Not):
-        yield from rules_of(mask.a)
-    elif isinstance(mask, (And, Or)):
-        yield from rules_of(mask.a)
-        yield from rules_of(mask.b)
-    else:
-        yield mask
-
-
-def reads_segments(mask: Mask) -> bool:
-    """Return whether a mask compares the segments of tokens."""
-    return any(isinstance(rule, SameSegment) for rule in rules_of(mask))
 
 
 def _scale(x: Any, size: int) -> tuple[float, Array | None]:

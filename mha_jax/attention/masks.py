@@ -64,7 +64,7 @@ class Reach(NamedTuple):
         return Reach(self.some | other.some, self.every | other.every)
 
     def __invert__(self) -> "Reach":
-        return Reach(~self.every, ~self.some)
+        return Reach(True ^ self.every, True ^ self.some)  # ~True is a number
 
 
 def check_mask(name: str, mask: Any) -> None:

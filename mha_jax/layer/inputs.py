@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from mha_jax.attention.cache import Cache
-from mha_jax.attention.check import check_mask, check_tokens, reads_segments
+from mha_jax.attention.check import check_mask, check_tokens
 from mha_jax.attention.masks import Causal, Full, Mask, ValidKeys, ValidQueries, Window
+from mha_jax.attention.rules import reads_segments
 from mha_jax.attention.tokens import Tokens, zero_invalid
 from mha_jax.errors import ShapeError
 from mha_jax.layer import axes, checks
