@@ -315,3 +315,21 @@ def test_a_row_of_nan_says_so_in_its_statistics(name):
         call = Call(q, k, v, bias=jnp.full((3, 3), bias, jnp.float32))
         out, lse = mj.attend(call, (TILED | KERNEL)[name])
         assert np.isnan(out).all() and np.isnan(lse).all()
+
+
+@pytest.mark.parametrize("size", [0, H])
+@pytest.mark.parametrize("name", ["default", "small_tiles", "exhaustive"])
+def test_a_value_that_is_seen_says_so_to_heads_without_features_too(name, size):
+    """In outputs, and the direction of a value in tangents."""
+    q, k, v = draw(51, B, T2, N, size), draw(52, B, S2, K, size), draw(53, B, S2, K, V)
+    bad = v.at[:, 7, :, 0].set(np.nan)
+
+    def out(v):
+        return mj.attend(Call(q, k, v, mask=Causal()), TILED[name]).out
+
+    moved = jax.jvp(out, (v,), (jnp.zeros_like(v).at[:, 7, :, 1].set(np.inf),))[1]
+    for found in (out(bad), moved):
+        assert np.isfinite(np.asarray(found)[:, :7]).all()
+        assert np.isnan(np.asarray(found)[:, 7:]).all(axis=-1).all()
+    gradient = jax.grad(lambda v: out(v)[:, :7].sum())(bad)
+    assert np.isfinite(np.asarray(gradient)).all()

@@ -17,22 +17,21 @@ from jax import lax
 from mha_jax.attention import hidden, softmax
 from mha_jax.attention.call import Moves, Output, State, moving
 from mha_jax.backends.blockwise.loops import after, in_turn, scan
-from mha_jax.backends.blockwise.tiles import ByKeys, ByQueries, Place, Tiles
+from mha_jax.backends.blockwise.tiles import ByKeys, ByQueries, Place, Tiles, featured
 from mha_jax.types import Array
 
 
 def forward(tiles: Tiles) -> State:
     """Attend; return the output and every row's (m, l)."""
     problem, order = tiles.problem, tiles.visits(by_rows=True)
-    by, v_of = ByQueries(tiles, order), functools.partial(tiles.keys_of, tiles.v)
+    by, q = ByQueries(tiles, order), featured(tiles.q)
+    k_of, v_of = (functools.partial(tiles.keys_of, x) for x in (featured(tiles.k), tiles.v))
     if tiles.hides and not problem.heads_first:  # what a cache holds is not looked through
-        by = ByQueries(tiles, order, tiles.marks(tiles.k, tiles.v))
-        v_of = tiles.numbers(tiles.v, tiles.keys_of)
+        k_of, v_of = tiles.marked(tiles.k, tiles.v), tiles.numbers(tiles.v, tiles.keys_of)
     dropout = problem.dropout
 
     def tile(q_row, at, state):
-        dot = tiles.weighed(q_row, tiles.keys_of(tiles.k, at))
-        x = by.logits(tiles.rules.capped(dot), at)
+        x = by.logits(tiles.rules.capped(tiles.weighed(q_row, k_of(at))), at)
         if state is None:
             p, m, l = softmax.apart(x) if tiles.written else softmax.first(x)
             before = jnp.zeros((), tiles.dtype)
@@ -54,14 +53,14 @@ def forward(tiles: Tiles) -> State:
         return softmax.start(q_row.shape[:-1], tiles.v.shape[-1], tiles.dtype)
 
     def row(g, i, whole):
-        q_row = tiles.rows_of(tiles.q, Place(g, i, 0))
+        q_row = tiles.rows_of(q, Place(g, i, 0))
         first = None if order.single else start(q_row)
         end = tiles.over(order, g, i, lambda j, state: tile(q_row, Place(g, i, j), state), first)
         out, *statistics = finished(end)
         return tiles.put_back(whole, out, g, i), statistics
 
     def row_in_turn(g, i, blocks, _, last):
-        q_row = tiles.rows_of(tiles.q, Place(g, i, 0))
+        q_row = tiles.rows_of(q, Place(g, i, 0))
         parts = []
         for j in blocks:
             parts.append(tile(after(q_row, last), Place(g, i, j), None))
@@ -217,9 +216,11 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
     scale = jnp.asarray(tiles.scale, dtype)
     dq = None if direction.q is None else tiles.queries(direction.q.astype(dtype) * scale)
     dk, dv = (None if x is None else tiles.keys(x.astype(dtype)) for x in direction[1:3])
-    v_of = tiles.numbers(tiles.v, tiles.keys_of)
-    # Of keys and values the state tells.
-    by = ByQueries(tiles, order, tiles.marks(dv) if tiles.hides and dv is not None else None)
+    dq, dk = (None if x is None else featured(x) for x in (dq, dk))
+    by, v_of = ByQueries(tiles, order), tiles.numbers(tiles.v, tiles.keys_of)
+    q, k_of = featured(tiles.q), functools.partial(tiles.keys_of, featured(tiles.k))
+    if tiles.hides and dv is not None:  # of keys and values the state tells
+        k_of = tiles.marked(dv)
     d_bias = None if direction.bias is None else tiles.pad_dense(direction.bias.astype(dtype))
     d_rule = None
     if jax.tree.leaves(direction.bias_rule):
@@ -231,14 +232,13 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
 
     def row(g, i, _):
         here = Place(g, i, 0)
-        q_row = tiles.rows_of(tiles.q, here)
+        q_row = tiles.rows_of(q, here)
         part_rows = tuple(tiles.rows_of(x, here) for x in parts)
 
         def block(j, sums):
             at = Place(g, i, j)
             d_out, d_lse = sums
-            k_tile = tiles.keys_of(tiles.k, at)
-            v_tile = v_of(at).astype(dtype)
+            k_tile, v_tile = k_of(at), v_of(at).astype(dtype)
             capped = rules.capped(tiles.dot("...rh,...sh->...rs", q_row, k_tile))
             p = _rebuilt(by.logits(capped, at, part_rows))
             dx = jnp.zeros_like(capped)

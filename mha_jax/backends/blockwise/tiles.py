@@ -216,16 +216,27 @@ class Tiles:
             return lambda at: hidden.numbers(cut(x, at))
         return functools.partial(cut, hidden.numbers(x) if self.hides else x)
 
-    def marks(self, *keys: Array) -> Array:
-        """Return `hidden.mark` of keys, [g, k_blocks, *lead, block_k], read block by block: no copies."""
+    def marked(self, *arrays: Array) -> Callable[[Place], Array]:
+        """Return what cuts k to a tile's, NaN where a token of arrays of keys holds a NaN or an Inf.
+
+        `hidden.mark` of them, [g, k_blocks, *lead, block_k], is made block by block: nothing is copied.
+        Without features k gets one of zeros, so that there is a product.
+        """
+        k = featured(self.k)
         if self.written:
-            return hidden.mark(*keys)
+            return functools.partial(self.keys_of, _marked(k, hidden.mark(*arrays)))
 
         def block(g, j, _):
-            return None, hidden.mark(*(self.keys_of(x, Place(g, 0, j)) for x in keys))
+            return None, hidden.mark(*(self.keys_of(x, Place(g, 0, j)) for x in arrays))
 
         _, marks = scan(block, None, self.layout.groups, self.k_blocks)
-        return marks.reshape(-1, self.k_blocks, *marks.shape[1:])
+        marks = marks.reshape(-1, self.k_blocks, *marks.shape[1:])
+
+        def cut(at):
+            mark = _cut(marks, {0: (at.group, 1), 1: (at.k, 1)})[0, 0]
+            return _marked(self.keys_of(k, at), mark)
+
+        return cut
 
     def _block(self, x: Array, group: Any, block: int) -> Array:
         """Cut [g, blocks, ...] to a block, which lies in one piece: products read it where it is."""
@@ -397,7 +408,6 @@ class ByQueries:
 
     tiles: Tiles
     order: Visits
-    marks: Array | None = None  # what `Tiles.marks` returns, added to all logits of its keys
 
     def masks(self, at: Place) -> bool:
         """Return whether something may be hidden in a tile."""
@@ -410,9 +420,6 @@ class ByQueries:
     def logits(self, x: Array, at: Place, parts: tuple[Array, ...] = ()) -> Array:
         """Turn capped products of a tile into logits minus numbers of their rows, -inf where hidden."""
         tiles = self.tiles
-        if self.marks is not None:
-            mark = self._columns(_cut(self.marks, {0: (at.group, 1), 1: (at.k, 1)})[0, 0])
-            x = x + mark.astype(x.dtype)
         if tiles.bias is not None:
             x = x + self.dense(tiles.bias, at).astype(x.dtype)
         if tiles.rule is not None:
@@ -593,6 +600,15 @@ class ByKeys(ByQueries):
         if (heads, rows) not in ((1, 1), (groups, size)):
             tile = jnp.broadcast_to(tile, (*lead, columns, groups, size))
         return tile.reshape(*lead, columns, -1)
+
+
+def featured(x: Array) -> Array:
+    """Return x, with one feature of zeros in the place of none."""
+    return x if x.shape[-1] else jnp.zeros((*x.shape[:-1], 1), x.dtype)
+
+
+def _marked(k: Array, mark: Array) -> Array:
+    return k + mark[..., None].astype(k.dtype)
 
 
 def _goes_into_q(scale: float, problem: Problem) -> bool:
