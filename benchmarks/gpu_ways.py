@@ -174,7 +174,7 @@ def _jax_nn(work: Work, implementation: Literal["xla", "cudnn"]) -> Way:
     return attention
 
 
-def _tokamax(work: Work, implementation: str) -> Way:
+def _tokamax(work: Work, implementation: Any) -> Way:
     import tokamax
 
     def attention(q, k, v, valid, bias, words):

@@ -7,7 +7,8 @@ A product serves all pairs of a tile, the hidden ones too, and a weight of 0 tim
 into products of weights is finite: tokens that hold a NaN or an Inf are zeros there. Who may see them is told
 by a NaN in the other operand of q . k, which comes before the mask: forward among the keys, and backward,
 where a row already knows whether it saw one, among the queries. All of it is O(T + S), outside of the tiles.
-Tiles of plain XLA are told by a number for every key (`mark`), and backward for every row (`judged`).
+Tiles of plain XLA add a number to every key that they read (`mark`), and backward subtract one in every row
+(`judged`).
 
 A row that sees a NaN or an Inf, in a key or in a value, is NaN, and so are the gradients of what it sees, if
 anybody asks for its own. Where a mask hides nothing, all of this is left out.
@@ -53,7 +54,7 @@ def numbers(x: Array) -> Array:
 
 
 def mark(*arrays: Float[Array, "*L _"]) -> Float[Array, "*L"]:
-    """Return 0 for tokens of finite numbers, NaN for others, to be added to their logits before the mask.
+    """Return 0 for tokens of finite numbers, NaN for others, to be added to their keys.
 
     A constant in derivatives. Where arrays are alike they are multiplied first: one sum, no copies.
     """
