@@ -554,6 +554,19 @@ def test_what_cannot_be_right_is_refused(name):
         call()
 
 
+def test_numbers_of_examples_are_no_arrays_over_slots():
+    """PrefixLM's lengths, one for every example."""
+    q, k, v = projected(length=9)
+    mask = Window(2, 0) & mj.PrefixLM(np.arange(B))
+    cache, outs = Cache.empty(B, C, K, H, rolling=True), []
+    for i in range(9):
+        here = (x[:, i : i + 1] for x in (q, k, v))
+        out, cache = mj.dot_product_attention(*here, mask=mask, cache=cache)
+        outs.append(out)
+    whole = mj.dot_product_attention(q, k, v, mask=mask)
+    np.testing.assert_allclose(jnp.concatenate(outs, 1), whole, atol=1e-6)
+
+
 def test_int8_is_refused_for_float64(x64):
     q = draw(1, B, 1, K, H, dtype=np.float64)
     with pytest.raises(

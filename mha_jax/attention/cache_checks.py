@@ -14,6 +14,8 @@ from mha_jax.attention.biases import apart
 from mha_jax.attention.brief import is_here
 from mha_jax.attention.call import Call
 from mha_jax.attention.given import floating, integers, is_integer, switch
+from mha_jax.attention.masks import Dense, Mask
+from mha_jax.attention.rules import rules_of
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, ArrayLike, Bool, DType
@@ -191,6 +193,12 @@ def scores(cache: Any, call: Call) -> None:
         )
 
 
+def _over_keys(rule: Mask) -> bool:
+    """Whether a rule holds an array over keys."""
+    arrays = () if rule.holds_numbers else jax.tree.leaves(rule)
+    return isinstance(rule, Dense) or any(np.shape(a)[-1:] not in ((), (1,)) for a in arrays)
+
+
 def rolling(cache: Any, call: Call, key_tokens: Tokens | None) -> None:
     """Refuse what reads tokens that a rolling cache no longer holds, or counts on a slot for a token.
 
@@ -209,7 +217,7 @@ def rolling(cache: Any, call: Call, key_tokens: Tokens | None) -> None:
     window(behind, capacity)
     over_slots = {
         "key_tokens": key_tokens is not None,
-        "a mask array": any(np.shape(a)[-1:] not in ((), (1,)) for a in jax.tree.leaves(call.mask)),
+        "a mask array": any(map(_over_keys, rules_of(call.mask))),
         "a bias array": call.bias is not None and bool(apart(call.bias)[0]),
     }
     for name, given in over_slots.items():
