@@ -358,6 +358,22 @@ def test_a_scale_that_makes_all_logits_alike_attends_evenly(name):
         np.testing.assert_allclose(out, even, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1, 8, 64])
+@pytest.mark.parametrize("scale", [None, 0.3, 1.0])
+def test_a_key_that_outweighs_all_others_gives_its_value_bit_by_bit(size, scale):
+    # A weight of exp(0): exactly 1, also where a compiler could round a product with the difference.
+    q, k, v = (n * draw(i, 2, 37, 2, size) for i, n in enumerate((1e3, 1e3, 1)))
+    out = jax.jit(lambda *x: mj.dot_product_attention(*x, scale=scale, backend="blockwise"))(
+        q, k, v
+    )
+    logits = np.einsum("btnh,bsnh->bnts", *(x.astype(np.float64) for x in (q, k)))
+    first, second = np.moveaxis(np.sort(logits * (scale or size**-0.5))[..., -2:], -1, 0)
+    sure = (second - first > 150).swapaxes(1, 2)
+    assert sure.mean() > 0.9
+    want = np.take_along_axis(v.swapaxes(1, 2), logits.argmax(-1)[..., None], 2).swapaxes(1, 2)
+    np.testing.assert_array_equal(np.asarray(out)[sure], want[sure])
+
+
 def test_explain_takes_any_scale_and_cap_that_a_call_takes():
     x = jnp.ones((1, 5, 2, 4))
     want = mj.explain(mj.Call(x, x, x, scale=0.5, logit_cap=2.0))

@@ -317,10 +317,10 @@ def test_a_row_of_nan_says_so_in_its_statistics(name):
         assert np.isnan(out).all() and np.isnan(lse).all()
 
 
-@pytest.mark.parametrize("size", [0, H])
+@pytest.mark.parametrize("size", [0, 1, V, H])
 @pytest.mark.parametrize("name", ["default", "small_tiles", "exhaustive"])
-def test_a_value_that_is_seen_says_so_to_heads_without_features_too(name, size):
-    """In outputs, and the direction of a value in tangents."""
+def test_a_value_that_is_seen_says_so_to_heads_of_any_size(name, size):
+    """In outputs, and the direction of a value in tangents; without features, too."""
     q, k, v = draw(51, B, T2, N, size), draw(52, B, S2, K, size), draw(53, B, S2, K, V)
     bad = v.at[:, 7, :, 0].set(np.nan)
 

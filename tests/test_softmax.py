@@ -31,11 +31,11 @@ def exact(x, v):
     return out, lse
 
 
-def run(x, v, cuts):
+def run(x, v, cuts, product=False):
     state = softmax.start((R, T), V, jnp.float32)
     for tile, values in zip(np.split(x, cuts, -1), np.split(v, cuts, 1)):
         if tile.shape[-1]:
-            p, fix, m, l = softmax.grow(state.m, state.l, jnp.asarray(tile))
+            p, fix, m, l = softmax.grow(state.m, state.l, jnp.asarray(tile), product)
             state = softmax.Running(state.acc * fix + p @ jnp.asarray(values), m, l)
     out = state.acc * softmax.reciprocal(state.l)
     return np.asarray(out), np.asarray(softmax.logsumexp(state.m, state.l))
@@ -45,11 +45,12 @@ def run(x, v, cuts):
     seed=st.integers(0, 99),
     cuts=st.lists(st.integers(0, S), max_size=5).map(sorted),
     scale=st.sampled_from([1.0, 30.0, 1e5]),
+    product=st.booleans(),
 )
 @settings(max_examples=30, deadline=None, derandomize=True)
-def test_any_split_is_the_softmax(seed, cuts, scale):
+def test_any_split_is_the_softmax(seed, cuts, scale, product):
     x, v = inputs(seed, scale)
-    out, lse = run(x, v, cuts)
+    out, lse = run(x, v, cuts, product)
     want_out, want_lse = exact(x, v)
     np.testing.assert_allclose(out, want_out, atol=S * EPSILON * np.abs(v).max(), rtol=0)
     np.testing.assert_array_equal(np.isinf(lse), np.isinf(want_lse))
@@ -75,7 +76,7 @@ def test_small_and_large_logits_in_one_row():
 def test_a_row_that_sees_nothing_is_zero_without_nan():
     x = jnp.full((1, 2, 3), -jnp.inf)
     state = softmax.start((1, 2), V, jnp.float32)
-    p, fix, m, l = softmax.grow(state.m, state.l, x)
+    p, fix, m, l = softmax.grow(state.m, state.l, x, False)
     np.testing.assert_array_equal(p, 0)
     np.testing.assert_array_equal(l, 0)
     np.testing.assert_array_equal(m, -np.inf)
@@ -108,5 +109,5 @@ def test_gradients_of_empty_rows_are_zero():
 
 def test_float64_stays_float64(x64):
     state = softmax.start((1, 2), V, jnp.float64)
-    grown = softmax.grow(state.m, state.l, jnp.ones((1, 2, 4), jnp.float64))
+    grown = softmax.grow(state.m, state.l, jnp.ones((1, 2, 4), jnp.float64), False)
     assert {a.dtype for a in (*state, *grown)} == {np.dtype("float64")}

@@ -123,6 +123,11 @@ class Logits:
         """Whether products order as logits do, and stay numbers where the exponent takes the scale."""
         return self.cap is None and self.scale >= _SMALLEST
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether anything is done to q . k, a multiplication last."""
+        return self.scale != 1 or self.cap is not None
+
     def capped(self, dot: Float[Array, "*R"]) -> Float[Array, "*R"]:
         """Scale q . k and cap it."""
         x = dot if self.scale == 1 else dot * jnp.asarray(self.scale, dot.dtype)

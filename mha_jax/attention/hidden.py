@@ -7,8 +7,8 @@ A product serves all pairs of a tile, the hidden ones too, and a weight of 0 tim
 into products of weights is finite: tokens that hold a NaN or an Inf are zeros there. Who may see them is told
 by a NaN in the other operand of q . k, which comes before the mask: forward among the keys, and backward,
 where a row already knows whether it saw one, among the queries. All of it is O(T + S), outside of the tiles.
-Tiles of plain XLA add a number to every key that they read (`mark`), and backward subtract one in every row
-(`judged`).
+Tiles of plain XLA add zeros made of them to the keys that they read (`told`), and backward subtract a number
+in every row (`judged`).
 
 A row that sees a NaN or an Inf, in a key or in a value, is NaN, and so are the gradients of what it sees, if
 anybody asks for its own. Where a mask hides nothing, all of this is left out.
@@ -53,14 +53,20 @@ def numbers(x: Array) -> Array:
     return replaced(x, jnp.isfinite(x), 0.0)
 
 
-def mark(*arrays: Float[Array, "*L _"]) -> Float[Array, "*L"]:
-    """Return 0 for tokens of finite numbers, NaN for others, to be added to their keys.
+def told(k: Float[Array, "*L H"], *others: Float[Array, "*L _"]) -> Float[Array, "*L H"]:
+    """Return keys with a NaN in those tokens that hold a NaN or an Inf, in their keys or in `others`.
 
-    A constant in derivatives. Where arrays are alike they are multiplied first: one sum, no copies.
+    Feature by feature, so that it is done as keys are read; what has more features than keys is summed up.
+    What is added is a constant in derivatives.
     """
-    alike = len({(x.shape, x.dtype) for x in arrays}) == 1
-    zeros = [reduce(jnp.multiply, (0, *arrays))] if alike else [0 * x for x in arrays]
-    return lax.stop_gradient(reduce(jnp.add, (jnp.sum(x, -1, dtype=jnp.float32) for x in zeros)))
+
+    def fitted(x):
+        zero, more = (0 * x).astype(k.dtype), k.shape[-1] - x.shape[-1]
+        if more < 0:
+            return jnp.sum(zero, -1, keepdims=True)
+        return jnp.pad(zero, [(0, 0)] * (k.ndim - 1) + [(0, more)]) if more else zero
+
+    return k + lax.stop_gradient(reduce(jnp.add, map(fitted, others), 0 * k))
 
 
 def judged(

@@ -49,10 +49,10 @@ def weights(x: Float[Array, "*R"], m: Float[Array, "..."]) -> Float[Array, "*R"]
     return jnp.exp(x - finite(m))
 
 
-def first(x: Float[Array, "*R T S"]) -> tuple[Array, Array, Array]:
+def first(x: Float[Array, "*R T S"], product: bool) -> tuple[Array, Array, Array]:
     """Return (p, m, l) of the first, or only, tile of logits: `grow` of rows that have seen no key."""
     m = jnp.max(x, axis=-1, keepdims=True)
-    p = weights(_settled(x), m)
+    p = weights(_settled(x) if product else x, m)
     return p, m, jnp.sum(p, axis=-1, keepdims=True)
 
 
@@ -85,16 +85,21 @@ def scores(x: Float[Array, "*R T S"], near: Array | None = None) -> Float[Array,
 
 
 def grow(
-    m: Float[Array, "*R T 1"], l: Float[Array, "*R T 1"], x: Float[Array, "*R T S"]
+    m: Float[Array, "*R T 1"], l: Float[Array, "*R T 1"], x: Float[Array, "*R T S"], product: bool
 ) -> tuple[Array, Array, Array, Array]:
     """Take a tile of logits into the statistics.
+
+    Args:
+      m, l: The statistics before.
+      x: The tile.
+      product: Whether the last operation on a logit may be a multiplication; see `_settled`.
 
     Returns:
       (p, fix, m, l): the tile's weights relative to the new maximum, the factor exp(old m - new m)
       by which everything summed before must shrink, and the new statistics.
     """
     new = jnp.maximum(m, jnp.max(x, axis=-1, keepdims=True))
-    p, fix = weights(_settled(x), new), jnp.exp(m - finite(new))
+    p, fix = weights(_settled(x) if product else x, new), jnp.exp(m - finite(new))
     return p, fix, new, l * fix + jnp.sum(p, axis=-1, keepdims=True)
 
 

@@ -27,16 +27,17 @@ def forward(tiles: Tiles) -> State:
     by, q = ByQueries(tiles, order), featured(tiles.q)
     k_of, v_of = (functools.partial(tiles.keys_of, x) for x in (featured(tiles.k), tiles.v))
     if tiles.hides and not problem.heads_first:  # what a cache holds is not looked through
-        k_of, v_of = tiles.marked(tiles.k, tiles.v), tiles.numbers(tiles.v, tiles.keys_of)
+        k_of, v_of = tiles.told(tiles.v), tiles.numbers(tiles.v, tiles.keys_of)
     dropout = problem.dropout
+    product = tiles.rules.multiplies or q.shape[-1] == 1  # of one feature: XLA multiplies
 
     def tile(q_row, at, state):
         x = by.logits(tiles.rules.capped(tiles.weighed(q_row, k_of(at))), at)
         if state is None:
-            p, m, l = softmax.apart(x) if tiles.written else softmax.first(x)
+            p, m, l = softmax.apart(x) if tiles.written else softmax.first(x, product)
             before = jnp.zeros((), tiles.dtype)
         else:
-            p, fix, m, l = softmax.grow(state.m, state.l, x)
+            p, fix, m, l = softmax.grow(state.m, state.l, x, product)
             before = state.acc * fix
         if dropout is not None:
             p = jnp.where(by.kept(at), p, 0)
@@ -220,7 +221,7 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
     by, v_of = ByQueries(tiles, order), tiles.numbers(tiles.v, tiles.keys_of)
     q, k_of = featured(tiles.q), functools.partial(tiles.keys_of, featured(tiles.k))
     if tiles.hides and dv is not None:  # of keys and values the state tells
-        k_of = tiles.marked(dv)
+        k_of = tiles.told(dv)
     d_bias = None if direction.bias is None else tiles.pad_dense(direction.bias.astype(dtype))
     d_rule = None
     if jax.tree.leaves(direction.bias_rule):

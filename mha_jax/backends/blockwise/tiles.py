@@ -29,7 +29,7 @@ from mha_jax.attention.tokens import Facts, near
 from mha_jax.backends import visits
 from mha_jax.backends.blockwise import diagonals
 from mha_jax.backends.blockwise.layout import Apart, Grouped
-from mha_jax.backends.blockwise.loops import Lines, numbers, scan
+from mha_jax.backends.blockwise.loops import Lines, numbers
 from mha_jax.types import Array, Size
 
 # Multiplications of queries and keys up to which it is faster not to call for a product of matrices. Time of
@@ -216,27 +216,15 @@ class Tiles:
             return lambda at: hidden.numbers(cut(x, at))
         return functools.partial(cut, hidden.numbers(x) if self.hides else x)
 
-    def marked(self, *arrays: Array) -> Callable[[Place], Array]:
-        """Return what cuts k to a tile's, NaN where a token of arrays of keys holds a NaN or an Inf.
+    def told(self, *others: Array) -> Callable[[Place], Array]:
+        """Return what cuts k to a tile's, by `hidden.told` of it and of others laid out as keys.
 
-        `hidden.mark` of them, [g, k_blocks, *lead, block_k], is made block by block: nothing is copied.
         Without features k gets one of zeros, so that there is a product.
         """
-        k = featured(self.k)
+        arrays = featured(self.k), *others
         if self.written:
-            return functools.partial(self.keys_of, _marked(k, hidden.mark(*arrays)))
-
-        def block(g, j, _):
-            return None, hidden.mark(*(self.keys_of(x, Place(g, 0, j)) for x in arrays))
-
-        _, marks = scan(block, None, self.layout.groups, self.k_blocks)
-        marks = marks.reshape(-1, self.k_blocks, *marks.shape[1:])
-
-        def cut(at):
-            mark = _cut(marks, {0: (at.group, 1), 1: (at.k, 1)})[0, 0]
-            return _marked(self.keys_of(k, at), mark)
-
-        return cut
+            return functools.partial(self.keys_of, hidden.told(*arrays))
+        return lambda at: hidden.told(*(self.keys_of(x, at) for x in arrays))
 
     def _block(self, x: Array, group: Any, block: int) -> Array:
         """Cut [g, blocks, ...] to a block, which lies in one piece: products read it where it is."""
@@ -605,10 +593,6 @@ class ByKeys(ByQueries):
 def featured(x: Array) -> Array:
     """Return x, with one feature of zeros in the place of none."""
     return x if x.shape[-1] else jnp.zeros((*x.shape[:-1], 1), x.dtype)
-
-
-def _marked(k: Array, mark: Array) -> Array:
-    return k + mark[..., None].astype(k.dtype)
 
 
 def _goes_into_q(scale: float, problem: Problem) -> bool:
