@@ -208,7 +208,7 @@ def _plus(position: Any, steps: int) -> Any:
     steps = min(steps, _SPAN)
     most = np.int32(_HIGH - steps)
     xp: Any = jnp if isinstance(position, jax.Array) else np
-    return xp.minimum(position, most) + _word(steps)
+    return xp.minimum(position, most) + _word(steps) if steps else position
 
 
 def _minus(position: Any, steps: int) -> Any:
@@ -216,7 +216,7 @@ def _minus(position: Any, steps: int) -> Any:
     steps = min(steps, _SPAN)
     least = np.int32(_LOW + steps)
     xp: Any = jnp if isinstance(position, jax.Array) else np
-    return xp.maximum(position, least) - _word(steps)
+    return xp.maximum(position, least) - _word(steps) if steps else position
 
 
 def _word(steps: int) -> np.int32:

@@ -40,7 +40,7 @@ def finite(m: Float[Array, "*R"]) -> Float[Array, "*R"]:
 
     A row with a logit of inf has no weights: its shift is NaN, 0 times inf.
     """
-    shift = jnp.where(m == -jnp.inf, jnp.zeros_like(m), m)
+    shift = jnp.where(m == -jnp.inf, 0, m)
     return shift + 0 * shift
 
 
@@ -99,7 +99,8 @@ def grow(
       by which everything summed before must shrink, and the new statistics.
     """
     new = jnp.maximum(m, jnp.max(x, axis=-1, keepdims=True))
-    p, fix = weights(_settled(x) if product else x, new), jnp.exp(m - finite(new))
+    shift = finite(new)
+    p, fix = jnp.exp((_settled(x) if product else x) - shift), jnp.exp(m - shift)
     return p, fix, new, l * fix + jnp.sum(p, axis=-1, keepdims=True)
 
 

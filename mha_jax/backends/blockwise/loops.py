@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mha_jax.types import Array
@@ -16,8 +17,7 @@ def scan(step: Callable, carry: Any, groups: int, lines: int) -> tuple[Any, Any]
     """Run `carry, out = step(group, line, carry)` over all lines of all groups; stack what comes out."""
 
     def of_line(carry, n):
-        group = n // lines if groups > 1 else 0
-        return step(group, n % lines if groups > 1 else n, carry)
+        return step(*divided(n, lines), carry) if groups > 1 else step(0, n, carry)
 
     if groups * lines > 1:
         return lax.scan(of_line, carry, numbers(groups * lines))
@@ -54,6 +54,13 @@ def in_turn(
 def after(x: Any, last: Any) -> Any:
     """Return x, from which nothing is computed before `last` is there: one tile is held at a time."""
     return x if last is None else lax.optimization_barrier((x, last))[0]
+
+
+def divided(n: Any, size: int) -> tuple[Any, Any]:
+    """Return n // size and n % size of an index, without what negative numbers would need."""
+    if isinstance(n, int):
+        return divmod(n, size)
+    return lax.div(n, np.uint32(size)), lax.rem(n, np.uint32(size))
 
 
 def numbers(count: int) -> Array:

@@ -105,9 +105,9 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
         d_bias, d_rule = sums
         q, do = q_of(at), d_out_of(at)
         delta_row, *parts = (tiles.rows_of(x, at) for x in (delta, c, log))
-        capped = rules.capped(tiles.dot("...sh,...rh->...sr", k_tile, q))
+        capped = rules.capped(tiles.dot("sh,rh->sr", k_tile, q))
         p = _rebuilt(by.logits(capped, at, tuple(parts)))
-        dp = tiles.dot("...sv,...rv->...sr", v_tile, do)
+        dp = tiles.dot("sv,rv->sr", v_tile, do)
         kept = p
         if problem.dropout is not None:
             # The sign carries the bit to both products, so that it is hashed once.
@@ -121,8 +121,8 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
             d_rule = jax.tree.map(jnp.add, d_rule, by.pulled(dx, at))
         if rules.cap is not None:
             dx = tiles.shown(dx, dx * rules.slope(capped))
-        dv = tiles.dot("...sr,...rv->...sv", kept, do)
-        dk = tiles.dot("...sr,...rh->...sh", dx, q.astype(dtype))
+        dv = tiles.dot("sr,rv->sv", kept, do)
+        dk = tiles.dot("sr,rh->sh", dx, q.astype(dtype))
         return (d_bias, d_rule), dx, dk, dv
 
     def of_queries(dq):
@@ -145,7 +145,7 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
             at = Place(g, i, j)
             sums, dq, dk, dv = carry
             sums, dx, dk_part, dv_part = tile(k_tile, v_tile, at, sums)
-            dq = tiles.add_transposed(dq, tiles.dot("...hs,...sr->...hr", k_transposed, dx), at)
+            dq = tiles.add_transposed(dq, tiles.dot("hs,sr->hr", k_transposed, dx), at)
             return sums, dq, dk + dk_part, dv + dv_part
 
         sums, dq, dk, dv = carry
@@ -165,7 +165,7 @@ def cotangent(tiles: Tiles, state: State, cotangent: Output) -> Moves:
         for i in blocks:
             k_here, v_here = after((k_tile, v_tile), last)
             sums, dx, *part = tile(k_here, v_here.astype(dtype), Place(g, i, j), sums)
-            more = tiles.dot("...sr,...sh->...rh", dx, k_here.astype(dtype))
+            more = tiles.dot("sr,sh->rh", dx, k_here.astype(dtype))
             dq[i] = more if dq[i] is None else dq[i] + more
             parts.append(part)
             last = dq[i], *part
@@ -240,15 +240,15 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
             at = Place(g, i, j)
             d_out, d_lse = sums
             k_tile, v_tile = k_of(at), v_of(at).astype(dtype)
-            capped = rules.capped(tiles.dot("...rh,...sh->...rs", q_row, k_tile))
+            capped = rules.capped(tiles.dot("rh,sh->rs", q_row, k_tile))
             p = _rebuilt(by.logits(capped, at, part_rows))
             dx = jnp.zeros_like(capped)
             if dq is not None:
                 dq_row = tiles.rows_of(dq, at)
-                dx = dx + tiles.dot("...rh,...sh->...rs", dq_row, k_tile.astype(dtype))
+                dx = dx + tiles.dot("rh,sh->rs", dq_row, k_tile.astype(dtype))
             if dk is not None:
                 q_scaled = q_row.astype(dtype) * jnp.asarray(rules.scale, dtype)
-                dx = dx + tiles.dot("...rh,...sh->...rs", q_scaled, tiles.keys_of(dk, at))
+                dx = dx + tiles.dot("rh,sh->rs", q_scaled, tiles.keys_of(dk, at))
             dx = dx * rules.slope(capped)
             if d_bias is not None:
                 dx = dx + by.dense(d_bias, at)
@@ -260,10 +260,10 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
             if problem.dropout is not None:
                 keep = by.kept(at)
                 kept, dp = jnp.where(keep, p, 0), jnp.where(keep, dp, 0)
-            d_out = d_out + tiles.dot("...rs,...sv->...rv", dp, v_tile)
+            d_out = d_out + tiles.dot("rs,sv->rv", dp, v_tile)
             if dv is not None:
                 dv_tile = tiles.numbers(dv, tiles.keys_of)(at)
-                d_out = d_out + tiles.dot("...rs,...sv->...rv", kept, dv_tile)
+                d_out = d_out + tiles.dot("rs,sv->rv", kept, dv_tile)
             return d_out, d_lse
 
         rows = q_row.shape[:-1]

@@ -27,9 +27,9 @@ from mha_jax.attention.biases import Sum, floats, with_floats
 from mha_jax.attention.call import Problem
 from mha_jax.attention.tokens import Facts, near
 from mha_jax.backends import visits
-from mha_jax.backends.blockwise import diagonals
+from mha_jax.backends.blockwise import diagonals, loops
 from mha_jax.backends.blockwise.layout import Apart, Grouped
-from mha_jax.backends.blockwise.loops import Lines, numbers
+from mha_jax.backends.blockwise.loops import Lines
 from mha_jax.types import Array, Size
 
 # Multiplications of queries and keys up to which it is faster not to call for a product of matrices. Time of
@@ -231,23 +231,25 @@ class Tiles:
         return lax.dynamic_index_in_dim(x, _start(group, 1), 0, keepdims=False)[block]
 
     def dot(self, spec: str, a: Array, b: Array) -> Array:
-        """Multiply tiles, summing in the accumulator's dtype."""
+        """Multiply tiles [*lead, _, _], summing in the accumulator's dtype; `spec` names their last axes."""
         precision = self.rules.precision
         if self.tiling.halves and precision is None and self.problem.q.dtype == jnp.bfloat16:
             a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+        lead = "xyz"[: a.ndim - 2]  # written out: an ellipsis takes three times as long to trace
+        spec = lead + spec.replace(",", "," + lead).replace("->", "->" + lead)
         return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=self.dtype)
 
     def weighed(self, q: Array, k: Array) -> Array:
         """Multiply the queries and the keys of a tile, [*, r, H] and [*, s, H], to [*, r, s]."""
         if not self.tiny:
-            return self.dot("...rh,...sh->...rs", q, k)
+            return self.dot("rh,sh->rs", q, k)
         q, k = q.astype(self.dtype), k.astype(self.dtype)
         return jnp.sum(q[..., None, :] * k[..., None, :, :], -1)
 
     def summed(self, p: Array, v: Array) -> Array:
         """Sum up the values of a tile, [*, s, V], by weights [*, r, s], to [*, r, V]."""
         if not self.tiny:
-            return self.dot("...rs,...sv->...rv", p, v)
+            return self.dot("rs,sv->rv", p, v)
         return jnp.sum(p[..., None] * v[..., None, :, :], -2)
 
     def shown(self, p: Array, x: Array) -> Array:
@@ -309,7 +311,7 @@ class Tiles:
         tile = tile.reshape(b, k, whole.shape[2] // self.kv_heads, -1, tile.shape[-1])
         tile = tile.transpose(0, 3, 1, 2, 4)
         tile = tile.reshape(*tile.shape[:2], -1, tile.shape[-1])
-        first, second = (group, 0) if heads_of == 1 else (group // heads_of, group % heads_of)
+        first, second = (group, 0) if heads_of == 1 else loops.divided(group, heads_of)
         at = (first, block, second)
         return _put(whole, tile, {axis: (n, tile.shape[axis]) for axis, n in enumerate(at)})
 
@@ -372,7 +374,8 @@ class Tiles:
         def of_line(a):
             if isinstance(a, np.ndarray) and np.ptp(a) == 0:
                 return a.flat[0]
-            return jnp.asarray(a)[group if a.shape[0] > 1 else 0, line]
+            row = _cut(jnp.asarray(a), {0: (group if a.shape[0] > 1 else 0, 1), 1: (line, 1)})
+            return row[0, 0]
 
         if order.single:
             return body(0, carry)
@@ -380,11 +383,11 @@ class Tiles:
         blocks = None if order.blocks is None else of_line(order.blocks)
 
         def step(n, carry):
-            return body(first + n if blocks is None else blocks[n], carry)
+            return body(first + n if blocks is None else _cut(blocks, {0: (n, 1)})[0], carry)
 
         if self.tiling.exhaustive:
             again = jax.checkpoint(lambda carry, n: (step(n, carry), None))
-            return lax.scan(again, carry, numbers(int(live)))[0]
+            return lax.scan(again, carry, loops.numbers(int(live)))[0]
         return lax.fori_loop(np.uint32(0), live, step, carry)
 
 
@@ -616,8 +619,9 @@ def _pad(x: Array, axis: int, length: Size, value: float = 0.0) -> Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
-def _start(index: Any, size: Size) -> Array:
-    return jnp.asarray(index * size, jnp.uint32)
+def _start(index: Any, size: Size) -> Any:
+    start = index if size == 1 else index * size
+    return np.uint32(start) if isinstance(start, int) else jnp.asarray(start, jnp.uint32)
 
 
 def _cut(x: Array, blocks: dict[int, tuple[Any, Size]]) -> Array:
@@ -637,7 +641,7 @@ def _put(whole: Array, block: Array, blocks: dict[int, tuple[Any, Size]]) -> Arr
     return lax.dynamic_update_slice(whole, block, _corner(whole.ndim, blocks))
 
 
-def _corner(rank: int, blocks: dict[int, tuple[Any, Size]]) -> list[Array]:
+def _corner(rank: int, blocks: dict[int, tuple[Any, Size]]) -> list[Any]:
     """Return where a block begins."""
     first = {axis: _start(index, size) for axis, (index, size) in blocks.items()}
     return [first[axis] if axis in first else _start(0, 0) for axis in range(rank)]
