@@ -38,6 +38,16 @@ _NAMES = llama.NAMES | {
     "layer_{i}/feed_forward/shared/up": _MLP + "shared_experts.up_proj",
     "layer_{i}/feed_forward/shared/down": _MLP + "shared_experts.down_proj",
 }
+# What transformers takes where a config leaves it out.
+_USUAL = {
+    "deepseek_v3": {
+        "n_group": 8,
+        "topk_group": 4,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 3,
+    }
+}
 
 
 def config_of(config: Mapping[str, Any]) -> Config:
@@ -52,11 +62,12 @@ def config_of(config: Mapping[str, Any]) -> Config:
     >>> config = {"model_type": "deepseek_v3", "vocab_size": 11, "hidden_size": 8, "intermediate_size": 16,
     ...           "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 4, "q_lora_rank": None,
     ...           "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 3, "n_routed_experts": 6,
-    ...           "num_experts_per_tok": 2, "moe_intermediate_size": 5, "first_k_dense_replace": 1}
+    ...           "num_experts_per_tok": 2, "moe_intermediate_size": 5, "first_k_dense_replace": 1,
+    ...           "n_group": 1, "topk_group": 1}
     >>> config_of(config).latent
     Latent(rank=4, key_size=3, turned_size=2, value_size=3, query_rank=None)
     """
-    config = sizes.published(config)
+    config = sizes.published(config, _USUAL)
     if config.get("model_type") != "deepseek_v3":
         raise UnsupportedError(
             f"the config is of the family {config.get('model_type')!r}, where deepseek_v3 can be read. "
@@ -72,13 +83,13 @@ def config_of(config: Mapping[str, Any]) -> Config:
         config["num_experts_per_tok"],
         groups=config.get("n_group") or 1,
         groups_chosen=config.get("topk_group") or 1,
-        shared=config.get("n_shared_experts", 1),
+        shared=config["n_shared_experts"],
         normalized=config.get("norm_topk_prob", True),
-        scale=config.get("routed_scaling_factor", 1.0),
+        scale=config["routed_scaling_factor"],
     )
     rotary = Rotary.from_config(config)
     rotary = dataclasses.replace(rotary, interleaved=config.get("rope_interleave", True))
-    dense = config.size("first_k_dense_replace", 0, least=0)
+    dense = config.size("first_k_dense_replace", least=0)
     return Config(
         config["vocab_size"],
         config["hidden_size"],

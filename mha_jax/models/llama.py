@@ -135,6 +135,38 @@ _FAMILIES = {
     "llama4_text": _llama4,
 }
 _NEIGHBOURS = ("cohere", "llama4_text")  # whose rotary positions turn pairs of neighbours
+# What transformers takes where a config leaves it out, as those of texts beside pictures do.
+_USUAL: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 4096},
+    "gemma2": {
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gemma3_text": {
+        "vocab_size": 262_208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+    },
+    "gpt_oss": {
+        "sliding_window": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150_000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    },
+    "cohere": {"rope_theta": 500_000.0},
+    "llama4_text": {"rope_theta": 500_000.0},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +204,7 @@ def config_of(config: Mapping[str, Any]) -> Config:
     >>> [local.window for local in config_of(config).layers]
     [3, 3]
     """
-    config = published(config)
+    config = published(config, _USUAL)
     family = config.get("model_type")
     if not isinstance(family, str) or family not in _FAMILIES:
         raise UnsupportedError(
@@ -222,16 +254,34 @@ def _llama4_layers(config: Published) -> tuple[Local, ...]:
         head_size = config.size("hidden_size") / config.size("num_attention_heads")
         head_size = config.size("head_dim") if config.get("head_dim") else head_size
         tempered = Tempered(head_size**-0.5, usual["attn_scale"], usual["floor_scale"])
+    normed = config.get("use_qk_norm", True)
+    rotary = {kind: _rotary(config, kind) for kind in (full, chunked)}
+    if normed and any(turned):
+        rotary = {kind: _before_norm(one) for kind, one in rotary.items()}
     return tuple(
         Local(
-            _rotary(config, kind) if turns else None,
+            rotary[kind] if turns else None,
             chunk=size if kind == chunked else None,
             scale=None if turns else tempered,
-            normed=bool(turns) and config.get("use_qk_norm", True),
+            normed=bool(turns) and normed,
             sparse=i in sparse,
         )
         for i, (turns, kind) in enumerate(zip(turned, kinds))
     )
+
+
+def _before_norm(rotary: Rotary) -> Rotary:
+    """Return rotary positions that a norm follows in Llama 4, which comes first here.
+
+    Raises:
+      UnsupportedError: If they have a factor, which changes what the norm's epsilon is.
+    """
+    if rotary.scaling is not None and rotary.scaling.magnitude != 1:
+        raise UnsupportedError(
+            f"the config has {rotary.scaling} before a norm of queries and keys, where the decoder has the "
+            "norm first. Expected use_qk_norm=False, or positions without an attention factor."
+        )
+    return rotary
 
 
 def _llama4_sparse(config: Published, count: int) -> Collection[int]:
@@ -276,11 +326,12 @@ def _sliding(config: Published, count: int) -> Collection[int]:
 def _rotary(config: Published, kind: str) -> Rotary:
     """Return the rotary positions of a kind of layer; Gemma 3 has two bases."""
     rope, family = config.get("rope_parameters") or {}, config["model_type"]
-    if kind in of_kind("rope_parameters", rope, Mapping, "Pass the config.json as it is."):
-        return Rotary.from_config({**config, "rope_parameters": rope[kind]})
+    of_kind("rope_parameters", rope, Mapping, "Pass the config.json as it is.")
+    found = {**config, "rope_parameters": rope.get(kind, rope)}
     if kind == "sliding_attention" and "rope_local_base_freq" in config:
-        return Rotary(base=config["rope_local_base_freq"])
-    rotary = Rotary.from_config(config)
+        own = {"rope_theta": config["rope_local_base_freq"], "rope_scaling": None}
+        found |= {**own, "rope_parameters": rope.get(kind)}
+    rotary = Rotary.from_config(found)
     return dataclasses.replace(rotary, interleaved=True) if family in _NEIGHBOURS else rotary
 
 

@@ -139,8 +139,12 @@ class Published(dict):
                 )
 
 
-def published(config: Any) -> Published:
+def published(config: Any, usual: Mapping[str, Mapping[str, Any]] | None = None) -> Published:
     """Return a config that tells what is missing; that of the text where it has one.
+
+    Args:
+      config: As it was published.
+      usual: What transformers takes where a config of a family leaves something out, by `model_type`.
 
     Raises:
       ShapeError: If it is no dictionary.
@@ -153,7 +157,9 @@ def published(config: Any) -> Published:
             "Pass config.to_dict() of Hugging Face, or its config.json read.",
         )
         config = config.get("text_config") or config
-    return Published(config)
+    family = config.get("model_type")
+    left_out = (usual or {}).get(family, {}) if isinstance(family, str) else {}
+    return Published({**left_out, **config})
 
 
 def of_each(name: str, found: Any, count: int, kinds: Sequence[str] = ()) -> list[Any]:

@@ -10,6 +10,7 @@ import pytest
 
 from mha_jax import ShapeError, UnsupportedError, WeightsError
 from mha_jax.attention.rotary import Rotary
+from mha_jax.attention.rotary_scaling import Linear
 from mha_jax.models import decoder, deepseek, gpt, llama
 from mha_jax.models.latent import Latent
 
@@ -363,9 +364,50 @@ LLAMA4 |= {"num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size_
 LLAMA4 |= {"num_local_experts": 2, "num_experts_per_tok": 1, "attention_chunk_size": 6}
 
 
+# What shapes of weights tell, too: heads and low ranks that are not those of the model are refused there.
+_SHAPED = {"num_kv_heads", "head_size", "latent", "scale"}
+
+
+@pytest.mark.parametrize("name", sorted({fields[1] for fields in FAMILIES.values()}))
+def test_what_a_config_leaves_out_is_what_transformers_takes(name, torch):
+    import transformers
+
+    whole = getattr(transformers, f"{name}Config")().to_dict()
+    (module,) = {fields[2] for fields in FAMILIES.values() if fields[1] == name}
+    listed = ("layer_types", "no_rope_layers", "moe_layers", "attention_layers")
+    for config in (whole, {key: x for key, x in whole.items() if key not in listed}):
+        said = module.config_of(config)
+        for left_out in config:
+            rest = {key: x for key, x in config.items() if key != left_out}
+            try:
+                found = module.config_of(rest)
+            except (ShapeError, UnsupportedError):
+                continue
+            fields = {field.name for field in dataclasses.fields(found)} - _SHAPED
+            assert not {x for x in fields if getattr(found, x) != getattr(said, x)}, left_out
+
+
+def test_the_text_of_gemma3_is_read_as_it_is_published_beside_pictures():
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240}
+    text |= {"num_hidden_layers": 34, "sliding_window": 1024}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    config = llama.config_of({"model_type": "gemma3", "text_config": text})
+    assert (config.num_heads, config.num_kv_heads, config.head_size) == (8, 4, 256)
+    sliding, full = config.layers[4:6]
+    assert sliding == decoder.Local(Rotary(base=1e4), window=1024)
+    assert full == decoder.Local(Rotary(base=1e6, scaling=Linear(8.0)))
+
+
+def test_positions_with_a_factor_before_a_norm_are_refused():
+    config = LLAMA4 | {"rope_parameters": _YARN}
+    with pytest.raises(UnsupportedError, match="before a norm of queries and keys, where the deco"):
+        llama.config_of(config)
+    assert llama.config_of(config | {"use_qk_norm": False}).layers[0].rotary.scaling.factor == 4
+
+
 def test_llama4_is_read_from_what_its_config_says_and_what_it_leaves_out():
     config = llama.config_of(LLAMA4)
-    chunked = decoder.Local(Rotary(interleaved=True), chunk=6)
+    chunked = decoder.Local(Rotary(base=5e5, interleaved=True), chunk=6)
     free = decoder.Local(scale=llama.Tempered(0.5, 0.1, 8192), normed=False)
     assert config.layers == (*(chunked,) * 3, free, chunked)
     assert config.experts == decoder.SharedExperts(2, 1) and config.epsilon == 1e-5
