@@ -225,7 +225,7 @@ def config_of(config: Mapping[str, Any]) -> Config:
     """Return our config for a Hugging Face one.
 
     Raises:
-      UnsupportedError: If it is none of T5's.
+      UnsupportedError: If it is none of T5's, or says two things of the feed-forward layers.
 
     >>> config_of({"model_type": "t5", "vocab_size": 11, "d_model": 8, "d_ff": 16, "num_heads": 2, "d_kv": 4,
     ...            "num_layers": 1}).decoder_layers
@@ -233,12 +233,14 @@ def config_of(config: Mapping[str, Any]) -> Config:
     """
     config = published(config)
     activation = config.get("feed_forward_proj", "relu")
-    known = {"relu": ("relu", False), "gated-gelu": ("gelu_tanh", True)}
+    known = {"relu": ("relu", False), "gated-gelu": ("gelu_new", True)}
     if config.get("model_type") != "t5" or activation not in tuple(known):
         raise UnsupportedError(
             f"the config is of the family {config.get('model_type')!r} with "
             f"feed_forward_proj={activation!r}: expected t5 with relu or gated-gelu."
         )
+    named, gated = known[activation]
+    config.refuse(dense_act_fn=named, is_gated_act=gated)
     return Config(
         config["vocab_size"],
         config["d_model"],
@@ -249,13 +251,14 @@ def config_of(config: Mapping[str, Any]) -> Config:
         config.get("num_decoder_layers") or config["num_layers"],
         config.get("relative_attention_num_buckets", 32),
         config.get("relative_attention_max_distance", 128),
-        *known[activation],
+        "gelu_tanh" if gated else "relu",
+        gated,
         tied=config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True)),
         epsilon=config.get("layer_norm_epsilon", 1e-6),
     )
 
 
-def _names(stack: str, causal: bool) -> dict[str, str]:
+def _names(stack: str, causal: bool, gated: bool) -> dict[str, str]:
     """Return PyTorch's names of a stack's modules."""
     block = stack + ".block.{i}.layer."
     kinds = {"attention": ("0", "SelfAttention")}
@@ -267,7 +270,7 @@ def _names(stack: str, causal: bool) -> dict[str, str]:
         f"{stack}/norm": f"{stack}.final_layer_norm",
         f"{stack}/layer_{{i}}/hidden_norm": f"{block}{last}.layer_norm",
         f"{stack}/layer_{{i}}/feed_forward/gate": dense + "wi_0",
-        f"{stack}/layer_{{i}}/feed_forward/up": dense + "wi_1",
+        f"{stack}/layer_{{i}}/feed_forward/up": dense + ("wi_1" if gated else "wi"),
         f"{stack}/layer_{{i}}/feed_forward/down": dense + "wo",
     }
     for name, (place, theirs) in kinds.items():
@@ -288,8 +291,7 @@ def read(
     """
     model = T5(config_of(config))
     names = {"embedding": "shared", "logits": "lm_head"}
-    names |= _names("encoder", causal=False) | _names("decoder", causal=True)
-    # Without a gate the projection that is activated has no number.
-    tensors = {name.replace(".wi.", ".wi_1."): x for name, x in arrays(tensors).items()}
+    for stack in ("encoder", "decoder"):
+        names |= _names(stack, causal=stack == "decoder", gated=model.config.gated)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return model, variables_of(model, names, tensors, tokens, tokens)
+    return model, variables_of(model, names, arrays(tensors), tokens, tokens)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mha_jax import ShapeError, UnsupportedError
+from mha_jax import ShapeError, UnsupportedError, WeightsError
 from mha_jax.models import t5, vit
 
 T5 = {
@@ -80,6 +80,22 @@ def test_vit_gives_its_logits(torch, qkv_bias):
     images = np.random.default_rng(2).standard_normal((2, 12, 12, 2), np.float32)
     want = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).logits.detach().numpy()
     np.testing.assert_allclose(model.apply(variables, images), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind, other", [("relu", "gated-gelu"), ("gated-gelu", "relu")])
+def test_weights_of_the_other_feed_forward_layers_are_refused(torch, kind, other):
+    import transformers
+
+    config = transformers.T5Config(**T5, feed_forward_proj=kind)
+    _, tensors = drawn(torch, transformers.T5ForConditionalGeneration(config))
+    published = {**T5, "model_type": "t5", "feed_forward_proj": kind}
+    assert t5.read(published, tensors)[0].config.gated == (kind != "relu")
+    with pytest.raises(WeightsError, match=r"there is no tensor .*DenseReluDense\.wi"):
+        t5.read(published | {"feed_forward_proj": other}, tensors)
+    with pytest.raises(UnsupportedError, match=r"the config has (dense_act_fn|is_gated_act)="):
+        t5.config_of(config.to_dict() | {"feed_forward_proj": other})
+    with pytest.raises(UnsupportedError, match="the config has dense_act_fn='silu', where"):
+        t5.config_of(published | {"dense_act_fn": "silu"})
 
 
 def test_configs_of_others_are_told_so():
