@@ -262,6 +262,51 @@ def test_what_any_mask_hides_reaches_nothing(name, mask):
             )
 
 
+@pytest.mark.parametrize("name", TILED)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_second_derivatives_are_not_reached(name, value):
+    """By what nobody sees, and what sees nothing, whichever mode goes first."""
+    seen = np.tri(5, 7, dtype=bool) & (np.arange(5) != 2)[:, None]
+    q, k, v = draw(1, 1, 5, N, H), draw(2, 1, 7, K, H), draw(3, 1, 7, K, V)
+    bad = q.at[:, 2, :, 0].set(value), k.at[:, 5, :, 0].set(value), v.at[:, 6, :, 0].set(value)
+    moves = draw(6, *q.shape), draw(7, *k.shape), draw(8, *v.shape)
+
+    def loss(q, k, v):
+        out, lse = mj.attend(Call(q, k, v, mask=Dense(seen)), TILED[name])
+        return jnp.sum(out**2) + jnp.sum(jnp.where(jnp.isinf(lse), 0, lse) ** 2)
+
+    def gradient(*given):
+        return jax.grad(loss, (0, 1, 2))(*given)
+
+    def along(*given):
+        return jax.jvp(loss, given, moves)[1]
+
+    def product(*given):
+        return sum(jnp.vdot(a, b) for a, b in zip(gradient(*given), moves))
+
+    @jax.jit
+    def all_modes(*given):
+        forward_last = jax.jvp(gradient, given, moves)[1]
+        return forward_last, *(jax.grad(f, (0, 1, 2))(*given) for f in (along, product))
+
+    for got, want in zip(jax.tree.leaves(all_modes(*bad)), jax.tree.leaves(all_modes(q, k, v))):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_tangents_are_not_reached_by_directions(name):
+    q, k, v = draw(1, B, T2, N, H), draw(2, B, S2, K, H), draw(3, B, S2, K, V)
+    moves = draw(6, *q.shape), draw(7, *k.shape), draw(8, *v.shape)
+    bad = moves[0], moves[1].at[:, 9, :, 0].set(np.nan), moves[2].at[:, 7, :, 0].set(np.nan)
+
+    def out(q, k, v):
+        return mj.attend(Call(q, k, v, mask=Causal()), TILED[name]).out
+
+    got, want = (np.asarray(jax.jvp(out, (q, k, v), moved)[1]) for moved in (bad, moves))
+    np.testing.assert_allclose(got[:, :7], want[:, :7], rtol=1e-5, atol=1e-6)
+    assert np.isnan(got[:, 7:]).any(-1).all()
+
+
 def test_few_rows_are_not_reached_either():
     """A step over many keys has a way of its own."""
     q, k, v = draw(1, 1, 1, N, H), draw(2, 1, 1031, K, H), draw(3, 1, 1031, K, V)

@@ -69,6 +69,8 @@ class Reference(Backend):
     def tangent(self, problem: Problem, state: State, direction: Moves) -> Output:
         function, moved = self._of_moves(problem)
         moves = jax.tree.map(lambda x, d: jnp.zeros_like(x) if d is None else d, moved, direction)
+        told = hidden.forward(dataclasses.replace(problem, k=moves.k, v=moves.v))
+        moves = moves._replace(k=told.k, v=told.v)
         return jax.jvp(function, (moved,), (moves,))[1]
 
     def _of_moves(self, problem: Problem):

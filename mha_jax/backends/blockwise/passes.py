@@ -219,9 +219,9 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
     dk, dv = (None if x is None else tiles.keys(x.astype(dtype)) for x in direction[1:3])
     dq, dk = (None if x is None else featured(x) for x in (dq, dk))
     by, v_of = ByQueries(tiles, order), tiles.numbers(tiles.v, tiles.keys_of)
-    q, k_of = featured(tiles.q), functools.partial(tiles.keys_of, featured(tiles.k))
-    if tiles.hides and dv is not None:  # of keys and values the state tells
-        k_of = tiles.told(dv)
+    # Whether a row saw what is no number the state tells; in products it would reach derivatives of these.
+    q_of = tiles.numbers(featured(tiles.q), tiles.rows_of)
+    k_of = tiles.numbers(featured(tiles.k), tiles.keys_of)
     d_bias = None if direction.bias is None else tiles.pad_dense(direction.bias.astype(dtype))
     d_rule = None
     if jax.tree.leaves(direction.bias_rule):
@@ -233,13 +233,15 @@ def tangent(tiles: Tiles, state: State, direction: Moves) -> Output:
 
     def row(g, i, _):
         here = Place(g, i, 0)
-        q_row = tiles.rows_of(q, here)
+        q_row = q_of(here)
         part_rows = tuple(tiles.rows_of(x, here) for x in parts)
 
         def block(j, sums):
             at = Place(g, i, j)
             d_out, d_lse = sums
             k_tile, v_tile = k_of(at), v_of(at).astype(dtype)
+            if tiles.hides and dv is not None:
+                k_tile = hidden.told(k_tile, tiles.keys_of(dv, at))
             capped = rules.capped(tiles.dot("rh,sh->rs", q_row, k_tile))
             p = _rebuilt(by.logits(capped, at, part_rows))
             dx = jnp.zeros_like(capped)
