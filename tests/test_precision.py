@@ -75,6 +75,19 @@ def test_half_precision_is_the_float32_result_rounded(name, dtype, largest):
     np.testing.assert_allclose(lse, exact_lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_scale_rounds_no_query_whose_dtype_has_few_exponents(name, dtype):
+    """A power of two, which may go into queries of other dtypes."""
+    size = 64
+    given = draw(1, B, T, N, size) * 1e-2, draw(2, B, S, K, size), draw(3, B, S, K, V)
+    q, k, v = (jnp.asarray(x, dtype) for x in given)
+    _, lse = causal(name, q, k, v)
+    wide = (np.asarray(x, np.float64) for x in (q, k, v))
+    _, exact, _ = oracles.attention(*wide, visible=np.tri(T, S, dtype=bool))
+    np.testing.assert_allclose(lse, exact, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision_scores_are_rounded_once_and_their_rows_sum_to_one(dtype):
     q, k, v = half_inputs(dtype, 80.0)

@@ -601,9 +601,9 @@ def featured(x: Array) -> Array:
 def _goes_into_q(scale: float, problem: Problem) -> bool:
     """Say whether to scale every query instead of every logit.
 
-    A moderate power of two rounds nothing, and leaves the range of float32 nowhere.
+    A moderate power of two rounds nothing where numbers are as small as those of float32.
     """
-    exact = abs(math.frexp(scale)[0]) == 0.5 and problem.q.dtype != jnp.float16
+    exact = abs(math.frexp(scale)[0]) == 0.5 and jnp.finfo(problem.q.dtype).minexp <= -126
     return 2**-16 <= abs(scale) < 1 and exact
 
 
