@@ -205,6 +205,30 @@ def test_explicit_axes_are_read_off_the_types():
     assert_equal_to_rounding(actual, jit(both_passes(options))(given))
 
 
+@pytest.mark.parametrize("other", [AxisType.Explicit, AxisType.Auto], ids=str)
+@pytest.mark.parametrize("kind", ["array", "rule"])
+def test_gradients_of_a_bias_that_lies_on_no_mesh(kind, other):
+    """Beside arrays that lie on explicit axes: parameters, say, that were made before the mesh."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Explicit, other))
+    given = arrays()
+    bias = numbers(3, 1, N, T, S) if kind == "array" else mj.biases.Alibi(jnp.ones(N))
+
+    def loss(given, bias):
+        return jnp.sum(attend(Call(**given, bias=bias, mask=Causal())).out ** 2)
+
+    def of_each(given, bias):
+        """Return the gradients of every example."""
+        alone = jax.tree.map(lambda a: a[:, None], given)
+        return jax.vmap(jax.grad(loss, 1), (0, None))(alone, bias)
+
+    for function in (jax.grad(loss, 1), of_each):
+        want = jit(function)(given, bias)
+        with jax.set_mesh(mesh):
+            there = placed(mesh, given, (("x",), None))
+            for got in (jit(function)(there, bias), function(there, bias)):
+                assert_equal_to_rounding(got, want)
+
+
 @pytest.mark.parametrize("names", [("x", "model"), ("data", "y")])
 def test_a_kernel_is_cut_along_auto_axes_beside_explicit_ones(names):
     shapes = []

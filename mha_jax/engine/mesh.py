@@ -323,8 +323,7 @@ def place_of_lowering(context: Any, traced: AbstractMesh | None) -> Place:
 
 def place_of_arrays(leaves: Sequence[Array]) -> Place:
     """Return the place of a program that runs on concrete arrays at once."""
-    for x in leaves:
-        sharding = x.sharding
+    for sharding in (x.sharding for x in leaves):
         if len(sharding.device_set) > 1 and isinstance(sharding, NamedSharding):
             mesh = _all_auto(sharding.mesh)
             return Place(mesh, tuple(mesh.axis_names))
@@ -360,7 +359,8 @@ def lower_without_types(function: Any, ctx: Any, values: Sequence[Any]) -> Any:
 
 
 def _as_typed(*leaves: Array) -> list[Array]:
-    return [jax.sharding.reshard(x, jax.typeof(x).sharding) for x in leaves]
+    kinds = (jax.typeof(x).sharding for x in leaves)
+    return [x if s.mesh.empty else jax.sharding.reshard(x, s) for x, s in zip(leaves, kinds)]
 
 
 def run_at_once(function: Any, leaves: Sequence, types: Sequence[Any]) -> list[Array]:
@@ -384,17 +384,17 @@ def _lying(x: Any, mesh: Any, spec: PartitionSpec | None = None) -> Array:
 def _explicit_mesh(x: Any) -> Any:
     """Return the mesh of a concrete array if some of its axes are explicit."""
     sharding = getattr(x, "sharding", None)
-    if isinstance(sharding, NamedSharding) and explicit_axes(sharding.mesh.abstract_mesh):
-        return sharding.mesh
-    return None
+    named = isinstance(sharding, NamedSharding)
+    return sharding.mesh if named and explicit_axes(sharding.mesh.abstract_mesh) else None
 
 
 def mapped_type(kind: Any, mapped: Array) -> Any:
     """Return the type with the axis in front that `vmap` has added to another array."""
-    first, *_ = names_of(jax.typeof(mapped).sharding.spec, mapped.ndim)
-    own = names_of(kind.sharding.spec, len(kind.shape))
+    over, own = jax.typeof(mapped).sharding, kind.sharding
+    first, *_ = names_of(over.spec, mapped.ndim)
+    rest = names_of(own.spec, len(kind.shape))
     spec = PartitionSpec(
-        first or None, *(tuple(x for x in axes if x not in first) or None for axes in own)
+        first or None, *(tuple(x for x in axes if x not in first) or None for axes in rest)
     )
-    sharding = NamedSharding(kind.sharding.mesh, spec)
+    sharding = NamedSharding(over.mesh if first else own.mesh, spec)
     return kind.update(shape=(mapped.shape[0], *kind.shape), sharding=sharding)
