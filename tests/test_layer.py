@@ -276,6 +276,17 @@ def test_a_layer_made_of_its_config_is_equal_to_it():
         assert again == layer and hash(again) == hash(layer)
 
 
+@pytest.mark.parametrize("precision", [None, "highest", *jax.lax.Precision], ids=str)
+def test_a_precision_is_that_of_its_name(precision):
+    layer = mj.MultiHeadAttention(num_heads=2, key_dim=4, precision=precision)
+    again = mj.MultiHeadAttention.from_config(json.loads(json.dumps(layer.get_config())))
+    assert again == layer and hash(again) == hash(layer)
+    nnx_layer = mj.nnx.MultiHeadAttention(
+        2, 4, precision=precision, in_features=3, rngs=nnx.Rngs(0)
+    )
+    assert nnx_layer.get_config() == layer.get_config()
+
+
 def test_every_argument_is_in_the_config():
     config = mj.MultiHeadAttention(**EVERYTHING).get_config()
     assert set(config) == set(EVERYTHING)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import math
 import pickle
 
@@ -244,6 +245,17 @@ def test_deepseeks_magnitude_is_that_of_both_its_weights():
 def test_ntk_is_a_larger_base_in_a_config():
     again = Rotary.from_config(Rotary(scaling=NTK(4.0)).to_config(head_size=H))
     np.testing.assert_allclose(again.frequencies(H), Rotary(scaling=NTK(4.0)).frequencies(H))
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64])
+def test_numbers_of_numpy_are_kept_as_plain_ones(number):
+    scalings = [Linear(number(4)), Llama3(number(8)), YaRN(number(4), np.int32(64)), NTK(number(4))]
+    for scaling in scalings:
+        rotary = Rotary(number(10_000), np.float32(0.5), np.bool_(True), scaling, [np.int64(2), 3])
+        layer = mj.MultiHeadAttention(2, 24, rotary=rotary)
+        again = mj.MultiHeadAttention.from_config(json.loads(json.dumps(layer.get_config())))
+        assert again == layer and hash(again) == hash(layer)
+    assert json.dumps(Rotary(number(10_000), scaling=scalings[2]).to_config())
 
 
 def test_logits_know_distances_alone():

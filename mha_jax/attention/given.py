@@ -180,7 +180,7 @@ def floating(
 
 
 def precision(name: str, x: Any) -> Any:
-    """Return a precision of products, as it was given.
+    """Return a precision of products, by its name where it has one.
 
     Raises:
       ShapeError: If `jnp.einsum` does not take it.
@@ -193,7 +193,7 @@ def precision(name: str, x: Any) -> Any:
             f"{name} must be what jnp.einsum takes, or None for the platform's default: got {x!r}. "
             "Pass 'default', 'high', 'highest' or a jax.lax.Precision."
         ) from error
-    return x
+    return x.name.lower() if isinstance(x, jax.lax.Precision) else x
 
 
 @functools.cache

@@ -32,6 +32,7 @@ from mha_jax.attention.rotary_scaling import (
     Llama3,
     Scaling,
     YaRN,
+    keep_plain,
     yarn_magnitude,
 )
 from mha_jax.errors import ArgumentError, ShapeError
@@ -204,6 +205,7 @@ class Rotary:
                     "positive integers, (14, 14) for an image of 14 x 14 patches, or None for a sequence."
                 )
             object.__setattr__(self, "axes", tuple(map(int, axes)))
+        keep_plain(self)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Rotary":
@@ -371,14 +373,12 @@ def to_plain(rotary: Rotary) -> dict[str, Any]:
       ShapeError: If they have a scaling of one's own.
     """
     scaling, axes = rotary.scaling, rotary.axes
-    said = None
-    if scaling is not None:
-        if _BY_NAME.get(type(scaling).__name__) is not type(scaling):
-            raise ShapeError(
-                f"rotary has a scaling that no configuration can name, {type(scaling).__name__}: expected "
-                f"one of {', '.join(_BY_NAME)}."
-            )
-        said = {"name": type(scaling).__name__} | dataclasses.asdict(scaling)
+    if scaling is not None and _BY_NAME.get(type(scaling).__name__) is not type(scaling):
+        raise ShapeError(
+            f"rotary has a scaling that no configuration can name, {type(scaling).__name__}: expected "
+            f"one of {', '.join(_BY_NAME)}."
+        )
+    said = scaling and {"name": type(scaling).__name__} | dataclasses.asdict(scaling)
     fields = {"base": rotary.base, "fraction": rotary.fraction, "interleaved": rotary.interleaved}
     return fields | {"scaling": said, "axes": None if axes is None else list(axes)}
 

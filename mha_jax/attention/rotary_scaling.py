@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,14 @@ class Scaling:
                     f"{field.name} of {type(self).__name__} must be a positive number: got {x!r}. "
                     f"{type(self).__name__}({', '.join(f.name for f in dataclasses.fields(self))})."
                 )
+        keep_plain(self)
+
+
+def keep_plain(one: Any) -> None:
+    """Keep NumPy's numbers in the fields of a frozen dataclass as Python's, which JSON can hold."""
+    for field in dataclasses.fields(one):
+        if isinstance(x := getattr(one, field.name), np.generic):
+            object.__setattr__(one, field.name, x.item())
 
 
 def plain_frequencies(base: float, size: int) -> Float[np.ndarray, "pairs"]:

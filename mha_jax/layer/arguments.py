@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 
 from mha_jax.attention import cache_checks
@@ -371,8 +370,6 @@ def _plain(name: str, value: Any) -> Any:
         )
     if name in ("dtype", "param_dtype"):
         return None if value is None else jnp.dtype(value).name
-    if name == "precision" and isinstance(value, jax.lax.Precision):
-        return value.name.lower()
     if name in ("backend", "precision") and not (value is None or isinstance(value, str)):
         names = "'blockwise', say" if name == "backend" else "'default', 'high' or 'highest'"
         raise WeightsError(
