@@ -279,6 +279,14 @@ def test_what_holds_arrays_goes_through_an_exported_program():
         check_export(value)
 
 
+def test_numbers_of_numpy_go_through_an_exported_program():
+    q, k, v = arrays()
+    table = mj.biases.Buckets(jnp.ones((9, N)), np.bool_(False), np.int64(7))
+    dropout = mj.Dropout(jax.random.PRNGKey(0), np.float32(0.1))
+    for value in (table, dropout, mj.Call(q, k, v, bias=table, scale=np.float32(0.3))):
+        check_export(value)
+
+
 def check_export(value):
     program = export.export(jax.jit(lambda x: x))(value).serialize()
     again = export.deserialize(program).call(value)

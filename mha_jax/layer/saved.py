@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import serialization
 from jax import export
 
@@ -41,15 +42,23 @@ def _kinds(base: type) -> Iterator[type]:
         yield from _kinds(kind)
 
 
+def _plain(static: Any) -> Any:
+    """Return a static field with Python's numbers in the place of NumPy's."""
+    if isinstance(static, np.generic):
+        return static.item()
+    return tuple(map(_plain, static)) if type(static) is tuple else static
+
+
 def _written(static: tuple[Any, ...]) -> bytes:
     """Return the static fields of a value as a Python literal.
 
     Raises:
       WeightsError: If one is no number, text, or tuple of these.
     """
+    written = repr(_plain(static))
     try:
-        if ast.literal_eval(repr(static)) == static:
-            return repr(static).encode()
+        if ast.literal_eval(written) == static:
+            return written.encode()
     except (SyntaxError, ValueError):
         pass
     raise WeightsError(
