@@ -677,6 +677,87 @@ def test_parameters_of_another_layer_are_refused():
             mj.nnx.MultiHeadAttention.from_linen(layer, params[given], rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ({"num_heads": 2, "key_dim": 6}, r"query/kernel .* \(6, 4, 3\), got \(6, 2, 6\)"),
+        ({"num_heads": 2}, r"query/kernel .* \(6, 4, 3\), got \(6, 2, 3\)"),
+        ({"num_kv_heads": 2}, r"key/kernel .* \(6, 4, 3\), got \(6, 2, 3\)"),
+        ({"value_dim": 5}, r"value/kernel .* \(6, 4, 3\), got \(6, 4, 5\)"),
+        ({"output_shape": (2, 3)}, r"attention_output/kernel .* \(4, 3, 6\), got \(4, 3, 2, 3\)"),
+        ({"qk_norm": "rms"}, "they have query_norm, key_norm"),
+        ({"use_sinks": True}, "they have sinks"),
+    ],
+)
+def test_parameters_of_other_sizes_norms_or_sinks_are_refused(theirs, message):
+    layer, given = make(), draw_variables(make(**theirs), X, X)
+    for call in (
+        lambda: layer.apply(given, X, X),
+        lambda: mj.nnx.MultiHeadAttention.from_linen(layer, given, rngs=nnx.Rngs(0)),
+    ):
+        with pytest.raises(mj.WeightsError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("query", "bias"), ("attention_output", "bias"), ("key_norm", "scale")]
+)
+def test_parameters_that_would_broadcast_are_refused(name, part):
+    layer = make(qk_norm="rms")
+    variables = draw_variables(layer, X, X)
+    variables["params"][name][part] = jnp.ones(1)
+    for call in (
+        lambda: layer.apply(variables, X, X),
+        lambda: mj.multi_head_attention(variables["params"], X, X, qk_norm="rms"),
+    ):
+        with pytest.raises(mj.WeightsError, match=rf"{name}/{part} .* got \(1,\)"):
+            call()
+
+
+def test_weights_of_a_norm_are_not_left_out():
+    params = draw_variables(make(qk_norm="rms"), X, X)["params"]
+    with pytest.raises(mj.WeightsError, match=r"they have .*query_norm"):
+        mj.multi_head_attention(params, X, X, qk_norm="l2")
+
+
+class Adapted(nn.Module):
+    """A layer whose scope holds a parameter more."""
+
+    base: mj.MultiHeadAttention
+
+    @nn.compact
+    def __call__(self, x):
+        nn.share_scope(self, self.base)
+        gain = self.param("gain", nn.initializers.ones, (), jnp.bfloat16)
+        nn.Dense(2, param_dtype=jnp.bfloat16, name="adapter")(x.astype(jnp.bfloat16))
+        return gain.astype(x.dtype) * self.base(x, x)
+
+
+class Scaled(mj.MultiHeadAttention):
+    """A layer of a user's own, with a parameter more."""
+
+    @nn.compact
+    def __call__(self, x):
+        return self.param("gain", nn.initializers.ones, ()) * super().__call__(x, x)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"qk_norm": "rms", "use_sinks": True}, {"qk_norm": nn.RMSNorm}]
+)
+def test_a_scope_is_shared_with_other_parameters(options):
+    for module in (Adapted(make(**options)), Scaled(N, H, **options)):
+        variables = module.init(RNG, X)
+        own = {
+            name: x for name, x in variables["params"].items() if name not in ("gain", "adapter")
+        }
+        y = module.apply(variables, X)
+        np.testing.assert_array_equal(y, make(**options).apply({"params": own}, X, X))
+        shared = {"qk_norm": options.get("qk_norm")}
+        trees = {name: x for name, x in variables["params"].items() if name != "gain"}
+        np.testing.assert_array_equal(y, mj.multi_head_attention(trees, X, X, **shared))
+        assert y.dtype == jnp.float32
+
+
 def test_parameters_that_are_no_variables_are_told_how_they_are_given():
     params = LAYER.init(jax.random.key(0), X, X)["params"]
     message = (

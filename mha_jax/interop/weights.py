@@ -10,7 +10,7 @@ import numpy as np
 
 from mha_jax.attention.given import of_kind
 from mha_jax.errors import UnsupportedError, WeightsError
-from mha_jax.layer import projections, vectors
+from mha_jax.layer import fit, projections
 from mha_jax.layer.arguments import FIELDS
 from mha_jax.layer.linen import MultiHeadAttention
 from mha_jax.types import Array, Params
@@ -86,12 +86,7 @@ def check_shapes(
     Raises:
       WeightsError: Naming every weight that is missing, too many or of another shape.
     """
-    shapes = module.shapes(query_size, value_size, key_size)
-    expected = {}
-    for name, shape in shapes.items():
-        bias = {"bias": shape.bias} if module.has_bias(name) else {}
-        expected[name] = {"kernel": shape.kernel, **bias}
-    expected |= {name: {one.part: one.shape} for name, one in vectors.of(module).items()}
+    expected = fit.shapes(module, query_size, value_size, key_size)
     found = {
         name: {part: tuple(np.shape(weight)) for part, weight in weights.items()}
         for name, weights in params.items()

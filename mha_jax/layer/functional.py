@@ -25,7 +25,7 @@ from mha_jax.attention.masks import Dense, Mask
 from mha_jax.attention.tokens import Tokens
 from mha_jax.backends.sequence import Shards
 from mha_jax.engine.run import run
-from mha_jax.layer import axes, checks, prepared, projections, vectors
+from mha_jax.layer import axes, checks, fit, prepared, projections, vectors
 from mha_jax.layer.arguments import (
     FIELDS,
     IN_A_CALL,
@@ -154,6 +154,7 @@ def multi_head_attention(
     projections.check_names(params)
     layer = Arguments.of(params, arguments)
     checks.norm_made_by("flax.linen", nn.Module, layer.qk_norm)
+    params = fit.checked(layer, params)
 
     def project(name: str, x: Array) -> Array:
         own = params[name]

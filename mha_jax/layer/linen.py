@@ -23,6 +23,7 @@ from mha_jax.errors import ShapeError, WeightsError
 from mha_jax.layer import (
     axes,
     checks,
+    fit,
     penalties,
     projections,
     vectors,
@@ -194,16 +195,17 @@ class MultiHeadAttention(Arguments, nn.Module):
         )
         training = checks.merged("training", self.training, training)
         projected = _projections(self, inputs)
-        params = nn.meta.unbox(self.variables.get("params", {}))
+        stored = nn.meta.unbox(self.variables.get("params", {}))
+        params = fit.own(stored)
         observe = None
         if not self.is_initializing():
-            if not params:
+            if not stored:
                 raise WeightsError(
                     "the variables hold no parameters of this layer: got the collections "
                     f"{sorted(self.variables)}. Pass what layer.init(rng, query, value) returned, "
                     '{"params": ...}; of parameters alone, layer.apply({"params": params}, query, value).'
                 )
-            projections.check_names(params, self.has_bias, self.use_gate)
+            params = fit.checked(self, stored)
             if self.is_mutable_collection("losses"):
                 observe = _sow_losses(self, params, query, value)
         kept: dict[str, Any] = {

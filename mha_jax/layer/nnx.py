@@ -23,7 +23,7 @@ from mha_jax.attention.given import of_kind
 from mha_jax.attention.masks import Mask
 from mha_jax.attention.tokens import Tokens
 from mha_jax.errors import ShapeError, UnsupportedError
-from mha_jax.layer import checks, constraints, penalties, projections, vectors
+from mha_jax.layer import checks, constraints, fit, penalties, projections, vectors
 from mha_jax.layer.arguments import FIELDS, IN_THE_CONSTRUCTOR, Arguments, closed, documented
 from mha_jax.layer.called import as_nnx
 from mha_jax.layer.functional import Weights, attend_layer
@@ -322,8 +322,7 @@ class MultiHeadAttention(Arguments, nnx.Module):
         """
         of_kind("module", module, LinenAttention, "It is made by mj.MultiHeadAttention(...).")
         of_kind("variables", variables, Mapping, 'Pass {"params": ...}, what module.init returns.')
-        params = nn.meta.unbox(variables.get("params", {}))
-        projections.check_names(params, module.has_bias, module.use_gate)
+        params = fit.checked(module, nn.meta.unbox(variables.get("params", {})))
         widths = (params[name]["kernel"].shape[0] for name in ("query", "value", "key"))
         names = (field.name for field in dataclasses.fields(cls))
         layer = cls(

@@ -8,7 +8,7 @@ Kernels are three-dimensional, as in Keras: query (D, N, H), key (D, K, H), valu
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -72,17 +72,14 @@ def check_trees(params: Params) -> None:
         )
 
 
-def check_names(
-    params: Params, has_bias: Callable[[str], bool] | None = None, use_gate: bool = False
-) -> None:
-    """Refuse parameters that are not the layer's.
+def check_names(params: Params, use_gate: bool = False) -> None:
+    """Refuse parameters without a kernel for every projection.
 
     Args:
       params: {"query": {"kernel": ..., "bias": ...}, ...}.
-      has_bias, use_gate: What the layer has, by a projection's name; None where its parameters tell.
 
     Raises:
-      WeightsError: Naming what is missing, or too many.
+      WeightsError: Naming what is missing.
     """
     check_trees(params)
     names = ("query", "key", "value", *(["gate"] if use_gate else []), "attention_output")
@@ -91,17 +88,6 @@ def check_names(
         raise WeightsError(
             f"the parameters have no kernel for {', '.join(missing)}: got {sorted(params)}. "
             'Pass variables["params"] of the layer itself, or what init_params returns.'
-        )
-    if has_bias is None:
-        return
-    lacking = [f"a bias of {x}" for x in names if has_bias(x) and "bias" not in params[x]]
-    more = [f"a bias of {x}" for x in names if not has_bias(x) and "bias" in params[x]]
-    more += ["a gate"] if "gate" in params and not use_gate else []
-    if lacking or more:
-        raise WeightsError(
-            "the parameters do not fit the layer: they "
-            f"{'lack' if lacking else 'have'} {', '.join(lacking or more)}. Make the layer with the use_bias "
-            "and use_gate of these parameters, or initialise it again."
         )
 
 
