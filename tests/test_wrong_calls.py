@@ -58,6 +58,14 @@ WRONG: dict[str, Any] = {
     "words": np.array(["a", "b"]),
     "objects": np.array([None, Thing()], object),
     "half": jnp.ones((1, 2, 2, 4), jnp.bfloat16),
+    "masked floats": np.ma.masked_array(K, K > 0),
+    "masked bools": np.ma.masked_array(np.ones((B, S), bool)),
+    "of another byte order": np.asarray(K).astype(np.asarray(K).dtype.newbyteorder()),
+    "long doubles": np.ones((B, S, D), np.longdouble),
+    "float8": jnp.ones((B, S, D), jnp.float8_e4m3fn),
+    "int4": jnp.ones((B, S), jnp.int4),
+    "ragged": [[1, 2], [3]],
+    "key": KEY,
 }
 
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mha_jax.attention.given import integer, is_integer, switch
+from mha_jax.attention.given import integer, is_integer, shape_of, switch
 from mha_jax.attention.masks import pytree, static
 from mha_jax.attention.tokens import Facts, Tokens, distance
 from mha_jax.errors import ShapeError
@@ -168,10 +168,10 @@ class Alibi(OfDistance):
         return -jnp.abs(distance).astype(slopes.dtype) * slopes[head]
 
     def check(self, heads):
-        if np.shape(self.slopes) != (heads,):
+        if shape_of(self.slopes) != (heads,):
             raise ShapeError(
                 f"slopes of Alibi must be one for every query head, [N] = [{heads}]: got "
-                f"{np.shape(self.slopes)}. Alibi.of_heads({heads}) has those of the paper."
+                f"{shape_of(self.slopes)}. Alibi.of_heads({heads}) has those of the paper."
             )
 
 
@@ -320,7 +320,7 @@ class OfHeads(Bias):
 
 
 def _check_table(bias: Any, form: str, heads: int) -> None:
-    shape = np.shape(bias.table)
+    shape = shape_of(bias.table)
     if len(shape) != 2 or shape[1] != heads:
         raise ShapeError(
             f"the table of {type(bias).__name__} must have a column for every query head, {form} with "

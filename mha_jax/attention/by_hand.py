@@ -12,7 +12,8 @@ import numpy as np
 
 from mha_jax.attention.cache import Cache
 from mha_jax.attention.call import Call
-from mha_jax.attention.check import check_tokens, floats
+from mha_jax.attention.check import check_tokens
+from mha_jax.attention.given import floats, shape_of
 from mha_jax.attention.tokens import Tokens, zero_invalid
 from mha_jax.errors import ShapeError
 
@@ -30,7 +31,7 @@ def extended(call: Call, cache: Cache) -> tuple[Call, Cache]:
         )
     if not isinstance(call.q, (jax.Array, np.ndarray)) or call.q.ndim != 4:
         raise ShapeError(
-            f"with a cache, query is an array [B, T, N, H] of one batch axis: got shape {np.shape(call.q)}. "
+            f"with a cache, query is an array [B, T, N, H] of one batch axis: got shape {shape_of(call.q)}. "
             "Fold the batch axes, or use jax.vmap over query, key, value and cache."
         )
     if (call.k is None) != (call.v is None):

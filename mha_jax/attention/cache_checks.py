@@ -13,7 +13,16 @@ from jax.export import is_symbolic_dim
 from mha_jax.attention.biases import apart
 from mha_jax.attention.brief import is_here
 from mha_jax.attention.call import Call
-from mha_jax.attention.given import floating, integers, is_integer, switch
+from mha_jax.attention.given import (
+    dtype_of,
+    floating,
+    floats,
+    integers,
+    is_integer,
+    native,
+    shape_of,
+    switch,
+)
 from mha_jax.attention.masks import Dense, Mask
 from mha_jax.attention.rules import rules_of
 from mha_jax.attention.tokens import Tokens
@@ -90,7 +99,8 @@ def flags(cache: Any, valid: ArrayLike, length: int) -> Bool[Array, "#B L"]:
     Raises:
       ShapeError: If they are no booleans, or not as many as there are tokens.
     """
-    kind, shape = getattr(valid, "dtype", None), np.shape(valid)
+    native("valid", valid)
+    kind, shape = dtype_of(valid), shape_of(valid)
     batch = cache.count.shape[-1]
     if kind != jnp.bool_ or shape not in ((batch, length), (1, length)):
         got = f"{kind}{list(shape)}" if kind is not None else type(valid).__name__
@@ -113,11 +123,14 @@ def counts(cache: Any) -> None:
 
 def chunk(cache: Any, keys: Any, values: Any) -> None:
     """Refuse keys and values that a cache cannot take."""
-    if np.ndim(keys) != 4 or np.shape(keys)[:3] != np.shape(values)[:3]:
+    shapes = shape_of(keys), shape_of(values)
+    if len(shapes[0]) != 4 or shapes[0][:3] != shapes[1][:3]:
         raise ShapeError(
-            f"a cache is given keys [B, L, K, H] and values [B, L, K, V]: got {np.shape(keys)} and "
-            f"{np.shape(values)}. Project them first; layer.apply(..., cache=cache) does."
+            f"a cache is given keys [B, L, K, H] and values [B, L, K, V]: got {shapes[0]} and "
+            f"{shapes[1]}. Project them first; layer.apply(..., cache=cache) does."
         )
+    for name, x in (("keys", keys), ("values", values)):
+        floats(name, x)
     counts(cache)
     one_layer(cache)
     batch, _, heads, key_dim = keys.shape

@@ -16,7 +16,7 @@ import numpy as np
 from mha_jax.attention.call import Call, Logits, Problem
 from mha_jax.attention.dropout import Dropout
 from mha_jax.attention.fitted import fitted_bias, fitted_mask, fold_batch, int32
-from mha_jax.attention.given import is_integer, is_number, of_kind, precision, real_numbers
+from mha_jax.attention.given import floats, is_integer, is_number, native, of_kind, precision
 from mha_jax.attention.masks import check_mask
 from mha_jax.attention.rules import check_biases, check_masks, reads_segments
 from mha_jax.attention.slots import Slots
@@ -110,7 +110,11 @@ def with_numbers(call: Call) -> Call:
 
 def _arrays(call: Call, names: Names) -> tuple[Array, Array | Slots, Array | Slots]:
     """Return q, k and v, which fit each other."""
-    q, k, v = (floats(name, x) for name, x in zip(names, (call.q, call.k, call.v)))
+    q = floats(names.q, call.q)
+    k, v = (  # those of a cache as they lie
+        x if isinstance(x, Slots) else floats(name, x)
+        for name, x in ((names.k, call.k), (names.v, call.v))
+    )
     got = ", ".join(f"{name}.shape={x.shape}" for name, x in zip(names, (q, k, v)))
     if min(q.ndim, k.ndim, v.ndim) < 3 or not q.ndim == k.ndim == v.ndim:
         raise ShapeError(
@@ -159,6 +163,7 @@ def checked_sinks(sinks: Any, heads: int) -> Array:
     Raises:
       ShapeError: If they are none.
     """
+    native("sinks", sinks)
     if not isinstance(sinks, (jax.Array, np.ndarray)) or not (
         sinks.shape == (heads,) and jnp.issubdtype(sinks.dtype, jnp.floating)
     ):
@@ -184,26 +189,6 @@ def _dropout(dropout: Any) -> Dropout | None:
 
 def _of(array) -> str:
     return "None" if array is None else f"{array.dtype}{list(array.shape)}"
-
-
-def floats(name: str, x: Any) -> Any:
-    """Return queries, keys or values as an array, those of a cache as they lie.
-
-    Raises:
-      ShapeError: If they are no floating-point numbers.
-    """
-    if isinstance(x, Slots):
-        return x
-    if not isinstance(x, (jax.Array, np.ndarray)):
-        raise ShapeError(
-            f"{name} must be a NumPy or JAX array: got {type(x).__name__}. "
-            "Expected [*B, length, heads, size]; convert it with jnp.asarray."
-        )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ShapeError(
-            f"{name} must hold floating-point numbers: got dtype {x.dtype}. {real_numbers(x.dtype)}"
-        )
-    return jnp.asarray(x)
 
 
 def check_tokens(name: str, tokens: Any, length: Any = "length") -> None:
@@ -295,6 +280,7 @@ def _number(name: str, x: Any, wanted: str) -> float:
     if (
         isinstance(x, (jax.Array, np.ndarray))
         and jnp.ndim(x) == 0
+        and jnp.issubdtype(x.dtype, jnp.number)
         and not isinstance(x, jax.core.Tracer)
     ):
         x = x.item()

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mha_jax.attention.brief import alike, brief, short
-from mha_jax.attention.given import is_number, random_key
+from mha_jax.attention.given import dtype_of, is_number, random_key
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, ArrayLike, Int, PRNGKey, Size, UInt32
 
@@ -132,7 +132,7 @@ class Dropout:
         """
         for name in ("batch_start", "head_start"):
             start = getattr(self, name)
-            kind = getattr(start, "dtype", np.dtype(type(start)) if type(start) is int else None)
+            kind = np.dtype(int) if type(start) is int else dtype_of(start)
             whole = kind is not None and jnp.issubdtype(kind, jnp.integer)
             fits = type(start) is not int or -(2**31) <= start < 2**31
             if not whole or not fits or jnp.shape(start) != ():

@@ -173,7 +173,7 @@ def int32(name: str, a: Any) -> Any:
     Raises:
       ShapeError: If a value does not fit, or cannot be seen and might not.
     """
-    if np.iinfo(a.dtype).bits < 32 or a.dtype == np.int32:
+    if jnp.iinfo(a.dtype).bits < 32 or a.dtype == np.int32:
         return a.astype(np.int32)
     limits = np.iinfo(np.int32)
     if isinstance(a, jax.core.Tracer):

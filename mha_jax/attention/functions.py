@@ -20,6 +20,7 @@ from mha_jax.attention.cache import Cache
 from mha_jax.attention.call import Call, Output, Problem, logits
 from mha_jax.attention.check import Names, check, check_static, checked_sinks, with_numbers
 from mha_jax.attention.dropout import Dropout
+from mha_jax.attention.given import shape_of
 from mha_jax.attention.masks import Dense, Full, Mask
 from mha_jax.attention.slots import Slots
 from mha_jax.attention.tokens import Tokens, zero_invalid
@@ -239,7 +240,7 @@ def attention_scores(
     b, t, n, _ = problem.q.shape
     if lse is not None and getattr(lse, "shape", None) != (*lead, n, t):
         raise ShapeError(
-            f"lse of shape {np.shape(lse)} is not of this call: expected {(*lead, n, t)}, [*B, N, T]. "
+            f"lse of shape {shape_of(lse)} is not of this call: expected {(*lead, n, t)}, [*B, N, T]. "
             "Pass attend(call).lse of the same call, or None."
         )
     near = None if lse is None else lse.reshape(b, n, t, 1)
@@ -297,7 +298,7 @@ def _chosen(name: str, which: Any, count: int) -> Int[ArrayLike, "M"]:
         which = f"{which.dtype}{list(which.shape)}"
     try:
         chosen = np.arange(count)[which]
-    except (IndexError, TypeError):
+    except (IndexError, TypeError, ValueError):
         chosen = None
     if chosen is None or chosen.ndim != 1:
         raise ShapeError(

@@ -34,8 +34,47 @@ def integer(name: str, x: Any, least: int, most: int, hint: str) -> int:
     return int(x)
 
 
+def shape_of(x: Any) -> Any:
+    """Return the shape of an array or a nested list; of lists of several lengths, their kind."""
+    try:
+        return np.shape(x)
+    except ValueError:
+        return type(x).__name__
+
+
+def dtype_of(x: Any) -> Any:
+    """Return the dtype of an array; None of what has none, or has one of another library, of torch say."""
+    kind: Any = getattr(x, "dtype", None)
+    try:
+        jnp.issubdtype(kind, np.generic)
+    except TypeError:
+        return None
+    return kind
+
+
+def native(name: str, x: Any) -> None:
+    """Refuse an array of NumPy's that JAX does not take: masked, or of numbers that it has not.
+
+    Raises:
+      ShapeError: Saying what JAX takes instead.
+    """
+    if not isinstance(x, np.ndarray):
+        return
+    if isinstance(x, np.ma.MaskedArray):
+        got = "a masked array of NumPy's", f"Pass {name}.filled(0), and what it hides as a mask"
+    elif not x.dtype.isnative:
+        fix = f"Pass {name}.astype({name}.dtype.newbyteorder('='))"
+        got = f"dtype {x.dtype.str}, of another byte order", fix
+    elif x.dtype.char in "gG":
+        got = f"dtype {x.dtype}, of a long double", f"Pass {name}.astype(numpy.float64)"
+    else:
+        return
+    raise ShapeError(f"{name} must be an array that JAX takes: got {got[0]}. {got[1]}.")
+
+
 def as_array(name: str, x: Any, wanted: str) -> ArrayLike:
     """Return an array of real numbers or truth values, of a nested list too."""
+    native(name, x)
     a = x
     if not isinstance(x, (jax.Array, np.ndarray)):
         text = any(isinstance(leaf, str) for leaf in jax.tree.leaves(x))  # a dtype, for JAX
@@ -72,6 +111,25 @@ def real_numbers(dtype: Any) -> str:
             "jnp.concatenate([x.real, x.imag], -1)."
         )
     return "Embed or cast it first, for example x.astype(jnp.float32)."
+
+
+def floats(name: str, x: Any) -> Array:
+    """Return queries, keys or values as an array.
+
+    Raises:
+      ShapeError: If they are no floating-point numbers.
+    """
+    native(name, x)
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        raise ShapeError(
+            f"{name} must be a NumPy or JAX array: got {type(x).__name__}. "
+            "Expected [*B, length, heads, size]; convert it with jnp.asarray."
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ShapeError(
+            f"{name} must hold floating-point numbers: got dtype {x.dtype}. {real_numbers(x.dtype)}"
+        )
+    return jnp.asarray(x)
 
 
 def integers(
@@ -123,7 +181,7 @@ def random_key(name: str, key: Any) -> Any:
     Raises:
       ShapeError: If it is not one key.
     """
-    kind = getattr(key, "dtype", None)
+    kind = dtype_of(key)
     typed = kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key)
     words = jax.random.key_data(key) if typed else key
     shape = jnp.shape(words) if kind is not None else None

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mha_jax.attention.fitted import mask_array
+from mha_jax.attention.given import native
 from mha_jax.errors import ShapeError
 from mha_jax.types import Array, ArrayLike
 
@@ -237,6 +238,7 @@ def as_input(name: str, x: Any) -> Array:
       ShapeError: If it is no array of floating-point numbers with features.
     """
     _width(name, x)
+    native(name, x)
     known = isinstance(x, (jax.Array, np.ndarray))
     if not known or not jnp.issubdtype(x.dtype, jnp.floating):
         kind = f"dtype {x.dtype}" if known else f"{type(x).__module__}.{type(x).__name__}"

@@ -81,7 +81,13 @@ def checked_inputs(
             inputs = inputs._replace(key_tokens=tokens)
     with jax.numpy_dtype_promotion("standard"):
         found = {query.dtype, value.dtype, key.dtype, *dtypes}
-        dtype = jnp.dtype(layer.dtype or jnp.result_type(*found))
+        try:
+            dtype = jnp.dtype(layer.dtype or jnp.result_type(*found))
+        except ValueError as error:
+            raise ShapeError(
+                "query, value, key and the parameters must have dtypes that JAX promotes to one: got "
+                f"{', '.join(sorted(map(str, found)))}. Give the layer dtype='bfloat16', say, to compute in."
+            ) from error
     query, cast = (x if x.dtype == dtype else x.astype(dtype) for x in (query, value))
     return inputs._replace(query=query, value=cast, key=cast if key is value else key.astype(dtype))
 
