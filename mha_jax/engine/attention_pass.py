@@ -186,7 +186,9 @@ def _letters(value: Any) -> tuple[str, ...]:
 
 
 def _as_array(x: Any) -> Array:
-    return jnp.asarray(x, jnp.int32) if isinstance(x, int) else jnp.asarray(x)
+    if isinstance(x, jax.Array):
+        return x
+    return jnp.asarray(x, jnp.int32 if isinstance(x, int) else None)
 
 
 # ---- one shard ----------------------------------------------------------------------------------

@@ -74,5 +74,5 @@ def _one_strip(x: Array) -> Array:
         at = [*corner, np.uint32(0), np.uint32(last) - first]
         return lax.dynamic_update_slice(strip, lax.dynamic_slice(strip, at, part.shape) + part, at)
 
-    strip = jnp.zeros((*x.shape[:-2], _STRIP, last + columns), x.dtype)
-    return lax.fori_loop(np.uint32(0), np.uint32(count), step, strip)
+    strip = jnp.pad(x[..., :_STRIP, :], [*lead, (0, 0), (last, 0)])
+    return lax.fori_loop(np.uint32(1), np.uint32(count), step, strip)
