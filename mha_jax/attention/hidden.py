@@ -15,7 +15,6 @@ anybody asks for its own. Where a mask hides nothing, all of this is left out.
 """
 
 import dataclasses
-from functools import reduce
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -53,20 +52,18 @@ def numbers(x: Array) -> Array:
     return replaced(x, jnp.isfinite(x), 0.0)
 
 
-def told(k: Float[Array, "*L H"], *others: Float[Array, "*L _"]) -> Float[Array, "*L H"]:
-    """Return keys with a NaN in those tokens that hold a NaN or an Inf, in their keys or in `others`.
+def told(k: Float[Array, "*L H"], other: Float[Array, "*L _"]) -> Float[Array, "*L H"]:
+    """Return keys with a NaN in those tokens that hold a NaN or an Inf, in their keys or in another array.
 
     Feature by feature, so that it is done as keys are read; what has more features than keys is summed up.
     What is added is a constant in derivatives.
     """
-
-    def fitted(x):
-        zero, more = (0 * x).astype(k.dtype), k.shape[-1] - x.shape[-1]
-        if more < 0:
-            return jnp.sum(zero, -1, keepdims=True)
-        return jnp.pad(zero, [(0, 0)] * (k.ndim - 1) + [(0, more)]) if more else zero
-
-    return k + lax.stop_gradient(reduce(jnp.add, map(fitted, others), 0 * k))
+    zero, more = (0 * other).astype(k.dtype), k.shape[-1] - other.shape[-1]
+    if more < 0:
+        zero = jnp.sum(zero, -1, keepdims=True)
+    elif more:
+        zero = jnp.pad(zero, [(0, 0)] * (k.ndim - 1) + [(0, more)])
+    return k + lax.stop_gradient(0 * k + zero)
 
 
 def judged(

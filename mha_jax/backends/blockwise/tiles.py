@@ -216,15 +216,15 @@ class Tiles:
             return lambda at: hidden.numbers(cut(x, at))
         return functools.partial(cut, hidden.numbers(x) if self.hides else x)
 
-    def told(self, *others: Array) -> Callable[[Place], Array]:
-        """Return what cuts k to a tile's, by `hidden.told` of it and of others laid out as keys.
+    def told(self, other: Array) -> Callable[[Place], Array]:
+        """Return what cuts k to a tile's, by `hidden.told` of it and of another array laid out as keys.
 
         Without features k gets one of zeros, so that there is a product.
         """
-        arrays = featured(self.k), *others
+        k = featured(self.k)
         if self.written:
-            return functools.partial(self.keys_of, hidden.told(*arrays))
-        return lambda at: hidden.told(*(self.keys_of(x, at) for x in arrays))
+            return functools.partial(self.keys_of, hidden.told(k, other))
+        return lambda at: hidden.told(self.keys_of(k, at), self.keys_of(other, at))
 
     def _block(self, x: Array, group: Any, block: int) -> Array:
         """Cut [g, blocks, ...] to a block, which lies in one piece: products read it where it is."""
